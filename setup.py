@@ -1,19 +1,17 @@
 """Package layout; everything else about the project stands in pyproject.toml."""
 
-from pathlib import Path
-
 from setuptools import find_packages, setup
 
-# `recipes/` and `csrc/` live at the top of the repository, where people look for them, and install as data-only
-# packages. Read them with importlib.resources.files("quamba.recipes") and files("quamba_kernels.csrc"), which is
-# right for a wheel and for an editable install alike; a path relative to __file__ is not.
-package_dir = {"quamba_kernels": "kernels/quamba_kernels", "quamba.recipes": "recipes"}
-packages = find_packages(include=["quamba", "quamba.*"]) + find_packages("kernels") + ["quamba.recipes"]
-package_data = {"quamba.recipes": ["*.yaml"], "quamba.embedded": ["**/*"]}
-
-if Path("csrc").is_dir():
-    package_dir["quamba_kernels.csrc"] = "csrc"
-    packages.append("quamba_kernels.csrc")
-    package_data["quamba_kernels.csrc"] = ["**/*"]
-
-setup(packages=packages, package_dir=package_dir, package_data=package_data)
+# Recipes and CUDA sources live at the top of the repository, where people look for them. Their packages reach them
+# through the symbolic links quamba/recipes and kernels/quamba_kernels/csrc, so files("quamba") / "recipes" is right
+# in a wheel, in an editable install and in a bare checkout; mapping them as packages breaks the editable install
+# unless these folders hold an __init__.py.
+setup(
+    packages=find_packages(include=["quamba", "quamba.*"]) + find_packages("kernels"),
+    package_dir={"quamba_kernels": "kernels/quamba_kernels"},
+    package_data={
+        "quamba": ["recipes/*.yaml"],
+        "quamba.embedded": ["*.md", "*.txt", "*/*.json", "*/*.safetensors"],
+        "quamba_kernels": ["csrc/**/*"],
+    },
+)
