@@ -25,7 +25,9 @@ def source_files(folder: str) -> list[str]:
     """Paths of the files under `folder` of the repository, relative to it; none if it does not exist."""
     top = ROOT / folder
     return sorted(
-        path.relative_to(top).as_posix() for path in top.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+        path.relative_to(top).as_posix()
+        for path in top.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
     )
 
 
