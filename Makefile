@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check -q
+PIP := $(BIN)/pip --disable-pip-version-check -qq
 export PIP_NO_INPUT = 1
 
 .PHONY: demo test lint clean
