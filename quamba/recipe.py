@@ -203,7 +203,7 @@ def _update(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def stock_recipes() -> dict[str, Path]:
     """Name -> file of the recipes that ship with quamba."""
-    folder = Path(str(resources.files("quamba.recipes")))
+    folder = Path(str(resources.files("quamba") / "recipes"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 

@@ -29,11 +29,3 @@ def describe(config: Any) -> ModelSpec:
     """The structure of the model that a transformers config stands for. Raises UserError as ``architecture`` does, and
     for a config value that the architecture cannot represent."""
     return architecture(config).describe(config)
-
-
-def require(config: Any, name: str, *allowed: Any) -> None:
-    """Raises UserError unless the config's value is one of ``allowed``."""
-    value = getattr(config, name)
-    if value not in allowed:
-        wanted = " or ".join(repr(a) for a in allowed)
-        raise UserError(f"{config.model_type} config has {name}={value!r}; supported is {wanted}")

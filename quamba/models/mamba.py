@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from quamba.models import require
 from quamba.models.spec import (
     Architecture, Axis, BlockSpec, MixerSpec, ModelSpec, Output, OutSite, Param, Proj, Scan, ScanInput, Sublayer,
+    require,
 )  # fmt: skip
 
 CHANNEL, RESID, STATE, RANK, WIDTH = ("channel",), ("resid",), ("state",), ("rank",), ("width",)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from quamba.errors import UserError
+
 Segment = tuple[str, ...]
 """Axes whose sizes multiply to one stretch of a tensor dimension, slowest first: ("head", "value")."""
 
@@ -152,3 +154,11 @@ class Architecture:
     describe: Callable[[Any], ModelSpec]
     tiny: tuple[dict[str, Any], ...]
     renames: tuple[tuple[str, str], ...] = field(default=())
+
+
+def require(config: Any, name: str, *allowed: Any) -> None:
+    """Raises UserError unless the config's value is one of ``allowed``."""
+    value = getattr(config, name)
+    if value not in allowed:
+        wanted = " or ".join(repr(a) for a in allowed)
+        raise UserError(f"{config.model_type} config has {name}={value!r}; supported is {wanted}")
