@@ -96,4 +96,4 @@ class SSDMixer(Mixer):
             if state is not None:
                 self._quantize_state(last, state.recurrent, state.scale, state.rng)
                 state.seen()
-        return self.leave(y.view(batch, tokens, s["I"]), z, residual)
+        return self.leave(y.reshape(batch, tokens, s["I"]), z, residual)
