@@ -1,9 +1,16 @@
 """Fixtures that more than one file of tests needs."""
 
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import quamba
+from quamba import embedded
+from quamba.models import ARCHITECTURES
 
 torch.set_num_threads(1)
 
@@ -27,3 +34,63 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name in names:
             monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     yield
+
+
+@pytest.fixture(scope="session")
+def build():
+    """(model type, config, seed) -> a transformers model in fp32 whose every parameter is random but stable."""
+
+    def scramble(name: str, tensor: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+        noise = torch.randn(tensor.shape, generator=rng)
+        if name.endswith("A_log"):
+            return torch.log(1 + 7 * torch.rand(tensor.shape, generator=rng))
+        if name.endswith(("dt_bias", "dt_proj.bias")):
+            return 0.5 * noise - 1
+        if tensor.dim() > 1:
+            return noise if "embedding" in name else noise / tensor[0].numel() ** 0.5
+        return noise if name.endswith(".D") else 0.2 * noise + name.endswith("norm.weight") + name.endswith("norm_f.weight")
+
+    def made(model_type: str, config: dict[str, Any], seed: int = 0) -> Any:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.float32)
+        rng = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in sorted(model.named_parameters()):
+                parameter.copy_(scramble(name, parameter, rng))
+        return model.eval()
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(build, tmp_path_factory: pytest.TempPathFactory):
+    """(model type, changes to its first tiny config, storage type) -> (directory with a tokenizer of 2048, model)."""
+
+    @functools.cache
+    def saved(model_type: str, changes: tuple[tuple[str, Any], ...] = (), dtype: torch.dtype = torch.float32):
+        config = {**ARCHITECTURES[model_type].tiny[0], "vocab_size": 2048, **dict(changes)}
+        model = build(model_type, config).to(dtype)
+        folder = tmp_path_factory.mktemp(model_type)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(embedded.checkpoint(embedded.names()[0])).save_pretrained(folder)
+        return folder, model
+
+    return saved
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory):
+    """A calibration file that is quick to tokenise."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(embedded.calibration_text().read_text(encoding="utf-8")[:6000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def quantised(text, tmp_path):
+    """(directory, recipe) -> the directory of the quantised model, calibrated on little."""
+
+    def made(folder, recipe, name: str = "quantised", **options):
+        options = {"samples": 4, "seqlen": 32, **options}
+        return quamba.quantize(folder, recipe, tmp_path / name, calibration_text=text, device="cpu", **options).output
+
+    return made
