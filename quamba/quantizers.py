@@ -57,6 +57,7 @@ def gptq(weight: torch.Tensor, grid: Grid, hessian: Hessian, damping: float, act
     mean[dead, dead] = 1
     weight[:, dead] = 0
     order = mean.diagonal().argsort(descending=True) if act_order else torch.arange(features, device=weight.device)
+    columns = order.tolist()
     inverse = _inverse_factor(mean[order][:, order], damping)
     grid.begin(weight, weigh)
     codes = torch.zeros_like(weight.T)
@@ -65,7 +66,7 @@ def gptq(weight: torch.Tensor, grid: Grid, hessian: Hessian, damping: float, act
         end = min(start + BLOCK, features)
         errors = torch.zeros_like(work[start:end])
         for column in range(start, end):
-            source = int(order[column])
+            source = columns[column]
             group = source // grid.size
             if not act_order and source % grid.size == 0:
                 span = slice(source, source + grid.size)
@@ -95,7 +96,7 @@ def _inverse_factor(mean: torch.Tensor, damping: float) -> torch.Tensor:
     """Upper Cholesky factor of the damped inverse Hessian, [K, K]."""
     diagonal = mean.diagonal().mean()
     for boost in (1, 10, 100):
-        damped = mean.double() + torch.eye(mean.shape[0], dtype=torch.float64) * (damping * boost * diagonal + 1e-10)
+        damped = mean.double() + torch.eye(len(mean), dtype=torch.float64, device=mean.device) * (damping * boost * diagonal + 1e-10)
         factor, info = torch.linalg.cholesky_ex(damped)
         if info == 0:
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)

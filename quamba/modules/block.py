@@ -74,11 +74,10 @@ class RecurrentBlock(nn.Module):
         mixer, norm = self.parts(sub)
         if not norm.folded:
             norm.weight.copy_(tensors[f"{sub.norm}.weight"])
-        held = set()
+        held, device = set(), next(mixer.parameters()).device
         for proj in sub.mixer.projs:
             path = f"{sub.mixer.path}.{proj.path}"
             bias = tensors.get(f"{path}.bias")
-            device = next(mixer.parameters()).device
             mixer.linear(proj.role).hold(
                 tensors[f"{path}.weight"].to(device), None if bias is None else bias.to(device, kept_type)
             )
@@ -89,7 +88,7 @@ class RecurrentBlock(nn.Module):
                 owner, _, leaf = name.rpartition(".")
                 module = self.get_submodule(owner)
                 if leaf == "weight" and isinstance(module, Conv):
-                    module.hold(tensors[name].to(kept_type))
+                    module.hold(tensors[name].to(device, kept_type))
                 else:
                     getattr(module, leaf).copy_(tensors[name].to(kept_type))
         for module in self.modules():

@@ -39,7 +39,8 @@ class LowBit(nn.Module):
     def bind(self) -> None:
         """Prepare to run; does nothing when already done."""
         if not self._bound:
-            with torch.no_grad():
+            # a later call may want gradients, which cannot flow past tensors made in inference mode
+            with torch.inference_mode(False), torch.no_grad():
                 self._bind()
             self._bound = True
 
