@@ -32,7 +32,7 @@ def run(
 
     Example: quamba demo --model mamba1-tiny --windows 8
     """
-    console.quiet()
+    console.settle()
     from quamba import embedded
     from quamba.pipeline import quantize
     from quamba.recipe import load_recipe, stock_recipes

@@ -23,7 +23,7 @@ def run() -> None:
 
     Example: quamba doctor
     """
-    console.quiet()
+    console.settle()
     from quamba_kernels.registry import doctor
 
     console.out.print("[bold]Versions[/bold]")

@@ -77,7 +77,7 @@ def run(
     if perplexity is not None:
         read_text(perplexity)
 
-    console.quiet()
+    console.settle()
     from quamba import evaluate
     from quamba.loading import load
 

@@ -38,7 +38,7 @@ def run(
         raise UserError(f"--top-p is above 0 and at most 1, and {top_p} was given.")
     if top_p is not None and temperature == 0:
         raise UserError("--top-p has an effect only with a --temperature above 0.")
-    console.quiet()
+    console.settle()
     from quamba.generation import generate
     from quamba.loading import load
 

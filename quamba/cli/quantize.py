@@ -53,7 +53,7 @@ def run(
     """
     if calibration is not None and _means_a_file(calibration) and not Path(calibration).is_file():
         raise UserError(f"There is no calibration file '{calibration}'.")
-    console.quiet()
+    console.settle()
     from quamba.pipeline import quantize
     from quamba.recipe import load_recipe
 
