@@ -1,0 +1,104 @@
+"""Any x86 or Arm CPU: exact integer products through fp32 GEMM, PyTorch's packed int8 and int4 products for few rows.
+
+Products of int8 codes are integers, and fp32 adds integers exactly below 2^24: 1024 products of 127 * 127 stay below,
+so K is cut into blocks of 1024 whose sums are added in int32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from quamba_kernels import ops
+from quamba_kernels.ops.linear import dequantize_int4, expand_two_level, finish, unpack_int4
+from quamba_kernels.registry import Setting
+
+EXACT_K = 1024
+FEW_ROWS = 8
+BF16_GEMM = torch.cpu._is_avx512_bf16_supported()
+
+
+def needs_cpu(setting: Setting) -> str | None:
+    return None if setting.device == "cpu" else f"serves tensors on the CPU, these are on {setting.device}"
+
+
+def exact_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Accumulators of int8 [M, K] times int8 [O, K]^T as fp32 [M, O], rounded once from the exact integer."""
+    parts = [
+        x[:, k : k + EXACT_K].float() @ weight[:, k : k + EXACT_K].float().T for k in range(0, x.shape[1], EXACT_K)
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack([p.to(torch.int32) for p in parts]).sum(0).float()
+
+
+def int8_linear(x, x_scale, weight, scale, bias, residual, out_scale, out_dtype):
+    rows = x.flatten(0, -2)
+    if rows.shape[0] <= FEW_ROWS and out_dtype == torch.bfloat16:
+        ones = torch.ones_like(scale, dtype=torch.bfloat16)
+        acc = torch._weight_int8pack_mm(rows.to(torch.bfloat16), weight, ones).float()
+    else:
+        acc = exact_product(rows, weight)
+    y = acc.view(*x.shape[:-1], -1) * x_scale * scale
+    return finish(y, bias, residual, out_scale, out_dtype)
+
+
+@ops.linear_w8a8.backend("cpu", why_not=needs_cpu)
+def linear_w8a8(x, x_scale, weights, bias=None, residual=None, *, out_scale=None, out_dtype=torch.float32):
+    """Exact in fp32; at most 8 rows of bf16 output read the int8 weights directly and round the sum to bf16."""
+    return int8_linear(x, x_scale, *weights, bias, residual, out_scale, out_dtype)
+
+
+def expand(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """(q4 packed, m, scale) -> (int8 codes, m, scale): twice the bytes for a product without unpacking."""
+    packed, multiplier, scale = weights
+    return expand_two_level(packed, multiplier), multiplier, scale
+
+
+def contract(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The inverse of expand: q4 = code / m exactly."""
+    codes, multiplier, scale = weights
+    q4 = codes.unflatten(-1, (multiplier.shape[-1], -1)) // multiplier.unsqueeze(-1)
+    nibbles = (q4.flatten(-2).to(torch.int32) + 8).unflatten(-1, (-1, 8))
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    return (nibbles << shifts).sum(-1, dtype=torch.int32), multiplier, scale
+
+
+@ops.linear_w4a8.backend("cpu", why_not=needs_cpu, prepack=expand, unpack=contract)
+def linear_w4a8(x, x_scale, weights, bias=None, residual=None, *, out_scale=None, out_dtype=torch.float32):
+    """The weights are expanded to int8 when bound; then as linear_w8a8."""
+    codes, _, scale = weights
+    return int8_linear(x, x_scale, codes, scale, bias, residual, out_scale, out_dtype)
+
+
+def _int4_why_not(setting: Setting) -> str | None:
+    group = setting.shape.get("S", 128)
+    if group not in (32, 64, 128, 256):
+        return f"torch's int4 product takes groups of 32, 64, 128 or 256, got {group}"
+    if setting.shape.get("O", 64) % 16:
+        return f"torch's int4 product takes a multiple of 16 out features, got {setting.shape['O']}"
+    return needs_cpu(setting)
+
+
+def add_int4_layout(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """(q4 packed, scale) -> the same and torch's own int4 layout with its [K/S, O, 2] scales and zeros in bf16."""
+    packed, scale = weights
+    codes = unpack_int4(packed).to(torch.int32) + 8
+    scale_and_zero = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).to(torch.bfloat16)
+    return packed, scale, torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), scale_and_zero.contiguous()
+
+
+def drop_int4_layout(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The inverse of add_int4_layout."""
+    return weights[:2]
+
+
+@ops.linear_w4a16.backend("cpu", why_not=_int4_why_not, prepack=add_int4_layout, unpack=drop_int4_layout)
+def linear_w4a16(x, weights, bias=None, residual=None, *, out_scale=None, out_dtype=torch.float32):
+    """At most 8 rows of bf16 read the int4 weights directly (scales rounded to bf16); more rows expand them first."""
+    packed, scale, int4, scale_and_zero = weights
+    rows = x.flatten(0, -2)
+    if rows.shape[0] <= FEW_ROWS and x.dtype == torch.bfloat16:
+        group = x.shape[-1] // scale.shape[-1]
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), int4, group, scale_and_zero)
+    else:
+        dtype = torch.bfloat16 if BF16_GEMM and x.dtype == torch.bfloat16 else torch.float32
+        y = rows.to(dtype) @ dequantize_int4(packed, scale).to(dtype).T
+    return finish(y.float().view(*x.shape[:-1], -1), bias, residual, out_scale, out_dtype)

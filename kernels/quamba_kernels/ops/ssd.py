@@ -1,0 +1,106 @@
+"""Mamba2's SSD recurrence (scalar decay per head), prefill and decode. Dao and Gu, 2405.21060, eq. 1."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import softplus
+
+from quamba_kernels.ops.rowwise import dequantize
+from quamba_kernels.ops.state import load_state, quantize_state
+from quamba_kernels.registry import op
+
+NO_LIMIT = (0.0, float("inf"))
+
+
+def per_head(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Repeat [..., G, N] to [..., H, N]: consecutive heads share a state group."""
+    return x.repeat_interleave(heads // x.shape[-2], dim=-2)
+
+
+def group_scale(scale: torch.Tensor | None) -> torch.Tensor | None:
+    """Per-state-group scale [G] or [1], made to multiply [..., G, N]."""
+    return None if scale is None else scale.unsqueeze(-1)
+
+
+def timestep(dt: torch.Tensor, dt_bias: torch.Tensor | None, limit: tuple[float, float]) -> torch.Tensor:
+    """clamp(softplus(dt + dt_bias), *limit) in fp32."""
+    dt = dt.float()
+    dt = softplus(dt if dt_bias is None else dt + dt_bias.float())
+    return dt if limit == NO_LIMIT else dt.clamp(*limit)
+
+
+def step(
+    h: torch.Tensor, x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token: h [B, H, P, N], x [B, H, P], dt [B, H], A [H], B and C [B, H, N], all fp32 -> y [B, H, P], h."""
+    decay = torch.exp(dt * A)[..., None, None]
+    h = decay * h + (dt.unsqueeze(-1) * x).unsqueeze(-1) * B.unsqueeze(-2)
+    return (h @ C.unsqueeze(-1)).squeeze(-1), h
+
+
+@op
+def ssd_scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+    *,
+    x_scale: torch.Tensor | None = None,
+    B_scale: torch.Tensor | None = None,
+    C_scale: torch.Tensor | None = None,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    out_dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """h[t] = exp(dt A) h[t-1] + dt x B^T;  y[t] = h[t] C + D x, dt = clamp(softplus(dt + dt_bias), dt_limit).
+
+    x [B, T, H, P] int8 with x_scale [H, P], or float; dt [B, T, H] float; A [H] fp32, negative; B, C [B, T, G, N] int8
+    with B_scale, C_scale [G], or float; D, dt_bias [H]; state [B, H, P, N] fp32 before the first token, None for
+    zeros. Returns y [B, T, H, P] and the last state [B, H, P, N] fp32.
+    """
+    heads = x.shape[2]
+    x = dequantize(x, x_scale)
+    B = per_head(dequantize(B, group_scale(B_scale)), heads)
+    C = per_head(dequantize(C, group_scale(C_scale)), heads)
+    dt = timestep(dt, dt_bias, dt_limit)
+    h = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if state is None else state.float()
+    y = torch.empty_like(x)
+    for t in range(x.shape[1]):
+        y[:, t], h = step(h, x[:, t], dt[:, t], A, B[:, t], C[:, t])
+    return (y + x * D.float().unsqueeze(-1)).to(out_dtype), h
+
+
+@op
+def ssd_update(
+    state: torch.Tensor,
+    state_scale: torch.Tensor | None,
+    rng: torch.Tensor | None,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor | None = None,
+    *,
+    x_scale: torch.Tensor | None = None,
+    B_scale: torch.Tensor | None = None,
+    C_scale: torch.Tensor | None = None,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    out_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """One token of ssd_scan; the state is updated in place and stored as quantize_state says.
+
+    state [B, H, P, N] fp32, fp16 or int8 with state_scale [B, H, P]; x [B, H, P], dt [B, H], B and C [B, G, N].
+    Returns y [B, H, P], computed from the state before it is rounded.
+    """
+    heads = x.shape[1]
+    x = dequantize(x, x_scale)
+    B = per_head(dequantize(B, group_scale(B_scale)), heads)
+    C = per_head(dequantize(C, group_scale(C_scale)), heads)
+    y, h = step(load_state(state, state_scale), x, timestep(dt, dt_bias, dt_limit), A, B, C)
+    quantize_state(h, state, state_scale, rng)
+    return (y + x * D.float().unsqueeze(-1)).to(out_dtype)

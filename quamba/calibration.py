@@ -1,0 +1,59 @@
+"""Text -> windows of tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quamba import embedded
+from quamba.errors import UserError
+
+
+def read_text(source: str | Path | None) -> str:
+    """The text of a file, of a Hugging Face dataset's "text" column ("name" or "name:split"), or the embedded one.
+
+    Raises UserError when it cannot be had or holds nothing.
+    """
+    path = embedded.calibration_text() if source is None else Path(source)
+    if path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"calibration file {path} is not UTF-8 text") from None
+    elif path.suffix or path.exists():
+        raise UserError(f"calibration file {path} does not exist")
+    else:
+        text = _dataset_text(str(source))
+    if not text.strip():
+        raise UserError(f"calibration text {source or path} is empty")
+    return text
+
+
+def _dataset_text(name: str) -> str:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(f"calibration {name!r} is no file, and reading a dataset needs pip install quamba[eval]") from None
+    name, _, split = name.partition(":")
+    try:
+        rows = load_dataset(name, split=split or "train")
+    except Exception as error:  # datasets raises a family of its own, and network errors of several libraries
+        raise UserError(f"calibration {name!r} is neither a file nor a dataset that can be loaded: {error}") from None
+    if "text" not in rows.column_names:
+        raise UserError(f'dataset {name!r} has no "text" column, only {", ".join(rows.column_names)}')
+    return "\n".join(rows["text"])
+
+
+def windows(text: str, tokenizer: Any, samples: int, seqlen: int, seed: int) -> torch.Tensor:
+    """Random windows of the tokenised text, int64 [samples, seqlen], the same for the same seed.
+
+    Raises UserError when the text has fewer than seqlen tokens.
+    """
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if len(ids) < seqlen:
+        raise UserError(f"calibration text has {len(ids)} tokens, a sample takes {seqlen}; give more text or less --seqlen")
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(ids) - seqlen + 1, (samples,), generator=generator)
+    return ids[starts[:, None] + torch.arange(seqlen)]

@@ -1,0 +1,62 @@
+"""The files beside the weights: config, recipe, tokenizer, model card."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import yaml
+
+from quamba.checkpoint import Checkpoint, generation_config
+from quamba.recipe import FORMAT_VERSION, Recipe
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+def files(checkpoint: Checkpoint, recipe: Recipe, tokens: torch.Tensor) -> dict[str, str]:
+    """Name -> text of everything in the directory that is not a tensor. tokens [samples, T] were calibrated on."""
+    config: dict[str, Any] = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    config["tie_word_embeddings"] = False  # the last norm's gain lives in the head, so the two tables differ
+    config["quantization_config"] = {
+        "quant_method": "quamba",
+        "format_version": FORMAT_VERSION,
+        "recipe": recipe.model_dump(mode="json"),
+    }
+    texts = {
+        "config.json": json.dumps(config, indent=2) + "\n",
+        "generation_config.json": generation_config(checkpoint),
+        "recipe.yaml": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+        "README.md": model_card(checkpoint, recipe, tokens),
+    }
+    for name in TOKENIZER_FILES:
+        path = checkpoint.path / name
+        if path.is_file():
+            texts[name] = path.read_text(encoding="utf-8")
+    return texts
+
+
+def model_card(checkpoint: Checkpoint, recipe: Recipe, tokens: torch.Tensor) -> str:
+    """A README that says what this is, what it came from, and how to open it."""
+    base = checkpoint.source if "/" in checkpoint.source and not checkpoint.source.startswith(("/", ".")) else checkpoint.path.name
+    head = {"base_model": base, "base_model_relation": "quantized", "library_name": "transformers",
+            "tags": ["quamba", recipe.name, checkpoint.config.model_type]}  # fmt: skip
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False)}---
+
+# {base}, {recipe.name}
+
+{recipe.summary} Quantised with quamba on {tokens.shape[0]} windows of {tokens.shape[1]} tokens;
+`recipe.yaml` holds every setting.
+
+```python
+import quamba  # registers the format; without it transformers reports missing weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+"""

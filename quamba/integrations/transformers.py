@@ -1,0 +1,102 @@
+"""transformers: quantised directories open with from_pretrained, with no trust_remote_code, once quamba is imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quamba.errors import UserError
+from quamba.models import ARCHITECTURES, describe
+from quamba.modules.block import RecurrentBlock
+from quamba.modules.embedding import Embedding
+from quamba.modules.linear import Linear
+from quamba.modules.lowbit import LowBit
+from quamba.modules.norm import Norm
+from quamba.recipe import FLOAT, FORMAT_VERSION, Recipe, parse_recipe
+
+NAME = "quamba"
+
+
+class QuambaConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of a quantised directory: a format version and the resolved recipe."""
+
+    def __init__(self, recipe: dict[str, Any] | None = None, format_version: int = FORMAT_VERSION, **kwargs: Any) -> None:
+        self.quant_method = NAME
+        self.recipe = recipe or FLOAT.model_dump(mode="json")
+        self.format_version = format_version
+        if format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"this directory has quamba format version {format_version}, this quamba reads up to {FORMAT_VERSION}: "
+                "upgrade quamba"
+            )
+
+
+class QuambaQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts quantised modules where transformers would have its own, before the weights arrive."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        recipe = parse_recipe(self.quantization_config.recipe, "quantization_config")
+        swap(model, recipe, model.config.dtype or torch.float32, "meta")
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, tensor in model.state_dict().items():
+            if tensor.device.type == "meta":
+                raise UserError(f"the checkpoint lacks the tensor {name!r}")
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def swap(model: Any, recipe: Recipe, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Replace embedding, blocks, last norm and head of a transformers model by quamba's, with empty tensors."""
+    spec = describe(model.config)
+    made: dict[str, Any] = {"dtype": dtype, "device": device}
+    put(model, spec.embedding, Embedding(spec.vocab, spec.d_model, recipe.embedding, **made))
+    for layer, block in enumerate(spec.blocks):
+        put(model, block.path, RecurrentBlock(spec, block, recipe, layer, **made))
+    put(model, spec.final_norm, Norm(spec.d_model, spec.eps, folded=recipe.fold_norms, **made))
+    head = Linear(spec.d_model, spec.vocab, bias=False, spec=recipe.linear("lm_head"), **made)
+    put(model, spec.head, head)
+    for module in model.modules():
+        if isinstance(module, (LowBit, RecurrentBlock)):
+            # transformers would otherwise initialise what it does not know
+            module._is_hf_initialized = True
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Set a submodule by its dotted path."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module) if not name.isdigit() else model.get_submodule(
+        parent
+    ).__setitem__(int(name), module)  # type: ignore[operator]
+
+
+def use_operators(model: Any) -> None:
+    """Let an unquantised transformers model of a known architecture run on quamba's operators, in floats."""
+    if model.config.model_type not in ARCHITECTURES:
+        return
+    weights = model.state_dict()
+    swap(model, FLOAT, model.dtype, model.device)
+    model.load_state_dict(weights)
+
+
+def register() -> None:
+    """Make transformers know the format; calling it again changes nothing."""
+    if NAME not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(NAME)(QuambaConfig)
+        register_quantizer(NAME)(QuambaQuantizer)
+
+
+register()

@@ -1,0 +1,56 @@
+"""Peak memory of a stretch of work, above what was held when it began."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+INTERVAL = 0.05
+
+
+@dataclass
+class Peak:
+    """bytes above the start: of the process on a CPU, of the device's allocator on a GPU."""
+
+    bytes: int = 0
+
+
+def resident() -> int:
+    """Resident set of this process in bytes; 0 where the system does not tell."""
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        return 0
+    import resource
+
+    return int(status.read_text().split()[1]) * resource.getpagesize()
+
+
+@contextmanager
+def watch(device: torch.device) -> Iterator[Peak]:
+    """Sample the resident set every 50 ms, or read the CUDA allocator's own peak."""
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated(device) - start
+        return
+    start, done = resident(), threading.Event()
+
+    def sample() -> None:
+        while not done.wait(INTERVAL):
+            peak.bytes = max(peak.bytes, resident() - start)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+        peak.bytes = max(peak.bytes, resident() - start)

@@ -1,0 +1,1 @@
+"""Quantised building blocks: the only callers of quamba_kernels' ops."""

@@ -1,0 +1,52 @@
+"""Token embedding, int8 per row or as the checkpoint has it."""
+
+from __future__ import annotations
+
+import torch
+from quamba_kernels import Setting, ops
+from quamba_kernels.ops.rowwise import to_int8, token_scale
+
+from quamba.modules.lowbit import LowBit
+from quamba.recipe import StorageSpec
+
+
+class Embedding(LowBit):
+    """y = table[ids] for a table [V, D]; int8 rows have a scale each."""
+
+    answers_weight = True
+
+    def __init__(
+        self,
+        vocab: int,
+        size: int,
+        spec: StorageSpec,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(dtype)
+        self.spec = spec
+        if spec.bits == 8:
+            self.register_buffer("weight_packed", torch.zeros(vocab, size, dtype=torch.int8, device=device))
+            self.register_buffer("weight_scale", torch.ones(vocab, dtype=torch.float32, device=device))
+        else:
+            self.plain("weight", vocab, size, device=device)
+
+    def fill(self, table: torch.Tensor) -> None:
+        """Store a table [V, D] of floats. A row's scale is its largest magnitude, whatever its sign, over 127."""
+        if self.spec.bits == 8:
+            scale = token_scale(table.float())
+            self._buffers["weight_packed"].copy_(to_int8(table, scale))
+            self._buffers["weight_scale"].copy_(scale.squeeze(-1))
+        else:
+            self._parameters["weight"].copy_(table)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids int [...] -> [..., D] in the activations' type."""
+        self.bind()
+        if self.spec.bits == 8:
+            return self._embedding(ids, self.weight_packed, self.weight_scale, out_dtype=self.dtype)
+        return self._parameters["weight"][ids]
+
+    def _bind(self) -> None:
+        self._embedding = ops.embedding.bind(Setting(self._any_device().type, self.dtype))

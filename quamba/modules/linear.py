@@ -1,0 +1,124 @@
+"""A linear in any weight format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from quamba_kernels.ops import Activation, dequantize
+from torch.nn import functional as F
+
+from quamba import formats
+from quamba.modules.lowbit import LowBit
+from quamba.modules.site import Site
+from quamba.quantizers import Hessian, gptq, rtn
+from quamba.recipe import ActivationSpec, LinearSpec
+
+
+class Captured(Exception):
+    """Raised by a linear that only wanted to see its inputs: what follows need not run."""
+
+
+class Linear(LowBit):
+    """y = x W^T + bias; the format owns the stored tensors. K in features, O out features.
+
+    While quantising, ``hold`` keeps the float weight until ``quantise``, and ``capture`` is called with the input.
+    """
+
+    answers_weight = True
+
+    def __init__(
+        self,
+        features: int,
+        outputs: int,
+        *,
+        bias: bool,
+        spec: LinearSpec,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(dtype)
+        self.features, self.outputs, self.spec = features, outputs, spec
+        self.format = formats.get(spec.format)
+        self.capture: Callable[[Activation], None] | None = None
+        self.held: torch.Tensor | None = None
+        self.names: tuple[str, ...] = ()
+        self._allocate(device)
+        input_spec = spec.input if self.format.int8_input else ActivationSpec(bits=16)
+        if input_spec.granularity != "tensor":
+            input_spec = input_spec.model_copy(update={"granularity": "tensor"})
+        self.input = Site(input_spec, features, dtype=dtype, device=device)
+        if bias:
+            self.plain("bias", outputs, device=device)
+        else:
+            self.bias = None
+
+    def _allocate(self, device: torch.device | str | None) -> None:
+        shapes = self.format.tensors(self.features, self.outputs, self.spec)
+        for name, (shape, dtype) in shapes.items():
+            if name == "weight":
+                self.plain(name, *shape, device=device)
+            else:
+                self._buffers[name] = torch.zeros(shape, dtype=dtype, device=device)
+        self.names = tuple(shapes)
+
+    def forward(
+        self,
+        x: torch.Tensor | Activation,
+        residual: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """x [..., K] floats, or codes with their scale -> [..., O] in ``out_dtype`` (default: the activations')."""
+        if not isinstance(x, Activation):
+            x = self.input(x)
+        if self.capture is not None:
+            self.capture(x)
+        out_dtype = out_dtype or self.dtype
+        if self.held is not None:
+            y = F.linear(dequantize(*x), self.held, self.bias)
+            return (y if residual is None else y + residual).to(out_dtype)
+        self.bind()
+        if self.format.int8_input:
+            return self._backend(x.data, x.scale, self._weights, self.bias, residual, out_dtype=out_dtype)
+        data = x.data if x.scale is None else dequantize(*x).to(self.dtype)
+        return self._backend(data, self._weights, self.bias, residual, out_dtype=out_dtype)
+
+    def _bind(self) -> None:
+        device = self._any_device().type
+        self._backend = self.format.bind(device, self.dtype, self.features, self.outputs, self.spec)
+        stored = self._parameters if "weight" in self.names else self._buffers
+        self._weights = self._backend.prepack(tuple(stored[n] for n in self.names))
+        for name in self.names:
+            # prepacked weights stand in for the stored ones, which are rebuilt when asked for
+            if all(stored[name] is not w for w in self._weights):
+                self._buffers[name] = None
+
+    def _any_device(self) -> torch.device:
+        return self._weights[0].device if self._bound else super()._any_device()
+
+    def _unbind(self) -> None:
+        for name, tensor in zip(self.names, self._backend.unpack(self._weights), strict=True):
+            if name != "weight":
+                self._buffers[name] = tensor
+        del self._weights, self._backend
+
+    def hold(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Run in floats with this weight [O, K] and bias [O] until ``quantise``."""
+        self.held = weight.float()
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+
+    def quantise(self, hessian: Hessian | None) -> None:
+        """Store the held weight as the format and the spec say, the Hessian [K, K] being that of the inputs."""
+        weight, self.held = self.held, None
+        assert weight is not None
+        if self.format.name == "float":
+            self._parameters["weight"].copy_(weight)
+            return
+        grid = self.format.grid(self.features, self.outputs, self.spec)
+        if self.spec.method == "gptq" and hessian is not None:
+            codes = gptq(weight, grid, hessian, self.spec.damping, self.spec.act_order)
+        else:
+            codes = rtn(weight, grid, hessian)
+        for name, tensor in grid.pack(codes).items():
+            self._buffers[name].copy_(tensor)

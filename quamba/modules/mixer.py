@@ -1,0 +1,155 @@
+"""What every recurrent mixer here shares: its linears, its sites, its state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from quamba_kernels import Setting, ops
+
+from quamba.models.spec import MixerSpec
+from quamba.modules.conv import Conv
+from quamba.modules.linear import Linear
+from quamba.modules.lowbit import LowBit
+from quamba.modules.site import Site
+from quamba.modules.state import RecurrentState
+from quamba.recipe import Recipe
+from quamba.transforms.rotate import output_block
+
+
+class Mixer(LowBit):
+    """in_proj -> conv + SiLU -> scan -> gate (+ norm) -> rotation -> out_proj.
+
+    The same forward runs in floats while calibrating, and in int8 wherever a site has its scale. Subclasses split the
+    projections and run their scan; ``conv_channels`` names the stretches of the convolution and their sizes.
+    """
+
+    def __init__(
+        self,
+        spec: MixerSpec,
+        recipe: Recipe,
+        layer: int,
+        eps: float,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(dtype)
+        self.mixer_spec, self.layer_idx, self.eps = spec, layer, eps
+        self.state_spec = recipe.state_of(layer)
+        self.block = output_block(spec, recipe.rotate.block) if recipe.rotate.output else 0
+        sizes, made = spec.sizes, {"dtype": dtype, "device": device}
+        for proj in spec.projs:
+            features = _size(spec, proj.input)
+            outputs = sum(_size(spec, output.segment) for output in proj.outputs)
+            linear = Linear(features, outputs, bias=proj.bias, spec=recipe.linear(proj.role, layer), **made)
+            self.add_module(proj.path, linear)
+        channels = sum(self.conv_channels.values())
+        self.conv1d = Conv(channels, sizes["W"], recipe.conv_of(layer), bias=spec.conv_bias, **made)
+        self.conv_input = Site(recipe.activation("conv_input", layer), channels, **made)
+        self.gate = Site(recipe.activation("gate", layer), sizes["I"], **made)
+        self.sites: dict[str, Site] = {}
+        for i in spec.inputs:
+            if i.name in self.site_channels:
+                site = self._site(recipe, i.role, layer, i.semantics == "value", self.site_channels[i.name], made)
+                self.add_module(f"scan_{i.name}", site)
+                self.sites[i.name] = site
+
+    def _site(
+        self, recipe: Recipe, role: str, layer: int, value: bool, channels: int, made: dict[str, Any]
+    ) -> Site:
+        sizes = self.mixer_spec.sizes
+        clusters = None
+        if value and "H" in sizes and recipe.cluster is not None:
+            per_group = sizes["H"] // sizes["G"]
+            wanted = min(recipe.cluster.heads, per_group), min(recipe.cluster.channels, sizes["P"])
+            clusters = (sizes["H"], sizes["P"], *wanted)
+        return Site(recipe.activation(role, layer), channels, groups=sizes["G"], clusters=clusters, **made)
+
+    @property
+    def conv_channels(self) -> dict[str, int]:
+        """Stretches of the convolution, in order, with their channels."""
+        raise NotImplementedError
+
+    @property
+    def site_channels(self) -> dict[str, int]:
+        """Scan inputs that may become int8, with their channels."""
+        raise NotImplementedError
+
+    def _bind(self) -> None:
+        setting = Setting(self._any_device().type, self.dtype)
+        self._conv, self._gate_output = ops.causal_conv1d.bind(setting), ops.gate_output.bind(setting)
+        self._quantize_state = ops.quantize_state.bind(setting)
+        self._conv_in_scale = self.conv_input.per_channel()
+        parts = [self.sites[name].per_channel() for name in self.conv_channels]
+        fused = all(p is not None for p in parts)
+        self._conv_out_scale = torch.cat([p for p in parts if p is not None]) if fused else None
+        self._gate_scale = self.gate.per_channel()
+
+    def linear(self, role: str) -> Linear:
+        """The linear of that role."""
+        found = self.get_submodule(self.mixer_spec.proj(role).path)
+        assert isinstance(found, Linear)
+        return found
+
+    def new_state(self, batch: int, device: torch.device) -> RecurrentState:
+        """Zeros for ``batch`` sequences."""
+        width = self.mixer_spec.sizes["W"]
+        dtype = torch.int8 if self.conv_input.ready else self.dtype
+        conv = torch.zeros(batch, width - 1, sum(self.conv_channels.values()), dtype=dtype, device=device)
+        return RecurrentState(conv, (batch, *self.state_shape), self.state_spec, self.layer_idx, device)
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of one sequence's recurrent state."""
+        raise NotImplementedError
+
+    def state_of(self, cache: Any, batch: int, device: torch.device) -> RecurrentState | None:
+        """This layer's state inside a transformers cache, made when it is not there yet."""
+        if cache is None:
+            return None
+        state = cache.layers[self.layer_idx]
+        if not isinstance(state, RecurrentState):
+            state = cache.layers[self.layer_idx] = self.new_state(batch, device)
+        return state
+
+    def convolve(self, x: torch.Tensor, state: RecurrentState | None, mask: torch.Tensor | None) -> torch.Tensor:
+        """conv + SiLU over x [B, T, C]; padded tokens (mask [B, T] 0) enter and leave as zeros."""
+        quantised = self.conv_input(x)
+        x = quantised.data
+        if mask is not None:
+            x = x * mask.unsqueeze(-1).to(x.dtype)
+        y = self._conv(
+            x, self.conv1d.taps, self.conv1d.bias, None if state is None else state.conv, x_scale=quantised.scale,
+            weight_scale=self.conv1d.scale, out_scale=self._conv_out_scale, out_dtype=self.dtype,
+        )  # fmt: skip
+        if mask is not None:
+            y = y * mask.unsqueeze(-1).to(y.dtype)
+        return y
+
+    def quantise_part(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """A scan input that the convolution did not quantise already: int8 where its site says so."""
+        if x.dtype == torch.int8:
+            return x
+        return self.sites[name](x).data
+
+    def leave(self, y: torch.Tensor, z: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """Gate, norm, rotate and project y [B, T, I] back into the residual stream."""
+        gate = self.gate(z)
+        out_proj = self.linear(self.mixer_spec.out.role)
+        site = out_proj.input
+        norm = getattr(self, "norm", None)
+        u = self._gate_output(
+            y, gate.data, None if norm is None else norm.weight, self.eps, z_scale=gate.scale,
+            norm_groups=self.mixer_spec.out.norm_groups, block=self.block, out_scale=site.shared_scale,
+            per_token=site.per_token, out_dtype=self.dtype,
+        )  # fmt: skip
+        site.watch(u.data)
+        return out_proj(u, residual, out_dtype=self.dtype if residual is None else residual.dtype)
+
+
+def _size(spec: MixerSpec, segment: tuple[str, ...]) -> int:
+    size = 1
+    for name in segment:
+        size *= spec.axes[name].size
+    return size

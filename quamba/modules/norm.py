@@ -1,0 +1,50 @@
+"""RMS norm before a mixer, before the head, and between scan and out_proj."""
+
+from __future__ import annotations
+
+import torch
+from quamba_kernels import Setting, ops
+from quamba_kernels.ops import Activation
+
+from quamba.modules.lowbit import LowBit
+from quamba.modules.site import Site
+
+
+class Norm(LowBit):
+    """y = x / rms(x) * weight over D channels, quantised on the way out where the consumer asks for it.
+
+    folded: the gain lives in the linears that read y, and no tensor is stored.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        *,
+        folded: bool,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(dtype)
+        self.eps, self.folded = eps, folded
+        if not folded:
+            self.plain("weight", size, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., D] -> [..., D] in the activations' type."""
+        return self.into(x, None).data
+
+    def into(self, x: torch.Tensor, site: Site | None) -> Activation:
+        """x [..., D] float as the input of a linear whose input site is given."""
+        self.bind()
+        weight = None if self.folded else self._parameters["weight"]
+        if site is None:
+            return self._rms_norm(x, weight, self.eps, out_dtype=self.dtype)
+        out = self._rms_norm(
+            x, weight, self.eps, out_scale=site.shared_scale, per_token=site.per_token, out_dtype=self.dtype
+        )
+        site.watch(out.data)
+        return out
+
+    def _bind(self) -> None:
+        self._rms_norm = ops.rms_norm.bind(Setting(self._any_device().type, self.dtype))

@@ -1,0 +1,78 @@
+"""The mixer of Mamba1 and its relatives: a diagonal selective scan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from quamba_kernels import Setting, ops
+from quamba_kernels.ops import Activation
+
+from quamba.errors import UserError
+from quamba.modules.mixer import Mixer
+
+
+class SelectiveMixer(Mixer):
+    """in_proj gives [x | z]; x passes the convolution, then x_proj gives [dt | B | C] and dt_proj the rates."""
+
+    def __init__(self, spec, recipe, layer, eps, *, dtype, device=None):  # type: ignore[no-untyped-def]
+        super().__init__(spec, recipe, layer, eps, dtype=dtype, device=device)
+        if self.sites["x"].spec.granularity == "channel":
+            raise UserError("scan_x cannot have a scale per channel in a selective scan: x_proj sums over its channels")
+        inner, d_state = spec.sizes["I"], spec.sizes["N"]
+        self.plain("A_log", inner, d_state, device=device)
+        self.plain("D", inner, device=device)
+
+    @property
+    def conv_channels(self) -> dict[str, int]:
+        return {"x": self.mixer_spec.sizes["I"]}
+
+    @property
+    def site_channels(self) -> dict[str, int]:
+        s = self.mixer_spec.sizes
+        return {"x": s["I"], "B": s["N"], "C": s["N"]}
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.mixer_spec.sizes["I"], self.mixer_spec.sizes["N"]
+
+    def _bind(self) -> None:
+        super()._bind()
+        setting = Setting(self._any_device().type, self.dtype, dict(self.mixer_spec.sizes))
+        self._scan, self._update = ops.selective_scan.bind(setting), ops.selective_update.bind(setting)
+        self._rates = (-torch.exp(self.A_log.float()), self.D.float())
+        sites = self.sites
+        self._scales = {f"{name}_scale": sites[name].shared_scale for name in ("B", "C")}
+        self._scales["x_scale"] = sites["x"].per_channel()
+
+    def forward(
+        self,
+        hidden: torch.Tensor | Activation,
+        cache: Any = None,
+        mask: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """hidden [B, T, D] -> [B, T, D], with the residual added when given."""
+        self.bind()
+        s = self.mixer_spec.sizes
+        x, z = self.linear("in_proj")(hidden).chunk(2, -1)
+        batch, tokens, _ = x.shape
+        state = self.state_of(cache, batch, x.device)
+        x = self.convolve(x, state, mask)
+        x = self.quantise_part("x", x)
+        x_in = Activation(x, self.sites["x"].shared_scale) if x.dtype == torch.int8 else x
+        rank, B, C = self.x_proj(x_in).split([s["R"], s["N"], s["N"]], -1)
+        B, C = self.quantise_part("B", B), self.quantise_part("C", C)
+        dt = self.dt_proj(rank.contiguous())
+        A, D = self._rates
+        if state is not None and tokens == 1 and state.filled:
+            y = self._update(
+                state.recurrent, state.scale, state.rng, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, **self._scales
+            ).unsqueeze(1)
+        else:
+            before = state.value() if state is not None and state.filled else None
+            y, last = self._scan(x, dt, A, B, C, D, None, before, **self._scales)
+            if state is not None:
+                self._quantize_state(last, state.recurrent, state.scale, state.rng)
+                state.seen()
+        return self.leave(y, z, residual)

@@ -1,0 +1,99 @@
+"""The mixer of Mamba2 and its relatives: SSD with scalar decay per head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from quamba_kernels import Setting, ops
+from quamba_kernels.ops import Activation
+
+from quamba.modules.lowbit import LowBit
+from quamba.modules.mixer import Mixer
+
+
+class Gain(LowBit):
+    """The weight of the gated norm, [I]."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
+        super().__init__(dtype)
+        self.plain("weight", size, device=device)
+
+
+class SSDMixer(Mixer):
+    """in_proj gives [z | x | B | C | dt]; x, B and C pass the convolution."""
+
+    def __init__(self, spec, recipe, layer, eps, *, dtype, device=None):  # type: ignore[no-untyped-def]
+        super().__init__(spec, recipe, layer, eps, dtype=dtype, device=device)
+        heads = spec.sizes["H"]
+        for name in ("A_log", "D", "dt_bias"):
+            self.plain(name, heads, device=device)
+        self.norm = Gain(spec.sizes["I"], dtype, device) if spec.out.norm_weight else None
+
+    @property
+    def conv_channels(self) -> dict[str, int]:
+        s = self.mixer_spec.sizes
+        return {"x": s["I"], "B": s["G"] * s["N"], "C": s["G"] * s["N"]}
+
+    @property
+    def site_channels(self) -> dict[str, int]:
+        return self.conv_channels
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        s = self.mixer_spec.sizes
+        return s["H"], s["P"], s["N"]
+
+    def _bind(self) -> None:
+        super()._bind()
+        setting = Setting(self._any_device().type, self.dtype, dict(self.mixer_spec.sizes))
+        self._scan, self._update = ops.ssd_scan.bind(setting), ops.ssd_update.bind(setting)
+        s = self.mixer_spec.sizes
+        x_scale = self.sites["x"].per_channel()
+        self._A = -torch.exp(self.A_log.float())
+        self._rates = (self._A, self.D.float(), self.dt_bias.float())
+        self._scales = {
+            "x_scale": None if x_scale is None else x_scale.view(s["H"], s["P"]),
+            "B_scale": self._group_scale("B"),
+            "C_scale": self._group_scale("C"),
+        }
+
+    def _group_scale(self, name: str) -> torch.Tensor | None:
+        scale = self.sites[name].per_channel()
+        return None if scale is None else scale.view(self.mixer_spec.sizes["G"], -1)[:, 0].contiguous()
+
+    def forward(
+        self,
+        hidden: torch.Tensor | Activation,
+        cache: Any = None,
+        mask: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """hidden [B, T, D] -> [B, T, D], with the residual added when given."""
+        self.bind()
+        s = self.mixer_spec.sizes
+        projected = self.linear("in_proj")(hidden)
+        batch, tokens, _ = projected.shape
+        z, mixed, dt = projected.split([s["I"], sum(self.conv_channels.values()), s["H"]], -1)
+        state = self.state_of(cache, batch, projected.device)
+        mixed = self.convolve(mixed, state, mask)
+        parts = mixed.split(list(self.conv_channels.values()), -1)
+        x, B, C = (self.quantise_part(name, part) for name, part in zip(self.conv_channels, parts, strict=True))
+        A, D, dt_bias = self._rates
+        options = {**self._scales, "dt_limit": self.mixer_spec.dt_limit}
+        if state is not None and tokens == 1 and state.filled:
+            heads = x.view(batch, s["H"], s["P"])
+            y = self._update(
+                state.recurrent, state.scale, state.rng, heads, dt[:, 0], A, B.view(batch, s["G"], s["N"]),
+                C.view(batch, s["G"], s["N"]), D, dt_bias, **options,
+            )  # fmt: skip
+        else:
+            before = state.value() if state is not None and state.filled else None
+            y, last = self._scan(
+                x.unflatten(-1, (s["H"], s["P"])), dt, A, B.unflatten(-1, (s["G"], s["N"])),
+                C.unflatten(-1, (s["G"], s["N"])), D, dt_bias, before, **options,
+            )  # fmt: skip
+            if state is not None:
+                self._quantize_state(last, state.recurrent, state.scale, state.rng)
+                state.seen()
+        return self.leave(y.reshape(batch, tokens, s["I"]), z, residual)

@@ -1,0 +1,79 @@
+"""What a recurrent layer keeps between tokens, in static tensors updated in place, inside transformers' cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from quamba_kernels.ops.state import load_state
+from transformers.cache_utils import LinearAttentionLayer
+
+from quamba.recipe import StateSpec
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+
+
+class RecurrentState(LinearAttentionLayer):
+    """conv [B, W - 1, C] and recurrent [B, ..., N] with its row scales [B, ...]; rng int64 [2] for stochastic rounding.
+
+    Takes the place of the layer that transformers' DynamicCache made, so that generate, beam search and batch
+    selection find what they expect.
+    """
+
+    def __init__(
+        self, conv: torch.Tensor, shape: tuple[int, ...], spec: StateSpec, layer: int, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.dtype, self.device = conv.dtype, device
+        self.conv_states[0] = conv
+        self.recurrent_states[0] = torch.zeros(shape, dtype=DTYPES[spec.dtype], device=device)
+        self.scale = torch.ones(shape[:-1], dtype=torch.float32, device=device) if spec.dtype == "int8" else None
+        stochastic = spec.dtype == "int8" and spec.rounding == "stochastic"
+        self.rng = torch.tensor([spec.seed * 65537 + layer, 0], device=device) if stochastic else None
+        self.conv_kernel_size[0] = conv.shape[1] + 1
+        self.is_conv_states_initialized[0] = self.is_recurrent_states_initialized[0] = True
+
+    @property
+    def conv(self) -> torch.Tensor:
+        """The last inputs of the convolution."""
+        return self.conv_states[0]
+
+    @property
+    def recurrent(self) -> torch.Tensor:
+        """The stored state."""
+        return self.recurrent_states[0]
+
+    @property
+    def filled(self) -> bool:
+        """Whether tokens have been seen."""
+        return bool(self.has_previous_state[0])
+
+    def seen(self) -> None:
+        """Note that tokens have been seen."""
+        self.has_previous_state[0] = True
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the state, scales included."""
+        tensors = [self.conv, self.recurrent, *([self.scale] if self.scale is not None else [])]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def reset(self) -> None:
+        super().reset()
+        if self.rng is not None:
+            self.rng[1] = 0
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.scale is not None:
+            self.scale = self.scale.index_select(0, beam_idx.to(self.scale.device))
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise RuntimeError("a quantised mixer updates its own convolution state")
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise RuntimeError("a quantised mixer updates its own recurrent state")
+
+    def value(self) -> torch.Tensor:
+        """The recurrent state in fp32."""
+        return load_state(self.recurrent, self.scale)

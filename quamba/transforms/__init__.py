@@ -1,0 +1,12 @@
+"""Exact changes of a float block: fold norms, rotate, permute. Each acts on a dict of tensors and says why it may not."""
+
+from quamba.transforms.cluster import Clusters, sort_and_cluster
+from quamba.transforms.fold import fold_norm
+from quamba.transforms.legality import TRANSFORMS, Transform, legal
+from quamba.transforms.permute import Permutation, permute
+from quamba.transforms.rotate import output_block, residual_rotation, rotate_output, rotate_residual
+
+__all__ = [
+    "TRANSFORMS", "Clusters", "Permutation", "Transform", "fold_norm", "legal", "output_block", "permute",
+    "residual_rotation", "rotate_output", "rotate_residual", "sort_and_cluster",
+]  # fmt: skip

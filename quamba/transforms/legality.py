@@ -1,0 +1,135 @@
+"""Which transforms are exact for a sublayer, derived from its description. Rules: Quamba2, section 4, and the algebra
+of each recurrence: the value axis commutes with any matrix state, the key axis only with a scalar decay, and neither
+passes through a convolution or an activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from quamba_kernels import hadamard
+
+from quamba.models.spec import MixerSpec, Output, Sublayer
+from quamba.transforms.permute import Permutation, permute
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A change of a block's tensors. why_illegal: None when the block's output stays what it was, else the reason."""
+
+    name: str
+    why_illegal: Callable[[Sublayer], str | None]
+    apply: Callable[[Tensors, Sublayer, torch.Generator], Tensors]
+
+
+def legal(sublayer: Sublayer) -> dict[str, str | None]:
+    """Transform name -> None, or why it is not exact here."""
+    return {name: t.why_illegal(sublayer) for name, t in TRANSFORMS.items()}
+
+
+def residual_rotation_illegal(sublayer: Sublayer) -> str | None:
+    """Rotating the residual stream needs an RMS norm before, linear readers and an unweighted sum."""
+    if sublayer.norm_kind != "rms":
+        return f"a {sublayer.norm_kind} norm does not commute with a rotation"
+    return "the residual sum is weighted per channel" if sublayer.residual_weighted else None
+
+
+def _source(mixer: MixerSpec, name: str) -> Output:
+    return next(output for proj in mixer.projs for output in proj.outputs if output.name == name)
+
+
+def _value_rotation_illegal(sublayer: Sublayer) -> str | None:
+    mixer = sublayer.mixer
+    value = next(i for i in mixer.inputs if i.semantics == "value")
+    if post := _source(mixer, value.name).post:
+        return f"{value.name} passes through {' and '.join(post)}"
+    if mixer.out.gate:
+        return f"the output is gated by {mixer.out.gate}"
+    return None
+
+
+def _key_rotation_illegal(sublayer: Sublayer) -> str | None:
+    mixer = sublayer.mixer
+    if mixer.scan.decay != "scalar":
+        return f"the decay is {mixer.scan.decay}"
+    for i in mixer.inputs:
+        if i.semantics in ("key", "query") and (post := _source(mixer, i.name).post):
+            return f"{i.name} passes through {' and '.join(post)}"
+    return None
+
+
+def _rotate_outputs(tensors: Tensors, mixer: MixerSpec, name: str, rotation: torch.Tensor) -> Tensors:
+    """Rotate the last axis of one named output in the projection that makes it."""
+    out = dict(tensors)
+    for proj in mixer.projs:
+        start = 0
+        for output in proj.outputs:
+            rows = int(torch.tensor([mixer.axes[a].size for a in output.segment]).prod())
+            if output.name == name:
+                path = f"{mixer.path}.{proj.path}.weight"
+                weight = out[path].clone()
+                part = weight[start : start + rows].unflatten(0, (-1, rotation.shape[0]))
+                weight[start : start + rows] = (rotation.to(weight).T @ part).flatten(0, 1)
+                out[path] = weight
+            start += rows
+    return out
+
+
+def _rotate_value(tensors: Tensors, sublayer: Sublayer, generator: torch.Generator) -> Tensors:
+    mixer = sublayer.mixer
+    value = next(i for i in mixer.inputs if i.semantics == "value")
+    size = mixer.axes[value.axes[-1]].size
+    rotation = hadamard.hadamard_matrix(hadamard.block_size(size))
+    out = _rotate_outputs(tensors, mixer, value.name, rotation)
+    path = f"{mixer.path}.{mixer.proj(mixer.out.role).path}.weight"
+    weight = out[path].unflatten(1, (-1, rotation.shape[0]))
+    return {**out, path: (weight @ rotation.to(weight)).flatten(1)}
+
+
+def _rotate_keys(tensors: Tensors, sublayer: Sublayer, generator: torch.Generator) -> Tensors:
+    mixer = sublayer.mixer
+    rotation = hadamard.hadamard_matrix(hadamard.block_size(mixer.sizes["N"]))
+    for i in mixer.inputs:
+        if i.semantics in ("key", "query"):
+            tensors = _rotate_outputs(tensors, mixer, i.name, rotation)
+    return tensors
+
+
+def _random_order(size: int, classes: int, generator: torch.Generator) -> torch.Tensor:
+    each = size // classes
+    return torch.cat([torch.randperm(each, generator=generator) + c * each for c in range(classes)])
+
+
+def _permute_axis(name: str) -> Transform:
+    def why_illegal(sublayer: Sublayer) -> str | None:
+        axis = sublayer.mixer.axes.get(name)
+        if axis is None:
+            return f"there is no axis {name!r}"
+        return f"axis {name!r} has a fixed order" if axis.fixed else None
+
+    def apply(tensors: Tensors, sublayer: Sublayer, generator: torch.Generator) -> Tensors:
+        axis = sublayer.mixer.axes[name]
+        classes = sublayer.mixer.axes[axis.share].size if axis.share else 1
+        return permute(tensors, sublayer, [Permutation(name, _random_order(axis.size, classes, generator))])
+
+    return Transform(f"permute_{name}", why_illegal, apply)
+
+
+def _permute_one_tensor(tensors: Tensors, sublayer: Sublayer, generator: torch.Generator) -> Tensors:
+    """Reverse the value axis of the scan's skip path alone: what a permutation that forgets a tensor looks like."""
+    name = f"{sublayer.mixer.path}.conv1d.weight"
+    return {**tensors, name: tensors[name].flip(0)}
+
+
+TRANSFORMS = {
+    t.name: t
+    for t in (
+        *(_permute_axis(name) for name in ("channel", "head", "value", "state", "rank")),
+        Transform("rotate_value_offline", _value_rotation_illegal, _rotate_value),
+        Transform("rotate_key_offline", _key_rotation_illegal, _rotate_keys),
+        Transform("permute_one_tensor", lambda s: "the other tensors of the axis stay behind", _permute_one_tensor),
+    )
+}
