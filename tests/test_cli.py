@@ -173,7 +173,7 @@ def test_quantize_passes_its_options_and_prints_the_report(monkeypatch, tmp_path
     assert seen == {
         "source": "mamba2-tiny",
         "output": tmp_path / "out",
-        "calibration": "owner/data",
+        "calibration_text": "owner/data",
         "samples": 3,
         "seqlen": 32,
         "seed": 7,

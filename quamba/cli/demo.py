@@ -54,7 +54,6 @@ def run(
                     source,
                     load_recipe(recipe),
                     output,
-                    calibration=str(embedded.calibration_text()),
                     samples=SAMPLES,
                     seqlen=WINDOW,
                     progress=labelled(progress, recipe),

@@ -34,11 +34,16 @@ def run(
         typer.Option(
             metavar="FILE.txt|DATASET",
             help="Text that shows the model typical activations: a UTF-8 file or a Hub data set; "
-            "by default what the recipe names or else the embedded text.",
+            "by default the embedded text.",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many pieces of calibration text to read.")] = 64,
-    seqlen: Annotated[int, typer.Option(min=2, help="The length of a piece, in tokens.")] = 512,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many pieces of calibration text to read; by default as the recipe says."),
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(min=2, help="The length of a piece, in tokens; by default as the recipe says.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The seed that picks the pieces; the same seed gives the same bits.")] = 0,
     device: Device = "auto",
     overwrite: Annotated[
@@ -62,7 +67,7 @@ def run(
             model,
             load_recipe(recipe),
             output,
-            calibration=calibration,
+            calibration_text=calibration,
             samples=samples,
             seqlen=seqlen,
             seed=seed,
