@@ -16,7 +16,8 @@ from quamba.cli import app, doctor, evaluate, quantize
 from quamba.errors import UserError
 
 COMMANDS = ["quantize", "eval", "generate", "doctor", "demo"]
-run_app = "from quamba.cli import app; app()"
+# As the console script does it: what `quamba` imports depends on the name it is called by.
+run_app = "sys.argv[0] = 'quamba'; from quamba.cli import app; app()"
 
 
 def run(*arguments):
@@ -99,7 +100,7 @@ def test_unknown_task_lists_near_names(monkeypatch):
 
 
 def test_a_process_exits_with_2_and_no_traceback():
-    arguments = [sys.executable, "-c", run_app, "eval", "mamba2-tiny", "--perplexity", "missing.txt"]
+    arguments = [sys.executable, "-c", f"import sys; {run_app}", "eval", "mamba2-tiny", "--perplexity", "missing.txt"]
     result = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert result.stderr == "Error: There is no text file 'missing.txt'.\n"
