@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 
 BINS_PER_OCTAVE = 16
-OCTAVES = 32
+OCTAVES = 40
 BINS = BINS_PER_OCTAVE * OCTAVES
-TOP = 2.0**12
+TOP = 2.0**20
 QMAX = 127
 
 
 class Histogram:
-    """|x| of every channel in logarithmic bins (16 per octave below 2^12, 4% wide) and its exact maximum.
+    """|x| of every channel in logarithmic bins (16 per octave, 2^-20 to 2^20, 4% wide) and its exact maximum.
 
     peak fp32 [C]; counts fp32 [C, BINS] when asked for. A permutation or a grouping of the channels maps the
     statistics exactly, so neither asks for another calibration.
@@ -45,9 +45,11 @@ class Histogram:
         return peak, self.counts.new_zeros(groups, BINS).index_add_(0, label, self.counts)
 
 
-def _edges(device: torch.device) -> torch.Tensor:
-    """Upper edge of every bin."""
-    return TOP * 2.0 ** ((torch.arange(BINS, device=device) + 1) / BINS_PER_OCTAVE - OCTAVES)
+def _edges(peak: torch.Tensor) -> torch.Tensor:
+    """Upper edge of every bin, [C, BINS]: no value lies above the peak, and the last bin takes all above the top."""
+    edges = TOP * 2.0 ** ((torch.arange(BINS, device=peak.device) + 1) / BINS_PER_OCTAVE - OCTAVES)
+    edges[-1] = torch.inf
+    return torch.minimum(edges, peak.unsqueeze(1))
 
 
 def absmax(peak: torch.Tensor, counts: torch.Tensor | None, quantile: float) -> torch.Tensor:
@@ -60,20 +62,23 @@ def percentile(peak: torch.Tensor, counts: torch.Tensor | None, quantile: float)
     assert counts is not None
     share = counts.cumsum(1) / counts.sum(1, keepdim=True).clamp_min(1)
     index = (share < quantile).sum(1).clamp_max(BINS - 1)
-    return torch.minimum(_edges(peak.device)[index], peak)
+    return _edges(peak).gather(1, index.unsqueeze(1)).squeeze(1)
 
 
 def mse(peak: torch.Tensor, counts: torch.Tensor | None, quantile: float) -> torch.Tensor:
     """The clipping bound with the least squared error of int8 rounding and clipping together."""
     assert counts is not None
-    middle = _edges(peak.device) * 2.0 ** (-0.5 / BINS_PER_OCTAVE)
+    upper = _edges(peak)
+    lower = upper.roll(1, 1)  # within a bin the values are taken as evenly spread
+    lower[:, 0] = 0
+    width = (upper - lower).clamp_min(1e-30)
     best, best_error = peak, torch.full_like(peak, torch.inf)
     for shrink in torch.linspace(1.0, 0.2, 41).tolist():
-        bound = peak * shrink
-        clipped = (middle - bound.unsqueeze(1)).clamp_min(0).square()
-        inside = torch.where(middle < bound.unsqueeze(1), (bound.unsqueeze(1) / QMAX) ** 2 / 12, clipped)
-        error = (counts * inside).sum(1)
-        best, best_error = torch.where(error < best_error, bound, best), torch.minimum(error, best_error)
+        bound = (peak * shrink).unsqueeze(1)
+        clipped = ((upper - bound).clamp_min(0) ** 3 - (lower - bound).clamp_min(0) ** 3) / (3 * width)
+        inside = ((bound - lower) / width).clamp(0, 1) * (bound / QMAX) ** 2 / 12
+        error = (counts * (inside + clipped)).sum(1)
+        best, best_error = torch.where(error < best_error, peak * shrink, best), torch.minimum(error, best_error)
     return best
 
 

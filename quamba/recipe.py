@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quamba.errors import UserError
+from quamba.observers import OBSERVERS
 
 FORMAT_VERSION = 1
 
@@ -36,6 +37,11 @@ class ActivationSpec(_Strict):
     observer: str = "absmax"
     quantile: float = Field(0.99999, gt=0.5, le=1)
 
+    @field_validator("observer")
+    @classmethod
+    def _known_observer(cls, name: str) -> str:
+        return _one_of(name, OBSERVERS)
+
 
 class LinearSpec(_Strict):
     """How a linear is stored and run. format: a file in quamba.formats; group_size in input features.
@@ -51,6 +57,13 @@ class LinearSpec(_Strict):
     damping: float = Field(0.01, ge=0)
     act_order: bool = False
     input: ActivationSpec = ActivationSpec()
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, name: str) -> str:
+        from quamba.formats import FORMATS  # a format is written in terms of this module
+
+        return _one_of(name, FORMATS)
 
 
 class StateSpec(_Strict):
@@ -147,8 +160,8 @@ class Recipe(_Strict):
             for role in where.activations:
                 self._merge(ActivationSpec, "activations", role, where)
         for override in self.layers:
-            StateSpec(**{**self.state.model_dump(), **override.state})
-            StorageSpec(**{**self.conv.model_dump(), **override.conv})
+            _build(StateSpec, {**self.state.model_dump(), **override.state}, f"layers {override.match}: state")
+            _build(StorageSpec, {**self.conv.model_dump(), **override.conv}, f"layers {override.match}: conv")
         return self
 
     def _merge(self, spec: type[_Strict], field: str, role: str, override: Recipe | LayerOverride | None) -> Any:
@@ -157,7 +170,8 @@ class Recipe(_Strict):
             table = getattr(source, field) if source is not None else {}
             for key in ("default", role):
                 chosen = _update(chosen, table.get(key, {}))
-        return spec(**chosen)
+        where = f"layers {override.match}: " if isinstance(override, LayerOverride) else ""
+        return _build(spec, chosen, f"{where}{field}.{role}")
 
     def _override(self, layer: int | None) -> LayerOverride | None:
         matching = [o for o in self.layers if layer is not None and o.covers(layer)]
@@ -190,6 +204,20 @@ class Recipe(_Strict):
 
 
 FLOAT = Recipe(name="float", summary="Nothing is changed.", fold_norms=False, rotate=RotationSpec(residual=False, output=False))
+
+
+def _one_of(name: str, known: dict[str, Any]) -> str:
+    if name not in known:
+        raise ValueError(f"should be one of {', '.join(sorted(known))}")
+    return name
+
+
+def _build(spec: type[_Strict], values: dict[str, Any], where: str) -> Any:
+    """A spec from values laid over each other; what is wrong with them is told with where they stand."""
+    try:
+        return spec(**values)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {_sentence(error)}") from None
 
 
 def _update(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +270,9 @@ def _sentence(error: ValidationError | TypeError) -> str:
     where = ".".join(str(part) for part in first["loc"]) or "recipe"
     if first["type"] == "extra_forbidden":
         return f"unknown key {where!r}; known keys are {', '.join(_known(error.title, first['loc']))}"
-    return f"{where}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"[:400]
+    message = str(first["msg"]).removeprefix("Value error, ")
+    # what the whole recipe violates has told its place and its value already
+    return f"{where}: {message}, got {first['input']!r}"[:400] if first["loc"] else message
 
 
 def _known(title: str, location: tuple[int | str, ...]) -> list[str]:

@@ -122,12 +122,15 @@ class Op:
 def forced_backend(op_name: str) -> str | None:
     """The backend that the environment asks for, for one op.
 
-    Raises BackendUnavailable when the variable names an op that does not exist.
+    Raises BackendUnavailable when the variable cannot be read or names an op that does not exist.
     """
     text = os.environ.get(ENVIRONMENT, "").strip()
     if not text or "=" not in text:
         return text or None
-    wanted = dict(part.strip().split("=", 1) for part in text.split(","))
+    parts = [part.strip().partition("=") for part in text.split(",")]
+    if not all(name and sign and backend for name, sign, backend in parts):
+        raise BackendUnavailable(f"{ENVIRONMENT}={text!r} is neither a backend nor a list op=backend,op=backend")
+    wanted = {name: backend for name, _, backend in parts}
     unknown = sorted(set(wanted) - set(OPS))
     if unknown:
         raise BackendUnavailable(f"{ENVIRONMENT} names unknown ops {unknown}; known are {', '.join(sorted(OPS))}")

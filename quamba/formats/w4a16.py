@@ -48,7 +48,8 @@ class Int4Grid(Grid):
             return (rounded - weight).square() @ importance
 
         peak, at = weight.abs().max(1)
-        tiny = torch.finfo(torch.float16).smallest_normal
+        tiny, huge = torch.finfo(torch.float16).smallest_normal, torch.finfo(torch.float16).max
+        peak = peak.clamp_max(7 * huge)  # beyond it codes saturate
         if not self.search:
             scale = (peak / 7).clamp_min(tiny)
         else:

@@ -34,13 +34,13 @@ class TwoLevelGrid(Grid):
         weights = importance.view(-1, self.size)
         peak = groups.abs().amax(2)
         peak = torch.where(peak > 0, peak, peak.amax().clamp_min(1e-12) / 100)
+        self.scale = (peak / 7).amax(1) / M_MAX
+        self.multiplier = (peak / 7 / self.scale[:, None]).round().clamp_(1, M_MAX).to(torch.int8)
         if not self.search:
-            self.scale = (peak / 7).amax(1) / M_MAX
-            self.multiplier = (peak / 7 / self.scale[:, None]).round().clamp_(1, M_MAX).to(torch.int8)
             return
         curve = torch.stack([self._error(groups, weights, peak / 7 * c) for c in CLIPS], -1)  # O J clips
         ideal = peak / 7 * weight.new_tensor(CLIPS)[curve.argmin(-1)]
-        best = torch.full_like(self.scale, torch.inf)
+        best = self._error(groups, weights, self.multiplier * self.scale[:, None]).sum(1)
         for anchor in ANCHORS:
             scale = ideal.amax(1) / anchor
             multiplier, error = self._choose(groups, weights, scale, ideal)

@@ -1,0 +1,170 @@
+"""Every op, every backend usable here, against the torch body."""
+
+import inspect
+
+import pytest
+import torch
+from quamba_kernels import OPS, Backend
+from quamba_kernels.ops.rowwise import dequantize
+from quamba_kernels.ops.ssd import group_scale
+from quamba_kernels.testing import TOLERANCE, Case, cases, disagreement, error, outcome
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+PAIRS = [
+    pytest.param(name, backend, device, id=f"{name}-{backend.name}-{device}")
+    for name, op in sorted(OPS.items()) for backend in op.candidates for device in DEVICES
+]  # fmt: skip
+SCANS = [p for p in PAIRS if p.values[0].endswith("_scan")]
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def torch_body(name: str) -> Backend:
+    return OPS[name].candidates[-1]
+
+
+def served(name: str, backend: Backend, device: str) -> list[Case]:
+    """The cases that a backend accepts; skips with the reasons when there are none."""
+    reasons = [(case, backend.why_not(case.setting(device))) for case in cases(name)]
+    chosen = [case for case, reason in reasons if reason is None]
+    if not chosen:
+        pytest.skip("; ".join(sorted({str(reason) for _, reason in reasons})))
+    return chosen
+
+
+def test_every_op_has_cases_and_a_tolerance() -> None:
+    assert set(OPS) == set(TOLERANCE)
+    assert all(cases(name) for name in OPS)
+
+
+@pytest.mark.parametrize("name, backend, device", PAIRS)
+def test_backend_agrees_with_the_torch_body(name: str, backend: Backend, device: str) -> None:
+    for case in served(name, backend, device):
+        want = outcome(torch_body(name), case)
+        difference = disagreement(outcome(backend, case, device), want, TOLERANCE[name][case.dtype])
+        assert difference is None, f"{case.label}: {difference}"
+
+
+@pytest.mark.parametrize("name, backend, device", PAIRS)
+def test_same_inputs_give_the_same_bits(name: str, backend: Backend, device: str) -> None:
+    for case in served(name, backend, device)[::3]:
+        first, second = outcome(backend, case, device), outcome(backend, case, device)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), case.label
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, every second element of a larger tensor that holds other values between them."""
+    if tensor.dim() == 0:
+        return tensor.clone()
+    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), 3).to(tensor)
+    view = wide[..., ::2]
+    view.copy_(tensor)
+    return view
+
+
+@pytest.mark.parametrize("name, backend, device", PAIRS)
+def test_strided_inputs_are_read_right_or_refused(name: str, backend: Backend, device: str) -> None:
+    for case in served(name, backend, device):
+        want = outcome(torch_body(name), case)
+        try:
+            got = outcome(backend, case, device, strided)
+        except (ValueError, TypeError, RuntimeError):
+            continue
+        difference = disagreement(got, want, TOLERANCE[name][case.dtype])
+        assert difference is None, f"{case.label}: {difference}"
+
+
+@pytest.mark.parametrize("name, backend, device", [p for p in PAIRS if cases(p.values[0])[0].weights is not None])
+def test_unpack_undoes_prepack(name: str, backend: Backend, device: str) -> None:
+    for case in served(name, backend, device):
+        weights = tuple(w.to(device) for w in case.args[case.weights])
+        back = backend.unpack(backend.prepack(weights))
+        assert len(back) == len(weights)
+        for a, b in zip(back, weights, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b), case.label
+
+
+INTEGER = [p for p in PAIRS if p.values[0] in ("linear_w8a8", "linear_w4a8")]
+
+
+@pytest.mark.parametrize("name, backend, device", INTEGER)
+def test_accumulators_are_exact(name: str, backend: Backend, device: str) -> None:
+    from quamba_kernels.ops.linear import expand_two_level
+
+    for case in served(name, backend, device):
+        if case.dtype != torch.float32 or "out_scale" in case.kwargs:
+            continue
+        x, weights = case.args[0], case.args[2]
+        codes = weights[0] if name == "linear_w8a8" else expand_two_level(*weights[:2])
+        weights = (*weights[:-1], torch.ones_like(weights[-1]))
+        got = backend(x.to(device), torch.ones(1, device=device), backend.prepack(tuple(w.to(device) for w in weights)))
+        exact = x.flatten(0, -2).long() @ codes.long().T
+        assert torch.equal(got.cpu().flatten(0, -2), exact.float()), case.label
+
+
+def call(backend: Backend, case: Case, device: str = "cpu", **changes):
+    """Run a case with some arguments replaced by name."""
+    bound = inspect.signature(backend.fn).bind(*case.args, **case.kwargs)
+    bound.arguments.update(changes)
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in bound.arguments.items()}
+    return backend(**moved)
+
+
+def arguments(name: str, case: Case) -> dict:
+    bound = inspect.signature(OPS[name].reference).bind(*case.args, **case.kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+@pytest.mark.parametrize("name, backend, device", SCANS)
+def test_scan_in_pieces_equals_the_whole(name: str, backend: Backend, device: str) -> None:
+    for case in served(name, backend, device):
+        given = arguments(name, case)
+        tokens, parts, state = given["x"].shape[1], [], given["state"]
+        whole, last = call(backend, case, device)
+        for start, end in ((0, tokens // 3), (tokens // 3, tokens - 1), (tokens - 1, tokens)):
+            if end > start:
+                part = {key: given[key][:, start:end] for key in ("x", "dt", "B", "C")}
+                y, state = call(backend, case, device, state=state, **part)
+                parts.append(y)
+        assert error(torch.cat(parts, 1), whole) < TOLERANCE[name][case.dtype], case.label
+        assert error(state, last) < TOLERANCE[name][torch.float32], case.label
+
+
+@pytest.mark.parametrize("name, backend, device", SCANS)
+def test_scan_then_update_equals_a_longer_scan(name: str, backend: Backend, device: str) -> None:
+    update = OPS[name.replace("_scan", "_update")]
+    for case in served(name, backend, device):
+        given = arguments(name, case)
+        if given["x"].shape[1] < 2:
+            continue
+        whole, last = call(backend, case, device)
+        head = {key: given[key][:, :-1] for key in ("x", "dt", "B", "C")}
+        _, state = call(backend, case, device, **head)
+        rest = {key: given[key][:, -1].to(device) for key in ("x", "dt", "B", "C")}
+        shared = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items() if k != "state"}
+        y = update(state, None, None, **{**shared, **rest})
+        assert error(y, whole[:, -1]) < TOLERANCE[name][case.dtype], case.label
+        assert error(state, last) < TOLERANCE[name][torch.float32], case.label
+
+
+@pytest.mark.parametrize("name, backend, device", SCANS + [p for p in PAIRS if p.values[0].endswith("_update")])
+def test_scales_stand_for_the_values(name: str, backend: Backend, device: str) -> None:
+    seen = 0
+    for case in served(name, backend, device):
+        given = arguments(name, case)
+        if given["x_scale"] is None or case.dtype != torch.float32:
+            continue
+        floats = {
+            "x": dequantize(given["x"], given["x_scale"]), "x_scale": None,
+            "B": dequantize(given["B"], group_scale(given["B_scale"])), "B_scale": None,
+            "C": dequantize(given["C"], group_scale(given["C_scale"])), "C_scale": None,
+        }  # fmt: skip
+        kept = {k: v.clone() for k, v in given.items() if k in ("state", "state_scale", "rng") and v is not None}
+        with_scales, without = call(backend, case, device, **kept), call(backend, case, device, **floats)
+        if isinstance(without, torch.Tensor):
+            with_scales, without = (with_scales,), (without,)
+        for a, b in zip(with_scales, without, strict=True):
+            assert error(a, b) < TOLERANCE[name][torch.float32], case.label
+        seen += 1
+    assert seen
