@@ -180,7 +180,7 @@ def quantise_head(
     norm = Norm(model.d_model, model.eps, folded=recipe.fold_norms, dtype=head.dtype, device=stream.device)
     weight = head.double() * gain.double() if recipe.fold_norms else head.double()
     if not recipe.fold_norms:
-        norm._buffers["weight"].copy_(gain)
+        norm.weight.copy_(gain)
     if rotation is not None:
         weight = rotation.columns(weight)
     norm = norm.to(torch.float32)

@@ -56,38 +56,39 @@ def gptq(weight: torch.Tensor, grid: Grid, hessian: Hessian, damping: float, act
     dead = mean.diagonal() == 0
     mean[dead, dead] = 1
     weight[:, dead] = 0
-    order = mean.diagonal().argsort(descending=True) if act_order else torch.arange(features)
+    order = mean.diagonal().argsort(descending=True) if act_order else torch.arange(features, device=weight.device)
+    columns = order.tolist()
     inverse = _inverse_factor(mean[order][:, order], damping)
     grid.begin(weight, weigh)
-    codes = torch.zeros_like(weight)
-    work = weight[:, order]
+    codes = torch.zeros_like(weight.T)
+    work = weight.T[order].contiguous()  # [K, O]: a column of the weight is a row here, and contiguous
     for start in range(0, features, BLOCK):
         end = min(start + BLOCK, features)
-        errors = torch.zeros_like(work[:, start:end])
+        errors = torch.zeros_like(work[start:end])
         for column in range(start, end):
-            source = int(order[column])
+            source = columns[column]
             group = source // grid.size
             if not act_order and source % grid.size == 0:
-                grid.fit(group, _present(work, column, grid.size, end, errors, inverse, start), weigh[source : source + grid.size])
+                span = slice(source, source + grid.size)
+                grid.fit(group, _present(work, span, start, end, errors, inverse).T.contiguous(), weigh[span])
             step = grid.step(group)
-            code = torch.round(work[:, column] / step).clamp_(*grid.bounds)
-            codes[:, source] = code
-            error = (work[:, column] - code * step) / inverse[column, column]
-            work[:, column:end] -= error.unsqueeze(1) * inverse[column, column:end].unsqueeze(0)
-            errors[:, column - start] = error
-        work[:, end:] -= errors @ inverse[start:end, end:]
-    return codes
+            code = torch.round(work[column] / step).clamp_(*grid.bounds)
+            codes[source] = code
+            error = (work[column] - code * step) / inverse[column, column]
+            work[column:end].addr_(inverse[column, column:end], error, alpha=-1)
+            errors[column - start] = error
+        work[end:].addmm_(inverse[start:end, end:].T, errors, alpha=-1)
+    return codes.T.contiguous()
 
 
 def _present(
-    work: torch.Tensor, column: int, size: int, end: int, errors: torch.Tensor, inverse: torch.Tensor, start: int
+    work: torch.Tensor, span: slice, start: int, end: int, errors: torch.Tensor, inverse: torch.Tensor
 ) -> torch.Tensor:
-    """The weights of the group that begins at ``column`` with every error so far pushed onto them: columns beyond the
-    running block have not had this block's errors yet."""
-    stop = column + size
-    group = work[:, column:stop].clone()
-    if stop > end:
-        group[:, end - column :] -= errors @ inverse[start:end, end:stop]
+    """The weights [S, O] of the group that begins now with every error so far pushed onto them: rows beyond the running
+    block [start, end) have not had this block's errors yet."""
+    group = work[span].clone()
+    if span.stop > end:
+        group[end - span.start :].addmm_(inverse[start:end, end : span.stop].T, errors, alpha=-1)
     return group
 
 
@@ -95,7 +96,7 @@ def _inverse_factor(mean: torch.Tensor, damping: float) -> torch.Tensor:
     """Upper Cholesky factor of the damped inverse Hessian, [K, K]."""
     diagonal = mean.diagonal().mean()
     for boost in (1, 10, 100):
-        damped = mean.double() + torch.eye(mean.shape[0], dtype=torch.float64) * (damping * boost * diagonal + 1e-10)
+        damped = mean.double() + torch.eye(len(mean), dtype=torch.float64, device=mean.device) * (damping * boost * diagonal + 1e-10)
         factor, info = torch.linalg.cholesky_ex(damped)
         if info == 0:
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)

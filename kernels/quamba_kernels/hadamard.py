@@ -100,9 +100,10 @@ def _factors(n: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Te
         left *= 2
     base_matrix = _base(base)
     assert base_matrix is not None
-    a = torch.kron(base_matrix, _sylvester(left // base)) / left**0.5
-    b = _sylvester(n // left) / (n // left) ** 0.5
-    return a.to(device, dtype), b.to(device, dtype)
+    with torch.inference_mode(False):  # cached: a later call may be outside inference mode
+        a = torch.kron(base_matrix, _sylvester(left // base)) / left**0.5
+        b = _sylvester(n // left) / (n // left) ** 0.5
+        return a.to(device, dtype), b.to(device, dtype)
 
 
 def rotate(x: torch.Tensor, block: int) -> torch.Tensor:

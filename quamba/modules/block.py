@@ -73,12 +73,11 @@ class RecurrentBlock(nn.Module):
         """
         mixer, norm = self.parts(sub)
         if not norm.folded:
-            norm._buffers["weight"].copy_(tensors[f"{sub.norm}.weight"])
-        held = set()
+            norm.weight.copy_(tensors[f"{sub.norm}.weight"])
+        held, device = set(), next(mixer.parameters()).device
         for proj in sub.mixer.projs:
             path = f"{sub.mixer.path}.{proj.path}"
             bias = tensors.get(f"{path}.bias")
-            device = next(mixer.buffers()).device
             mixer.linear(proj.role).hold(
                 tensors[f"{path}.weight"].to(device), None if bias is None else bias.to(device, kept_type)
             )
@@ -88,11 +87,10 @@ class RecurrentBlock(nn.Module):
             if name not in held:
                 owner, _, leaf = name.rpartition(".")
                 module = self.get_submodule(owner)
-                buffer = module._buffers.get(leaf)
                 if leaf == "weight" and isinstance(module, Conv):
-                    module.hold(tensors[name].to(kept_type))
-                elif buffer is not None:
-                    buffer.copy_(tensors[name].to(kept_type))
+                    module.hold(tensors[name].to(device, kept_type))
+                else:
+                    getattr(module, leaf).copy_(tensors[name].to(kept_type))
         for module in self.modules():
             if isinstance(module, LowBit):
                 module.unbind()

@@ -27,10 +27,13 @@ class Conv(LowBit):
         self._held: torch.Tensor | None = None
         if spec.bits == 8:
             self.register_buffer("weight_packed", torch.zeros(channels, 1, width, dtype=torch.int8, device=device))
-            self.register_buffer("weight_scale", torch.ones(channels, device=device))
+            self.register_buffer("weight_scale", torch.ones(channels, dtype=torch.float32, device=device))
         else:
-            self.register_buffer("weight", torch.zeros(channels, 1, width, dtype=dtype, device=device))
-        self.register_buffer("bias", torch.zeros(channels, dtype=dtype, device=device) if bias else None)
+            self.plain("weight", channels, 1, width, device=device)
+        if bias:
+            self.plain("bias", channels, device=device)
+        else:
+            self.bias = None
 
     def hold(self, weight: torch.Tensor) -> None:
         """Run on the float weight [C, 1, W] until ``quantise``."""
@@ -45,14 +48,14 @@ class Conv(LowBit):
             self._buffers["weight_packed"].copy_(to_int8(weight, scale))
             self._buffers["weight_scale"].copy_(scale.flatten())
         else:
-            self._buffers["weight"].copy_(weight)
+            self._parameters["weight"].copy_(weight)
 
     @property
     def taps(self) -> torch.Tensor:
         """[C, W]."""
         weight = self._held
         if weight is None:
-            weight = self._buffers["weight_packed" if self.spec.bits == 8 else "weight"]
+            weight = self.weight_packed if self.spec.bits == 8 else self._parameters["weight"]
         return weight.squeeze(1)
 
     @property

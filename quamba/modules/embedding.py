@@ -28,9 +28,9 @@ class Embedding(LowBit):
         self.spec = spec
         if spec.bits == 8:
             self.register_buffer("weight_packed", torch.zeros(vocab, size, dtype=torch.int8, device=device))
-            self.register_buffer("weight_scale", torch.ones(vocab, device=device))
+            self.register_buffer("weight_scale", torch.ones(vocab, dtype=torch.float32, device=device))
         else:
-            self._buffers["weight"] = torch.zeros(vocab, size, dtype=dtype, device=device)
+            self.plain("weight", vocab, size, device=device)
 
     def fill(self, table: torch.Tensor) -> None:
         """Store a table [V, D] of floats. A row's scale is its largest magnitude, whatever its sign, over 127."""
@@ -39,16 +39,14 @@ class Embedding(LowBit):
             self._buffers["weight_packed"].copy_(to_int8(table, scale))
             self._buffers["weight_scale"].copy_(scale.squeeze(-1))
         else:
-            self._buffers["weight"].copy_(table)
+            self._parameters["weight"].copy_(table)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int [...] -> [..., D] in the activations' type."""
         self.bind()
         if self.spec.bits == 8:
             return self._embedding(ids, self.weight_packed, self.weight_scale, out_dtype=self.dtype)
-        return self._buffers["weight"][ids]
+        return self._parameters["weight"][ids]
 
     def _bind(self) -> None:
         self._embedding = ops.embedding.bind(Setting(self._any_device().type, self.dtype))
-        if self.spec.bits == 16:
-            self._buffers["weight"] = self._buffers["weight"].to(self.dtype)

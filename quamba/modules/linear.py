@@ -49,15 +49,17 @@ class Linear(LowBit):
             input_spec = input_spec.model_copy(update={"granularity": "tensor"})
         self.input = Site(input_spec, features, dtype=dtype, device=device)
         if bias:
-            self.register_buffer("bias", torch.zeros(outputs, dtype=dtype, device=device))
+            self.plain("bias", outputs, device=device)
         else:
             self.bias = None
 
     def _allocate(self, device: torch.device | str | None) -> None:
         shapes = self.format.tensors(self.features, self.outputs, self.spec)
         for name, (shape, dtype) in shapes.items():
-            keep = self.dtype if name == "weight" else dtype
-            self._buffers[name] = torch.zeros(shape, dtype=keep, device=device)
+            if name == "weight":
+                self.plain(name, *shape, device=device)
+            else:
+                self._buffers[name] = torch.zeros(shape, dtype=dtype, device=device)
         self.names = tuple(shapes)
 
     def forward(
@@ -84,10 +86,11 @@ class Linear(LowBit):
     def _bind(self) -> None:
         device = self._any_device().type
         self._backend = self.format.bind(device, self.dtype, self.features, self.outputs, self.spec)
-        self._weights = self._backend.prepack(tuple(self._buffers[n] for n in self.names))
+        stored = self._parameters if "weight" in self.names else self._buffers
+        self._weights = self._backend.prepack(tuple(stored[n] for n in self.names))
         for name in self.names:
             # prepacked weights stand in for the stored ones, which are rebuilt when asked for
-            if all(self._buffers[name] is not w for w in self._weights):
+            if all(stored[name] is not w for w in self._weights):
                 self._buffers[name] = None
 
     def _any_device(self) -> torch.device:
@@ -95,21 +98,22 @@ class Linear(LowBit):
 
     def _unbind(self) -> None:
         for name, tensor in zip(self.names, self._backend.unpack(self._weights), strict=True):
-            self._buffers[name] = tensor
+            if name != "weight":
+                self._buffers[name] = tensor
         del self._weights, self._backend
 
     def hold(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Run in floats with this weight [O, K] and bias [O] until ``quantise``."""
         self.held = weight.float()
         if self.bias is not None and bias is not None:
-            self._buffers["bias"] = bias.float()
+            self.bias.copy_(bias)
 
     def quantise(self, hessian: Hessian | None) -> None:
         """Store the held weight as the format and the spec say, the Hessian [K, K] being that of the inputs."""
         weight, self.held = self.held, None
         assert weight is not None
         if self.format.name == "float":
-            self._buffers["weight"].copy_(weight)
+            self._parameters["weight"].copy_(weight)
             return
         grid = self.format.grid(self.features, self.outputs, self.spec)
         if self.spec.method == "gptq" and hessian is not None:
@@ -118,11 +122,3 @@ class Linear(LowBit):
             codes = rtn(weight, grid, hessian)
         for name, tensor in grid.pack(codes).items():
             self._buffers[name].copy_(tensor)
-
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        super()._apply(fn, recurse)
-        for name in ("weight", "bias"):
-            buffer = self._buffers.get(name)
-            if buffer is not None:
-                self._buffers[name] = buffer.to(self.dtype)
-        return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import nn
 
 
 class LowBit(nn.Module):
-    """A module whose float buffers are scales: ``.to(dtype)`` changes the activations' type, never theirs.
+    """A module whose buffers are codes and scales: ``.to(dtype)`` changes the type of activations and of its plain float
+    parameters, never theirs.
 
     dtype: the 16/32-bit type of activations. Subclasses override ``_bind``, which prepares what running needs (backends,
     prepacked weights) on the first call after building, loading or moving, and ``_unbind``, which restores the stored
@@ -26,14 +28,19 @@ class LowBit(nn.Module):
         self._bound = False
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight" and type(self).answers_weight and "weight" not in self.__dict__["_buffers"]:
+        if name == "weight" and type(self).answers_weight and "weight" not in self.__dict__["_parameters"]:
             return torch.empty(0, dtype=self.dtype, device=self._any_device())
         return super().__getattr__(name)
+
+    def plain(self, name: str, *shape: int, device: torch.device | str | None) -> None:
+        """Register zeros of the activations' type: a tensor that stays what it is in the original checkpoint."""
+        self._parameters[name] = nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=device), requires_grad=False)
 
     def bind(self) -> None:
         """Prepare to run; does nothing when already done."""
         if not self._bound:
-            with torch.no_grad():
+            # a later call may want gradients, which cannot flow past tensors made in inference mode
+            with torch.inference_mode(False), torch.no_grad():
                 self._bind()
             self._bound = True
 
@@ -54,7 +61,8 @@ class LowBit(nn.Module):
 
         def keep_type(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+            kept = isinstance(tensor, nn.Parameter) or moved.dtype == tensor.dtype
+            return moved if kept else tensor.to(moved.device)
 
         for child in self.children():
             child._apply(fn)
@@ -62,7 +70,8 @@ class LowBit(nn.Module):
         return self
 
     def _any_device(self) -> torch.device:
-        return next((b.device for b in self.buffers()), torch.device("cpu"))
+        tensors = itertools.chain(self.buffers(), self.parameters())
+        return next((t.device for t in tensors), torch.device("cpu"))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.unbind()

@@ -28,7 +28,7 @@ class Norm(LowBit):
         super().__init__(dtype)
         self.eps, self.folded = eps, folded
         if not folded:
-            self.register_buffer("weight", torch.ones(size, dtype=dtype, device=device))
+            self.plain("weight", size, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., D] -> [..., D] in the activations' type."""
@@ -37,7 +37,7 @@ class Norm(LowBit):
     def into(self, x: torch.Tensor, site: Site | None) -> Activation:
         """x [..., D] float as the input of a linear whose input site is given."""
         self.bind()
-        weight = None if self.folded else self._buffers["weight"]
+        weight = None if self.folded else self._parameters["weight"]
         if site is None:
             return self._rms_norm(x, weight, self.eps, out_dtype=self.dtype)
         out = self._rms_norm(

@@ -20,8 +20,8 @@ class SelectiveMixer(Mixer):
         if self.sites["x"].spec.granularity == "channel":
             raise UserError("scan_x cannot have a scale per channel in a selective scan: x_proj sums over its channels")
         inner, d_state = spec.sizes["I"], spec.sizes["N"]
-        self.register_buffer("A_log", torch.zeros(inner, d_state, dtype=dtype, device=device))
-        self.register_buffer("D", torch.zeros(inner, dtype=dtype, device=device))
+        self.plain("A_log", inner, d_state, device=device)
+        self.plain("D", inner, device=device)
 
     @property
     def conv_channels(self) -> dict[str, int]:

@@ -49,7 +49,7 @@ class Site(LowBit):
                 shape = (groups, *clusters[2:])
                 for name, size in (("head_end", shape[:2]), ("channel_end", shape)):
                     self.register_buffer(name, torch.zeros(size, dtype=torch.int32, device=device))
-            self.register_buffer("scale", torch.zeros(shape, device=device))
+            self.register_buffer("scale", torch.zeros(shape, dtype=torch.float32, device=device))
 
     @property
     def quantised(self) -> bool:

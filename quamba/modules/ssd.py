@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from quamba_kernels import Setting, ops
 from quamba_kernels.ops import Activation
-from torch import nn
 
+from quamba.modules.lowbit import LowBit
 from quamba.modules.mixer import Mixer
 
 
-class Gain(nn.Module):
+class Gain(LowBit):
     """The weight of the gated norm, [I]."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.ones(size, dtype=dtype, device=device))
+        super().__init__(dtype)
+        self.plain("weight", size, device=device)
 
 
 class SSDMixer(Mixer):
@@ -27,7 +27,7 @@ class SSDMixer(Mixer):
         super().__init__(spec, recipe, layer, eps, dtype=dtype, device=device)
         heads = spec.sizes["H"]
         for name in ("A_log", "D", "dt_bias"):
-            self.register_buffer(name, torch.zeros(heads, dtype=dtype, device=device))
+            self.plain(name, heads, device=device)
         self.norm = Gain(spec.sizes["I"], dtype, device) if spec.out.norm_weight else None
 
     @property

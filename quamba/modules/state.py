@@ -27,7 +27,7 @@ class RecurrentState(LinearAttentionLayer):
         self.dtype, self.device = conv.dtype, device
         self.conv_states[0] = conv
         self.recurrent_states[0] = torch.zeros(shape, dtype=DTYPES[spec.dtype], device=device)
-        self.scale = torch.ones(shape[:-1], device=device) if spec.dtype == "int8" else None
+        self.scale = torch.ones(shape[:-1], dtype=torch.float32, device=device) if spec.dtype == "int8" else None
         stochastic = spec.dtype == "int8" and spec.rounding == "stochastic"
         self.rng = torch.tensor([spec.seed * 65537 + layer, 0], device=device) if stochastic else None
         self.conv_kernel_size[0] = conv.shape[1] + 1

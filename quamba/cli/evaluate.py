@@ -1,0 +1,151 @@
+"""`quamba eval`: perplexity on a text, and lm-eval tasks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quamba.cli import console
+from quamba.cli.options import Device, Model
+from quamba.errors import UserError
+from quamba.windows import check_windows, read_text
+
+
+def run(
+    model: Model,
+    perplexity: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.txt", help="Measure the perplexity on this UTF-8 text; by default not measured."),
+    ] = None,
+    window: Annotated[
+        int, typer.Option(help="The length of a window, in tokens; every token but its first is predicted.")
+    ] = 1024,
+    max_windows: Annotated[
+        int | None, typer.Option(help="Use this many windows from the start of the text; by default all of them.")
+    ] = None,
+    stepwise: Annotated[
+        bool,
+        typer.Option(
+            "--stepwise", help="Read one token per step, as generation does; by default a window in one pass."
+        ),
+    ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="T1,T2", help="Run these lm-eval tasks or groups, separated by commas; by default none."),
+    ] = None,
+    tasks_path: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A directory of your own task YAMLs; by default only lm-eval's are known."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use this many documents of each task; by default all of them.")
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="How many windows or documents run together; by default 4 windows, 16 if stepwise, 16 documents."
+        ),
+    ] = None,
+    device: Device = "auto",
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write the results to this file; by default only printed."),
+    ] = None,
+) -> None:
+    """Measure a model: perplexity on a text, accuracy on lm-eval tasks, or both.
+
+    Perplexity is over windows that do not overlap, without special tokens; the incomplete last window is dropped.
+
+    Example: quamba eval mamba2-tiny --perplexity book.txt --window 512 --max-windows 20
+    """
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if perplexity is None and not names:
+        raise UserError("There is nothing to measure: give --perplexity FILE.txt, --tasks T1,T2 or both.")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise UserError(f"'{json_file}' cannot be written: there is no directory '{json_file.parent}'.")
+    if json_file is not None and json_file.is_dir():
+        raise UserError(f"'{json_file}' cannot be written: it is a directory.")
+    check_windows(window, max_windows, batch_size)
+    if limit is not None and limit < 1:
+        raise UserError(f"The limit of documents is at least 1, and {limit} was given.")
+    if perplexity is not None:
+        read_text(perplexity)
+
+    console.settle()
+    from quamba import evaluate
+    from quamba.loading import load
+
+    # Before the model is loaded: a mistake should not cost minutes.
+    manager = evaluate.find_tasks(names, tasks_path) if names else None
+
+    network, tokenizer = load(model, device=device)
+    results: dict[str, Any] = {"model": model}
+    if perplexity is not None:
+        with console.progress() as progress:
+            results["perplexity"] = evaluate.perplexity(
+                network,
+                tokenizer,
+                perplexity,
+                window=window,
+                max_windows=max_windows,
+                stepwise=stepwise,
+                batch_size=batch_size,
+                progress=progress,
+            )
+    if names:
+        results["tasks"] = evaluate.tasks(
+            network, tokenizer, names, limit=limit, batch_size=batch_size or 16, manager=manager
+        )
+    if json_file is not None:
+        write_json(json_file, results)
+    show(results)
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the perplexity in one line and the tasks in one table."""
+    if "perplexity" in results:
+        found = results["perplexity"]
+        console.out.print(
+            f"perplexity {found['value']:.4f} on {found['file']} "
+            f"({found['windows']} windows, {found['tokens']} tokens predicted)"
+        )
+    if "tasks" in results:
+        table = console.table("task", "metric", "value", "stderr")
+        for name, metrics in results["tasks"].items():
+            for metric, value in metrics.items():
+                if "_stderr" not in metric:
+                    stem, at, kept = metric.partition("@")
+                    error = metrics.get(f"{stem}_stderr{at}{kept}")
+                    table.add_row(name, metric, f"{value:.4f}", "-" if error is None else f"{error:.4f}")
+        console.out.print(table)
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Write `results` to `path` at once: a reader sees the old file or the whole new one.
+
+    JSON has no infinity and no NaN; they become null. Raises UserError if the directory takes no file.
+    """
+    value = results.get("perplexity", {}).get("value")
+    if value is not None and not math.isfinite(value):
+        results = results | {"perplexity": results["perplexity"] | {"value": None}}
+    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    try:
+        handle, partial = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written: {error.strerror}.") from None
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(partial, 0o666 & ~umask)  # mkstemp makes files private; a result is as public as any other
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise

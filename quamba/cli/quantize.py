@@ -1,0 +1,101 @@
+"""`quamba quantize`: a checkpoint in, a quantised directory out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quamba.cli import console
+from quamba.cli.options import Device, Model
+from quamba.errors import UserError
+
+if TYPE_CHECKING:
+    from quamba.pipeline import Report
+
+
+def run(
+    model: Model,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            metavar="RECIPE",
+            help="What becomes how many bits: w8a8, w4a8 or w4a16 (weights, activations), or a recipe FILE.yaml.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="The directory to write; it appears only when complete.", show_default=False),
+    ],
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.txt|DATASET",
+            help="Text that shows the model typical activations: a UTF-8 file or a Hub data set; "
+            "by default the embedded text.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many pieces of calibration text to read; by default as the recipe says."),
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(min=2, help="The length of a piece, in tokens; by default as the recipe says.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The seed that picks the pieces; the same seed gives the same bits.")] = 0,
+    device: Device = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output directory if it exists; by default refuse.")
+    ] = False,
+) -> None:
+    """Quantise a model and write it as a Hugging Face directory.
+
+    Prints the sizes before and after, the time, and the peak memory above the start.
+
+    Example: quamba quantize mamba2-tiny --recipe w4a8 --output mamba2-tiny-w4a8
+    """
+    if calibration is not None and _means_a_file(calibration) and not Path(calibration).is_file():
+        raise UserError(f"There is no calibration file '{calibration}'.")
+    console.settle()
+    from quamba.pipeline import quantize
+    from quamba.recipe import load_recipe
+
+    with console.progress() as progress:
+        report = quantize(
+            model,
+            load_recipe(recipe),
+            output,
+            calibration_text=calibration,
+            samples=samples,
+            seqlen=seqlen,
+            seed=seed,
+            device=device,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    show(report)
+
+
+def _means_a_file(calibration: str) -> bool:
+    """Tell `text.txt` and `./text` from `owner/dataset`."""
+    return calibration.endswith(".txt") or calibration.startswith((".", "/", "~"))
+
+
+def show(report: Report) -> None:
+    """Print the sizes of a finished run in MB (10^6 bytes), its seconds and its peak memory."""
+    sizes = report.sizes
+    parts = [name for name in ("layers", "embedding", "lm_head") if sizes.get(f"{name}_original") or sizes.get(name)]
+    rows = [(name, sizes.get(f"{name}_original", 0), sizes.get(name, 0)) for name in parts]
+    rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    table = console.table("part", "original MB", "quantised MB", "ratio")
+    for name, before, after in rows:
+        table.add_row(name, console.megabytes(before), console.megabytes(after), console.ratio(after, before))
+    console.out.print(table)
+    console.out.print(f"time: {report.seconds:.1f} s")
+    console.out.print(
+        f"peak memory above the start: {console.megabytes(report.peak_memory)} MB "
+        f"(largest layer: {console.megabytes(report.largest_layer)} MB)"
+    )
+    console.out.print(f"written to {report.output}")
