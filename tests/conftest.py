@@ -86,11 +86,24 @@ def text(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture
-def quantised(text, tmp_path):
+def quantise(text, tmp_path):
     """(directory, recipe) -> the directory of the quantised model, calibrated on little."""
 
     def made(folder, recipe, name: str = "quantised", **options):
         options = {"samples": 4, "seqlen": 32, **options}
         return quamba.quantize(folder, recipe, tmp_path / name, calibration_text=text, device="cpu", **options).output
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def stock(tiny_checkpoint, text, tmp_path_factory: pytest.TempPathFactory):
+    """(recipe, model type) -> the quantised directory of a tiny random model, made once."""
+
+    @functools.cache
+    def made(recipe: str, model_type: str):
+        folder, _ = tiny_checkpoint(model_type)
+        output = tmp_path_factory.mktemp("stock") / recipe
+        return quamba.quantize(folder, recipe, output, calibration_text=text, samples=4, seqlen=32, device="cpu").output
 
     return made

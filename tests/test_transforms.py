@@ -137,13 +137,13 @@ D_MODELS = [192, 320, 48, 112, 92]
 @pytest.mark.parametrize("block", [None, 4])
 @pytest.mark.parametrize("size", D_MODELS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_float_recipe_changes_nothing(name: str, size: int, block: int | None, tiny_checkpoint, quantised) -> None:
+def test_a_float_recipe_changes_nothing(name: str, size: int, block: int | None, tiny_checkpoint, quantise) -> None:
     sizes = {"hidden_size": size, "intermediate_size": 2 * size, "num_heads": size // 2, "head_dim": 4}
     fields = ARCHITECTURES[name].tiny[0]
     folder, model = tiny_checkpoint(name, tuple((k, v) for k, v in sizes.items() if k in fields))
     for rotate in ({"residual": True, "output": True, "block": block}, {"residual": False, "output": block is None}):
         recipe = parse_recipe({"rotate": rotate, "cluster": {}}, "exact")
-        made = quantised(folder, recipe, f"{rotate['residual']}", samples=1, seqlen=8)
+        made = quantise(folder, recipe, f"{rotate['residual']}", samples=1, seqlen=8)
         again, _ = quamba.load(made, device="cpu")
         ids = IDS[:1, :9]
         assert change(logits(again, ids), logits(model, ids)) < 1e-5
