@@ -203,7 +203,9 @@ class Recipe(_Strict):
         return StorageSpec(**{**self.conv.model_dump(), **(override.conv if override else {})})
 
 
-FLOAT = Recipe(name="float", summary="Nothing is changed.", fold_norms=False, rotate=RotationSpec(residual=False, output=False))
+FLOAT = Recipe(
+    name="float", summary="Nothing is changed.", fold_norms=False, rotate=RotationSpec(residual=False, output=False)
+)
 
 
 def _one_of(name: str, known: dict[str, Any]) -> str:

@@ -48,7 +48,8 @@ def build():
             return 0.5 * noise - 1
         if tensor.dim() > 1:
             return noise if "embedding" in name else noise / tensor[0].numel() ** 0.5
-        return noise if name.endswith(".D") else 0.2 * noise + name.endswith("norm.weight") + name.endswith("norm_f.weight")
+        gain = name.endswith(("norm.weight", "norm_f.weight"))
+        return noise if name.endswith(".D") else 0.2 * noise + gain
 
     def made(model_type: str, config: dict[str, Any], seed: int = 0) -> Any:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.float32)

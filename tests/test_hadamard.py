@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from quamba_kernels.hadamard import block_size, factor, hadamard_matrix, rotate
 
 ORDERS = [1, 2, 4, 12, 20, 28, 36, 40, 44, 48, 112, 192, 320, 768, 1536, 2560, 4096, 5120]

@@ -5,8 +5,6 @@ import json
 
 import pytest
 import torch
-from quamba_kernels import OPS, ops
-from quamba_kernels.ops.rowwise import to_int8
 from safetensors.torch import load_file
 
 import quamba
@@ -17,6 +15,8 @@ from quamba.modules.embedding import Embedding
 from quamba.recipe import StorageSpec, load_recipe, parse_recipe, stock_recipes
 from quamba.transforms import sort_and_cluster
 from quamba.transforms.cluster import cluster_label
+from quamba_kernels import OPS, ops
+from quamba_kernels.ops.rowwise import to_int8
 
 IDS = torch.randint(1, 96, (2, 17), generator=torch.Generator().manual_seed(0))
 
@@ -91,8 +91,6 @@ def test_every_combination_reloads(name, head, embedding, cluster, fold, tiny_ch
 
 def test_a_limit_on_the_time_step_is_kept(tiny_checkpoint, quantise) -> None:
     """dt_limit landed in another parameter and was ignored."""
-    if "mamba2" not in ARCHITECTURES:
-        pytest.skip("no architecture with a limit")
     folder, model = tiny_checkpoint("mamba2", (("time_step_limit", (0.2, 0.4)),))
     _, free = tiny_checkpoint("mamba2")
     with torch.inference_mode():
@@ -101,7 +99,7 @@ def test_a_limit_on_the_time_step_is_kept(tiny_checkpoint, quantise) -> None:
     assert change(got, want) < 1e-5 and change(unlimited, want) > 1e-2
 
 
-def test_several_groups_have_scales_of_their_own(build, quantise, tiny_checkpoint) -> None:
+def test_several_groups_have_scales_of_their_own(quantise, tiny_checkpoint) -> None:
     """The number of state groups was read from the wrong axis and fixed at four."""
     folder, model = tiny_checkpoint("mamba2", (("n_groups", 2),))
     made = quantise(folder, "w8a8")
@@ -137,7 +135,8 @@ def test_the_head_honours_its_format_and_sees_the_quantised_model(name, tiny_che
     monkeypatch.setattr("quamba.modules.linear.gptq", spy)
     folder, _ = tiny_checkpoint(name)
     for i, body in enumerate(("w4a8", "float")):
-        policy = {"linears": {"default": {"format": body}, "lm_head": {"format": "w4a16"}, "dt_proj": {"format": "float"}}}
+        linears = {"default": {"format": body}, "lm_head": {"format": "w4a16"}, "dt_proj": {"format": "float"}}
+        policy = {"linears": linears}
         stored = load_file(quantise(folder, parse_recipe(policy, "head"), f"{i}") / "model.safetensors")
         assert stored["lm_head.weight_packed"].dtype == torch.int32
     quantised, floats = [h for h in heads if h[0] == 2048]
@@ -191,8 +190,10 @@ def test_a_scale_covers_the_loudest_head() -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_nothing_but_weights_and_scales_is_saved(name, stock) -> None:
     """Workspaces and scratch memory were part of the checkpoint."""
-    known = {k for k in ("weight", "bias", "A_log", "D", "dt_bias", "weight_packed", "weight_scale", "weight_multiplier",
-                         "scale", "head_end", "channel_end")}  # fmt: skip
+    known = {
+        "weight", "bias", "A_log", "D", "dt_bias", "weight_packed", "weight_scale", "weight_multiplier", "scale",
+        "head_end", "channel_end",
+    }  # fmt: skip
     for recipe in stock_recipes():
         tensors = load_file(stock(recipe, name) / "model.safetensors")
         assert {key.rpartition(".")[2] for key in tensors} <= known

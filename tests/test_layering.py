@@ -74,7 +74,8 @@ def test_only_descriptions_name_model_types(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES)
 def test_no_branch_on_a_model_type(path: Path) -> None:
-    assert not re.search(r"\b(if|elif|case|match)\b[^\n]*model_type\s*(==|in\s*[\(\[{])", path.read_text(encoding="utf-8"))
+    branch = r"\b(if|elif|case|match)\b[^\n]*model_type\s*(==|in\s*[\(\[{])"
+    assert not re.search(branch, path.read_text(encoding="utf-8"))
 
 
 OWNERS = {"quamba/modules/site.py", "quamba/modules/embedding.py", "quamba/modules/conv.py", "quamba/recipe.py"}

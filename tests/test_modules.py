@@ -4,8 +4,6 @@ import gc
 
 import pytest
 import torch
-from quamba_kernels import ops
-from quamba_kernels.ops.state import load_state
 
 import quamba
 from quamba.models import ARCHITECTURES
@@ -13,6 +11,8 @@ from quamba.modules.block import RecurrentBlock
 from quamba.modules.lowbit import LowBit
 from quamba.modules.state import RecurrentState
 from quamba.recipe import parse_recipe, stock_recipes
+from quamba_kernels import ops
+from quamba_kernels.ops.state import load_state
 
 PAIRS = [(recipe, name) for recipe in stock_recipes() for name in ARCHITECTURES]
 IDS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(0))

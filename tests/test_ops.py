@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+
 from quamba_kernels import OPS, Backend
 from quamba_kernels.ops.rowwise import dequantize
 from quamba_kernels.ops.ssd import group_scale

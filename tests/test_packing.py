@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quamba_kernels.backends.cpu import contract, expand
-from quamba_kernels.ops.linear import expand_two_level
 
 from quamba.packing import pack_int4, unpack_int4
+from quamba_kernels.backends.cpu import contract, expand
+from quamba_kernels.ops.linear import expand_two_level
 
 
 def codes(low: int, high: int):

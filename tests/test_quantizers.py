@@ -88,10 +88,8 @@ def test_search_is_never_worse_than_none(fmt: Format, features: int, group: int)
         if seed % 2:
             weight = weight.sign() * weight.square()  # heavy tails
         weigh = importance(hessian, features)
-        errors = [
-            searched_error(fmt.grid(features, 64, LinearSpec(format=fmt.name, group_size=group, search=s)), weight, weigh)
-            for s in (False, True)
-        ]
+        specs = (LinearSpec(format=fmt.name, group_size=group, search=s) for s in (False, True))
+        errors = [searched_error(fmt.grid(features, 64, spec), weight, weigh) for spec in specs]
         assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
         gained += float(errors[0].sum() - errors[1].sum())
     assert gained > 0

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from quamba_kernels import OPS, BackendUnavailable, Op, Setting, doctor
 from quamba_kernels.registry import ENVIRONMENT
 

@@ -8,7 +8,14 @@ from quamba.models import ARCHITECTURES, describe
 from quamba.models.spec import Sublayer
 from quamba.recipe import parse_recipe
 from quamba.transforms import (
-    TRANSFORMS, Permutation, fold_norm, legal, permute, residual_rotation, rotate_residual, sort_and_cluster,
+    TRANSFORMS,
+    Permutation,
+    fold_norm,
+    legal,
+    permute,
+    residual_rotation,
+    rotate_residual,
+    sort_and_cluster,
 )  # fmt: skip
 
 CONFIGS = [(name, i) for name, arch in ARCHITECTURES.items() for i in range(len(arch.tiny))]

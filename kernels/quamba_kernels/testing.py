@@ -25,7 +25,7 @@ TOLERANCE: dict[str, dict[torch.dtype, float]] = {
     "rms_norm": {F32: 1e-6, BF16: 2e-3},
     "gate_output": {F32: 2e-6, BF16: 2e-3},
     "causal_conv1d": {F32: 1e-6, BF16: 2e-3},
-    "linear_w8a8": {F32: 1e-6, BF16: 6e-3},  # a backend may round the sum to bf16, then the output; the body rounds once
+    "linear_w8a8": {F32: 1e-6, BF16: 6e-3},  # a backend may round the sum and the output, the body rounds once
     "linear_w4a8": {F32: 1e-6, BF16: 6e-3},
     "linear_w4a16": {F32: 2e-6, BF16: 8e-3},  # and the scales of the weights
     "ssd_scan": {F32: 5e-6, BF16: 2e-3},
@@ -74,9 +74,10 @@ def change(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 def flat(value: Any) -> list[torch.Tensor]:
     """The tensors inside nested tuples and dicts."""
-    found: list[torch.Tensor] = []
-    change(value, lambda t: (found.append(t), t)[1])
-    return found
+    if isinstance(value, torch.Tensor):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return [tensor for part in inside for tensor in flat(part)]
 
 
 def outcome(
@@ -100,7 +101,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def disagreement(got: list[torch.Tensor], want: list[torch.Tensor], tolerance: float) -> str | None:
-    """None when two outcomes agree: floats within ``tolerance``, int8 codes but for rare ties, other integers exactly."""
+    """None when two outcomes agree: floats within ``tolerance``, int8 codes but for rare ties, other integers fully."""
     if len(got) != len(want):
         return f"{len(got)} tensors, not {len(want)}"
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
@@ -247,7 +248,8 @@ def _linear(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[Cas
             x = _codes(rng, *lead, features) if int8 else _normal(rng, *lead, features, dtype=dtype)
             x[..., -1, :] = 127  # the largest sums; a row of them also saturates an int8 output
             scale: Any = (torch.tensor([0.02]) if rows % 2 else _scale(rng, *lead, 1),) if int8 else ()
-            extra = (_normal(rng, outputs, dtype=dtype), _normal(rng, *lead, outputs)) if rows % 3 == 0 else (None, None)
+            bias, residual = _normal(rng, outputs, dtype=dtype), _normal(rng, *lead, outputs)
+            extra = (bias, residual) if rows % 3 == 0 else (None, None)
             label = f"{rows} rows K={features} O={outputs} S={size} {dtype}"
             at = 2 if int8 else 1
             yield Case(label, (x, *scale, weights, *extra), {"out_dtype": dtype}, shape, dtype, at)
@@ -257,7 +259,12 @@ def _linear(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[Cas
 
 
 def _scan_inputs(
-    rng: torch.Generator, dtype: torch.dtype, int8: bool, x: tuple[int, ...], bc: tuple[int, ...], static: dict[str, Any]
+    rng: torch.Generator,
+    dtype: torch.dtype,
+    int8: bool,
+    x: tuple[int, ...],
+    bc: tuple[int, ...],
+    static: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
     if int8:
         return _codes(rng, *x), _codes(rng, *bc), _codes(rng, *bc), static
@@ -301,7 +308,8 @@ def _selective(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[
         T = (tokens,) if name == "selective_scan" else ()
         A, D, bias = -torch.rand(inner, N, generator=rng) * 2 - 0.1, _normal(rng, inner), _normal(rng, inner)
         for j, (kind, noisy) in enumerate(STATES):
-            static = {"x_scale": _scale(rng, inner if i % 2 else 1), "B_scale": _scale(rng, 1), "C_scale": _scale(rng, 1)}
+            x_scale = _scale(rng, inner if i % 2 else 1)
+            static = {"x_scale": x_scale, "B_scale": _scale(rng, 1), "C_scale": _scale(rng, 1)}
             x, B, C, scales = _scan_inputs(rng, dtype, j > 1, (batch, *T, inner), (batch, *T, N), static)
             rest = (x, _normal(rng, batch, *T, inner, dtype=dtype), A, B, C, D, bias if i else None)
             label = f"{batch}x{tokens if T else 1} I={inner} N={N} int8={j > 1} {dtype}"
