@@ -85,6 +85,13 @@ def test_clusters_cost_no_more_than_cruder_scales(magnitude, groups: int, heads:
     cost = noise(permuted(magnitude, made), cluster_label(made.head_end, made.channel_end, total, headdim))
     per_group = (torch.arange(total) // (total // groups))[:, None].expand(total, headdim)
     assert cost <= noise(magnitude, per_group) * (1 + 1e-12)
+    parts = made.channel_end.shape[-1]
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(20):  # the same heads, their sorted channels cut elsewhere
+        inner = torch.randperm(headdim - 1, generator=rng)[: parts - 1].sort().values + 1
+        ends = torch.cat([inner, torch.tensor([headdim])])
+        other = cluster_label(made.head_end, ends.int().expand_as(made.channel_end), total, headdim)
+        assert cost <= noise(permuted(magnitude, made), other) * (1 + 1e-12)
     even = sort_and_cluster(torch.ones_like(magnitude), groups, heads, channels)
     label = cluster_label(even.head_end, even.channel_end, total, headdim)
     assert cost <= noise(magnitude, label) * (1 + 1e-12)  # the same clusters of the unsorted channels

@@ -37,8 +37,8 @@ FLIPS = 1e-3
 """Share of int8 codes that may be off by one: where x / scale lies on a tie, the last bit of x decides."""
 TOKENS = ((1, 1), (2, 3), (3, 63), (1, 130))
 """Batch and tokens."""
-LINEARS = ((1, 64, 48), (3, 384, 32), (8, 1536, 16), (9, 1152, 80), (33, 256, 64))
-"""Rows, in features and out features: at 1152 and 1536 products of +-127 pass 2^24, where fp32 ceases to be exact."""
+LINEARS = ((1, 64, 48), (3, 384, 32), (8, 1536, 16), (9, 1152, 80), (2, 3200, 16), (33, 256, 64))
+"""Rows, in features and out features: from 1152 on products of +-127 pass 2^24, where fp32 ceases to be exact."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,9 @@ def _conv(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[Case]
 def _low_bit(name: str, rng: torch.Generator, features: int, outputs: int) -> Iterator[tuple[int, tuple[Any, ...]]]:
     """Group size and canonical weights."""
     if name == "linear_w8a8":
-        yield features, (_codes(rng, outputs, features), _scale(rng, outputs))
+        codes = _codes(rng, outputs, features)
+        codes[:4] = _codes(rng, 4, features, low=120)
+        yield features, (codes, _scale(rng, outputs))
     for size in [] if name == "linear_w8a8" else [s for s in (32, 128, features) if features % s == 0]:
         shape = outputs, features // size
         if name == "linear_w4a8":
