@@ -2,8 +2,8 @@
 
     python benchmarks/accuracy.py PLAN.yaml --text validation.txt --calibration calibration.txt --output results.json
 
-A plan lists runs: {model, recipe, name, set: {dotted.key: value}, windows, window, stepwise}. Recipe "original" evaluates the
-checkpoint itself in fp32. Runs go in parallel processes (--jobs); finished ones are kept when the file exists.
+A plan lists runs: {model, recipe, name, set: {dotted.key: value}, evaluate: [...]}, and an evaluation is
+{windows, window, stepwise, state: {dtype, rounding}} or {tasks: [...]}. Recipe "original" is the checkpoint in fp32. Runs go in parallel processes (--jobs); finished ones are kept when the file exists.
 """
 
 from __future__ import annotations
@@ -36,12 +36,32 @@ def variant(stock: str, changes: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
+def measure(model: Any, tokenizer: Any, what: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """One evaluation: perplexity with the recurrent state stored as ``state`` says, or lm-eval tasks."""
+    from quamba import evaluate
+    from quamba.recipe import StateSpec
+
+    start = time.perf_counter()
+    if "tasks" in what:
+        found = evaluate.tasks(model, tokenizer, what["tasks"], tasks_path=arguments.tasks_path, batch_size=64)
+        result: dict[str, Any] = {"tasks": {name: found[name] for name in what["tasks"]}}
+    else:
+        for module in model.modules():
+            if "state" in what and hasattr(module, "state_spec"):
+                module.state_spec = StateSpec(**what["state"])
+        result = {"perplexity": evaluate.perplexity(
+            model, tokenizer, arguments.text, window=what.get("window", 1024), max_windows=what["windows"],
+            stepwise=what.get("stepwise", False), batch_size=what.get("batch_size"),
+        )}  # fmt: skip
+        result["perplexity"]["file"] = Path(arguments.text).name
+    return {**what, **result, "seconds": round(time.perf_counter() - start, 1)}
+
+
 def run_one(run: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Quantise and evaluate one run in this process."""
+    """Quantise one run and evaluate it in this process."""
     import torch
 
     import quamba
-    from quamba import evaluate
     from quamba.recipe import parse_recipe
 
     torch.set_num_threads(arguments.threads)
@@ -56,13 +76,7 @@ def run_one(run: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any
             )
             result = {"seconds": round(report.seconds, 1), "peak_memory": report.peak_memory, "sizes": report.sizes}
         model, tokenizer = quamba.load(source, device=arguments.device, dtype=torch.float32)
-        start = time.perf_counter()
-        result["perplexity"] = evaluate.perplexity(
-            model, tokenizer, arguments.text, window=run.get("window", 1024), max_windows=run.get("windows", 64),
-            stepwise=run.get("stepwise", False), batch_size=run.get("batch_size"),
-        )  # fmt: skip
-        result["perplexity"]["file"] = Path(arguments.text).name
-        result["evaluation_seconds"] = round(time.perf_counter() - start, 1)
+        result["evaluations"] = [measure(model, tokenizer, what, arguments) for what in run["evaluate"]]
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
     return {**run, "model": Path(run["model"]).name, **result, "device": device, "date": date.today().isoformat()}
 
@@ -77,6 +91,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tasks-path", help="directory of lm-eval YAML files")
     parser.add_argument("--models", type=Path, default=Path("."), help="directory of the models named in the plan")
     arguments = parser.parse_args()
     if arguments.plan.startswith("{"):
@@ -90,6 +105,7 @@ def main() -> None:
     def launch(run: dict[str, Any]) -> None:
         job = json.dumps({**run, "model": str(arguments.models / run["model"])})
         options = ["--text", arguments.text, "--calibration", arguments.calibration, "--device", arguments.device]
+        options += ["--tasks-path", arguments.tasks_path] if arguments.tasks_path else []
         command = [sys.executable, __file__, job, *options, "--threads", str(arguments.threads)]
         process = subprocess.run(command, capture_output=True, text=True)
         if process.returncode:
@@ -98,8 +114,10 @@ def main() -> None:
         result = json.loads(process.stdout.splitlines()[-1])
         done.append(result)
         arguments.output.write_text(json.dumps(done, indent=1))
-        value = result["perplexity"]["value"]
-        print(run["model"], run["name"], f"{value:.4f}", result.get("seconds"), result["evaluation_seconds"], flush=True)
+        shown = [
+            f"{e['perplexity']['value']:.4f}" if "perplexity" in e else json.dumps(e["tasks"]) for e in result["evaluations"]
+        ]
+        print(run["model"], run["name"], *shown, f"{result.get('seconds')} s", flush=True)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(launch, waiting))

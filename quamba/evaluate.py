@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from quamba.decoding import Decoder
 from quamba.errors import UserError
 from quamba.harness import find_tasks, tasks
 from quamba.windows import check_windows, read_text
@@ -22,8 +23,6 @@ __all__ = ["check_windows", "find_tasks", "perplexity", "read_text", "tasks"]
 
 Progress = Callable[[str, int, int], None]
 
-# The name under which a model returns its cache is the name under which it takes it back.
-CACHE_NAMES = ("cache_params", "past_key_values")
 # Elements of the float32 logits that the loss looks at in one go (64 MB).
 LOSS_CHUNK = 16 * 2**20
 
@@ -83,14 +82,9 @@ def _loss_prefill(model: PreTrainedModel, ids: torch.Tensor, report: Callable[[f
 def _loss_stepwise(model: PreTrainedModel, ids: torch.Tensor, report: Callable[[float], None]) -> float:
     """Return the summed loss of windows `ids` [B, T], int64, read one token per forward."""
     total = torch.zeros((), dtype=torch.float64, device=ids.device)
-    cache: dict[str, Any] = {}
-    steps = ids.shape[1] - 1
+    decoder, steps = Decoder(model), ids.shape[1] - 1
     for step in range(steps):
-        output = model(ids[:, step : step + 1], use_cache=True, **cache)
-        cache = {name: output[name] for name in CACHE_NAMES if output.get(name) is not None}
-        if not cache:
-            raise UserError(f"{type(model).__name__} returns no cache, so it cannot be evaluated one token at a time.")
-        total += _loss(output.logits[:, -1], ids[:, step + 1])
+        total += _loss(decoder.step(ids[:, step]), ids[:, step + 1])
         report((step + 1) / steps)
     return float(total)
 

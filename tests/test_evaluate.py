@@ -111,7 +111,7 @@ def test_mistakes_are_told_in_a_sentence(mamba2, tmp_path, content, options, sen
 
 
 def test_model_without_a_cache_cannot_step(mamba2, text, monkeypatch):
-    monkeypatch.setattr(evaluate, "CACHE_NAMES", ("memory",))
+    monkeypatch.setattr(decoding, "CACHE_NAMES", ("memory",))
     with pytest.raises(UserError, match="returns no cache"):
         evaluate.perplexity(*mamba2, text, window=8, max_windows=1, stepwise=True)
 

@@ -14,6 +14,8 @@ from quamba_kernels.registry import Setting
 
 EXACT_K = 1024
 FEW_ROWS = 8
+PACKED_K = 32
+"""torch._weight_int8pack_mm reads beyond rows that do not fill its vectors (K = 12 and 100 crashed in torch 2.13)."""
 BF16_GEMM = torch.cpu._is_avx512_bf16_supported()
 
 
@@ -31,7 +33,8 @@ def exact_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def int8_linear(x, x_scale, weight, scale, bias, residual, out_scale, out_dtype):
     rows = x.flatten(0, -2)
-    if rows.shape[0] <= FEW_ROWS and out_dtype == torch.bfloat16:
+    packed = x.shape[-1] % PACKED_K == 0 and rows.shape[0] <= FEW_ROWS and out_dtype == torch.bfloat16
+    if packed:
         ones = torch.ones_like(scale, dtype=torch.bfloat16)
         acc = torch._weight_int8pack_mm(rows.to(torch.bfloat16), weight, ones).float()
     else:
