@@ -12,6 +12,7 @@ from quamba import calibrate, calibration, card, memory
 from quamba.checkpoint import Checkpoint, Writer
 from quamba.errors import UserError
 from quamba.loading import pick_device
+from quamba.models import check_recipe
 from quamba.models.spec import BlockSpec, ModelSpec, Sublayer
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.embedding import Embedding
@@ -54,6 +55,7 @@ def quantize(
     if checkpoint.quantised:
         raise UserError(f"{checkpoint.path} is quantised already; give the original checkpoint")
     model, plan = checkpoint.spec, recipe.calibration
+    check_recipe(recipe, model)
     tokens = calibration.windows(
         calibration.read_text(calibration_text), checkpoint.tokenizer(),
         samples or plan.samples, seqlen or plan.seqlen, seed,
@@ -143,7 +145,7 @@ def cluster(
     samples, the scales later from all."""
     value = next(i.name for i in sub.mixer.inputs if i.semantics == "value")
     site = module.parts(sub)[0].sites[value]
-    if recipe.cluster is None or site.clusters is None or site.spec.granularity != "cluster":
+    if recipe.cluster is None or site.clusters is None or not site.static or site.spec.granularity != "cluster":
         return tensors
     module.hold(sub, tensors, kept_type)
     magnitude = calibrate.value_magnitude(module, sub, stream.first(recipe.cluster.samples)).cpu()

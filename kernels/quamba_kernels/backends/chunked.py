@@ -32,17 +32,18 @@ def ssd_scan(
 ):  # fmt: skip
     """State-space duality in chunks of 64 (2405.21060, section 6). x_scale multiplies the outputs: it commutes."""
     batch, tokens, heads, headdim = x.shape
+    size = min(SSD_CHUNK, tokens)
     groups, d_state = B.shape[2:]
     fold = heads // groups
-    dt = _chunks(ssd.timestep(dt, dt_bias, dt_limit), SSD_CHUNK)  # B c l H
+    dt = _chunks(ssd.timestep(dt, dt_bias, dt_limit), size)  # B c l H
     total = torch.cumsum(dt * A, 2)
-    xd = _chunks(x.float(), SSD_CHUNK) * dt.unsqueeze(-1)  # B c l H P
-    Bc = _chunks(dequantize(B, ssd.group_scale(B_scale)), SSD_CHUNK).transpose(2, 3)  # B c G l N
-    Cc = _chunks(dequantize(C, ssd.group_scale(C_scale)), SSD_CHUNK).transpose(2, 3)
+    xd = _chunks(x.float(), size) * dt.unsqueeze(-1)  # B c l H P
+    Bc = _chunks(dequantize(B, ssd.group_scale(B_scale)), size).transpose(2, 3)  # B c G l N
+    Cc = _chunks(dequantize(C, ssd.group_scale(C_scale)), size).transpose(2, 3)
 
     by_head = total.transpose(2, 3)  # B c H l
     gap = by_head.unsqueeze(-1) - by_head.unsqueeze(-2)
-    causal = torch.ones(SSD_CHUNK, SSD_CHUNK, dtype=torch.bool, device=x.device).tril()
+    causal = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
     mix = gap.masked_fill_(~causal, -torch.inf).exp_().unflatten(2, (groups, fold))
     mix *= (Cc @ Bc.transpose(-1, -2)).unsqueeze(3)
     y = mix.flatten(2, 3) @ xd.transpose(2, 3)  # B c H l P
@@ -76,19 +77,19 @@ def selective_scan(
     x_scale=None, B_scale=None, C_scale=None, out_dtype=torch.float32,
 ):  # fmt: skip
     """All chunks of 32 tokens step together: once for their last states, then again from the states carried in."""
-    tokens = x.shape[1]
+    tokens, size = x.shape[1], min(SELECTIVE_CHUNK, x.shape[1])
     x, B, C = dequantize(x, x_scale), dequantize(B, B_scale), dequantize(C, C_scale)
     dt = selective.timestep(dt, dt_bias)
-    dts = _chunks(dt, SELECTIVE_CHUNK)  # B c l I
-    dx = _chunks(dt * x, SELECTIVE_CHUNK).unsqueeze(-1)
-    Bs, Cs = _chunks(B, SELECTIVE_CHUNK).unsqueeze(3), _chunks(C, SELECTIVE_CHUNK)
+    dts = _chunks(dt, size)  # B c l I
+    dx = _chunks(dt * x, size).unsqueeze(-1)
+    Bs, Cs = _chunks(B, size).unsqueeze(3), _chunks(C, size)
     total = dts.sum(2)
 
     def advance(h: torch.Tensor, i: int) -> torch.Tensor:
         return torch.mul(dts[:, :, i].unsqueeze(-1), A).exp_().mul_(h).addcmul_(dx[:, :, i], Bs[:, :, i])
 
     h = x.new_zeros(*total.shape, A.shape[-1])
-    for i in range(SELECTIVE_CHUNK):
+    for i in range(size):
         h = advance(h, i)
     last = x.new_zeros(x.shape[0], *A.shape) if state is None else state.float()
     before = torch.empty_like(h)
@@ -97,7 +98,7 @@ def selective_scan(
         last = torch.exp(total[:, c].unsqueeze(-1) * A) * last + h[:, c]
     y = torch.empty_like(dts)
     h = before
-    for i in range(SELECTIVE_CHUNK):
+    for i in range(size):
         h = advance(h, i)
         y[:, :, i] = (h @ Cs[:, :, i].unsqueeze(-1)).squeeze(-1)
     y = y.flatten(1, 2)[:, :tokens] + x * D.float()
