@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from quamba_kernels.ops import Activation, dequantize
 
 from quamba.models.spec import Sublayer
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.linear import Linear
 from quamba.modules.site import Site
 from quamba.quantizers import Hessian
+from quamba_kernels.ops import Activation, dequantize
 
 
 class _Seen(Exception):

@@ -6,6 +6,7 @@ int4 codes lie as compressed-tensors' ``pack-quantized`` does: int32 [O, K/8], e
 from __future__ import annotations
 
 import torch
+
 from quamba_kernels.ops.linear import NIBBLES, unpack_int4
 
 __all__ = ["NIBBLES", "pack_int4", "unpack_int4"]

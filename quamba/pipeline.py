@@ -22,7 +22,13 @@ from quamba.quantizers import Hessian
 from quamba.recipe import Recipe, load_recipe
 from quamba.report import Report
 from quamba.transforms import (
-    fold_norm, output_block, permute, residual_rotation, rotate_output, rotate_residual, sort_and_cluster,
+    fold_norm,
+    output_block,
+    permute,
+    residual_rotation,
+    rotate_output,
+    rotate_residual,
+    sort_and_cluster,
 )  # fmt: skip
 from quamba.transforms.rotate import ResidualRotation
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from quamba_kernels import Backend, Op
 
 from quamba.formats.format import Format, Grid, Tensors
 from quamba.recipe import LinearSpec
+from quamba_kernels import Backend, Op
 
 
 def _float_linear(x, weights, bias=None, residual=None, *, out_scale=None, out_dtype=torch.float32):

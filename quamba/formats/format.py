@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from quamba_kernels import Backend, Op, Setting
 
 from quamba.recipe import LinearSpec
+from quamba_kernels import Backend, Op, Setting
 
 Tensors = dict[str, torch.Tensor]
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from quamba_kernels import Op, ops
-from quamba_kernels.ops.linear import dequantize_int4
 
 from quamba.errors import UserError
 from quamba.formats.format import Format, Grid, Tensors, clip_search, group_size
 from quamba.packing import NIBBLES, pack_int4
 from quamba.recipe import LinearSpec
+from quamba_kernels import Op, ops
+from quamba_kernels.ops.linear import dequantize_int4
 
 RATIOS = [1 - 0.03 * i for i in range(1, 15)]
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from quamba_kernels import Op, ops
-from quamba_kernels.ops.linear import expand_two_level
 
 from quamba.formats.format import Format, Grid, Tensors, group_size
 from quamba.formats.w4a16 import check_features
 from quamba.packing import NIBBLES, pack_int4
 from quamba.recipe import LinearSpec
+from quamba_kernels import Op, ops
+from quamba_kernels.ops.linear import expand_two_level
 
 M_MAX = 17
 CLIPS = [1 - 0.04 * i for i in range(13)]

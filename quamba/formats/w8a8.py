@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from quamba_kernels import Op, ops
 
 from quamba.formats.format import Format, Grid, Tensors, clip_search
 from quamba.recipe import LinearSpec
+from quamba_kernels import Op, ops
 
 RATIOS = [1 - 0.02 * i for i in range(1, 11)]
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from quamba.models.spec import (
-    Architecture, Axis, BlockSpec, MixerSpec, ModelSpec, Output, OutSite, Param, Proj, Scan, ScanInput, Sublayer,
+    Architecture,
+    Axis,
+    BlockSpec,
+    MixerSpec,
+    ModelSpec,
+    Output,
+    OutSite,
+    Param,
+    Proj,
+    Scan,
+    ScanInput,
+    Sublayer,
     require,
 )  # fmt: skip
 

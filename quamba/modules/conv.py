@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from quamba_kernels.ops.rowwise import to_int8, token_scale
 
 from quamba.modules.lowbit import LowBit
 from quamba.recipe import StorageSpec
+from quamba_kernels.ops.rowwise import to_int8, token_scale
 
 
 class Conv(LowBit):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from quamba_kernels import Setting, ops
-from quamba_kernels.ops.rowwise import to_int8, token_scale
 
 from quamba.modules.lowbit import LowBit
 from quamba.recipe import StorageSpec
+from quamba_kernels import Setting, ops
+from quamba_kernels.ops.rowwise import to_int8, token_scale
 
 
 class Embedding(LowBit):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from quamba_kernels.ops import Activation, dequantize
 from torch.nn import functional as F
 
 from quamba import formats
@@ -13,6 +12,7 @@ from quamba.modules.lowbit import LowBit
 from quamba.modules.site import Site
 from quamba.quantizers import Hessian, gptq, rtn
 from quamba.recipe import ActivationSpec, LinearSpec
+from quamba_kernels.ops import Activation, dequantize
 
 
 class Captured(Exception):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from quamba_kernels import Setting, ops
 
 from quamba.models.spec import MixerSpec
 from quamba.modules.conv import Conv
@@ -15,6 +14,7 @@ from quamba.modules.site import Site
 from quamba.modules.state import RecurrentState
 from quamba.recipe import Recipe
 from quamba.transforms.rotate import output_block
+from quamba_kernels import Setting, ops
 
 
 class Mixer(LowBit):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from quamba_kernels import Setting, ops
-from quamba_kernels.ops import Activation
 
 from quamba.modules.lowbit import LowBit
 from quamba.modules.site import Site
+from quamba_kernels import Setting, ops
+from quamba_kernels.ops import Activation
 
 
 class Norm(LowBit):

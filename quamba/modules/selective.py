@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from quamba_kernels import Setting, ops
-from quamba_kernels.ops import Activation
 
 from quamba.errors import UserError
 from quamba.modules.mixer import Mixer
+from quamba_kernels import Setting, ops
+from quamba_kernels.ops import Activation
 
 
 class SelectiveMixer(Mixer):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from quamba_kernels import Setting, ops
-from quamba_kernels.ops import Activation
 
 from quamba.modules.lowbit import LowBit
 from quamba.observers import DETAILED, OBSERVERS, QMAX, Histogram
 from quamba.recipe import ActivationSpec
 from quamba.transforms.cluster import cluster_label
+from quamba_kernels import Setting, ops
+from quamba_kernels.ops import Activation
 
 MIN_SCALE = 1e-8
 

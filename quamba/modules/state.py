@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from quamba_kernels.ops.state import load_state
 from transformers.cache_utils import LinearAttentionLayer
 
 from quamba.recipe import StateSpec
+from quamba_kernels.ops.state import load_state
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from quamba_kernels import hadamard
 
 from quamba.models.spec import MixerSpec, Output, Sublayer
 from quamba.transforms.permute import Permutation, permute
+from quamba_kernels import hadamard
 
 Tensors = dict[str, torch.Tensor]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from quamba_kernels import hadamard
 
 from quamba.errors import UserError
 from quamba.models.spec import MixerSpec, Sublayer
+from quamba_kernels import hadamard
 
 Tensors = dict[str, torch.Tensor]
 
