@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 
 from quamba_kernels import ops
+from quamba_kernels.ops import selective, ssd
 from quamba_kernels.ops.linear import dequantize_int4, expand_two_level, finish, unpack_int4
+from quamba_kernels.ops.rowwise import QMAX, dequantize
+from quamba_kernels.ops.state import dither
 from quamba_kernels.registry import Setting
 
 EXACT_K = 1024
@@ -105,3 +108,67 @@ def linear_w4a16(x, weights, bias=None, residual=None, *, out_scale=None, out_dt
         dtype = torch.bfloat16 if BF16_GEMM and x.dtype == torch.bfloat16 else torch.float32
         y = rows.to(dtype) @ dequantize_int4(packed, scale).to(dtype).T
     return finish(y.float().view(*x.shape[:-1], -1), bias, residual, out_scale, out_dtype)
+
+
+def _store(h: torch.Tensor, state: torch.Tensor, scale: torch.Tensor | None, rng: torch.Tensor | None) -> None:
+    """quantize_state that may overwrite h; a float32 state is h itself."""
+    if scale is None:
+        if state is not h:
+            state.copy_(h)
+        return
+    torch.linalg.vector_norm(h, float("inf"), dim=-1, out=scale)
+    scale.div_(QMAX).masked_fill_(scale == 0, 1.0)
+    h.div_(scale.unsqueeze(-1))
+    if rng is None:
+        h.round_()
+    else:
+        rows, columns = dither(rng, scale.numel(), h.shape[-1])
+        h.add_((rows.view(*scale.shape, 1) + columns).frac_()).floor_()
+        rng[1] += 1
+    state.copy_(h.clamp_(-QMAX, QMAX))
+
+
+def _advance(
+    state: torch.Tensor, scale: torch.Tensor | None, decay: torch.Tensor, x: torch.Tensor, B: torch.Tensor
+) -> torch.Tensor:
+    """h = decay * state + x B^T: state [b, P, N], decay [b, 1 or P, 1 or N], x [b, P], B [b, N]; a float32 state in place."""
+    if scale is not None:
+        h = state.float().mul_(scale.unsqueeze(-1)).mul_(decay)
+    else:
+        h = state.mul_(decay) if state.dtype == torch.float32 else state.float().mul_(decay)
+    return h.baddbmm_(x.unsqueeze(-1), B.unsqueeze(1))
+
+
+@ops.ssd_update.backend("cpu", why_not=needs_cpu)
+def ssd_update(
+    state, state_scale, rng, x, dt, A, B, C, D, dt_bias=None, *,
+    x_scale=None, B_scale=None, C_scale=None, dt_limit=ssd.NO_LIMIT, out_dtype=torch.float32,
+):  # fmt: skip
+    """The state is read and written once or twice instead of a dozen times: every step works in place."""
+    batch, heads, headdim, d_state = state.shape
+    x = dequantize(x, x_scale)
+    B = ssd.per_head(dequantize(B, ssd.group_scale(B_scale)), heads).view(-1, d_state)
+    C = ssd.per_head(dequantize(C, ssd.group_scale(C_scale)), heads).view(-1, d_state)
+    dt = ssd.timestep(dt, dt_bias, dt_limit)
+    flat = state.view(-1, headdim, d_state)
+    scale = None if state_scale is None else state_scale.view(-1, headdim)
+    decay = torch.exp(dt * A).view(-1, 1, 1)
+    h = _advance(flat, scale, decay, (dt.unsqueeze(-1) * x).view(-1, headdim), B)
+    y = torch.bmm(h, C.unsqueeze(-1)).view(batch, heads, headdim)
+    _store(h, flat, scale, rng)
+    return (y + x * D.float().unsqueeze(-1)).to(out_dtype)
+
+
+@ops.selective_update.backend("cpu", why_not=needs_cpu)
+def selective_update(
+    state, state_scale, rng, x, dt, A, B, C, D, dt_bias=None, *,
+    x_scale=None, B_scale=None, C_scale=None, out_dtype=torch.float32,
+):  # fmt: skip
+    """As ssd_update, with a decay for every channel and state."""
+    x, B, C = dequantize(x, x_scale), dequantize(B, B_scale), dequantize(C, C_scale)
+    dt = selective.timestep(dt, dt_bias)
+    decay = torch.mul(dt.unsqueeze(-1), A).exp_()
+    h = _advance(state, state_scale, decay, dt * x, B)
+    y = torch.bmm(h, C.unsqueeze(-1)).squeeze(-1)
+    _store(h, state, state_scale, rng)
+    return (y + x * D.float()).to(out_dtype)
