@@ -34,6 +34,8 @@ from quamba.transforms.rotate import ResidualRotation
 
 Tensors = dict[str, torch.Tensor]
 Progress = Callable[[str, int, int], None]
+ROWS = 4096
+"""Rows of the embedding and the head that are rotated at once in fp64."""
 
 
 @torch.inference_mode()
@@ -98,7 +100,9 @@ def embed(
 ) -> torch.Tensor:
     """Store the rotated, quantised embedding; return what the samples look like after it, fp32 [samples, T, D]."""
     module = Embedding(model.vocab, model.d_model, recipe.embedding, dtype=table.dtype)
-    module.fill(rotation.columns(table) if rotation else table)
+    for start in range(0, model.vocab, ROWS):
+        part = table[start : start + ROWS]
+        module.fill(rotation.columns(part) if rotation else part, start)
     writer.add(stored(module, model.embedding, table.dtype))
     return module.to(torch.float32)(tokens)
 
@@ -186,16 +190,17 @@ def quantise_head(
 ) -> Tensors:
     """Fold the last norm into the head, rotate it, and quantise it on what the quantised model gives."""
     norm = Norm(model.d_model, model.eps, folded=recipe.fold_norms, dtype=head.dtype, device=stream.device)
-    weight = head.double() * gain.double() if recipe.fold_norms else head.double()
+    weight = torch.empty(head.shape, device=stream.device)
+    for start in range(0, model.vocab, ROWS):
+        part = head[start : start + ROWS].double() * (gain.double() if recipe.fold_norms else 1)
+        weight[start : start + ROWS] = rotation.columns(part) if rotation is not None else part
     if not recipe.fold_norms:
         norm.weight.copy_(gain)
-    if rotation is not None:
-        weight = rotation.columns(weight)
     norm = norm.to(torch.float32)
     linear = Linear(
         model.d_model, model.vocab, bias=False, spec=recipe.linear("lm_head"), dtype=head.dtype, device=stream.device
     ).to(torch.float32)
-    linear.hold(weight.to(stream.device), None)
+    linear.hold(weight, None)
     hessian = Hessian(model.d_model, stream.device)
     linear.input.observe()
     for hidden in stream:

@@ -15,10 +15,12 @@ class Hessian:
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(features, features, device=device)
         self.tokens = 0
+        self._factors: dict[tuple[float, bool], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(self, x: torch.Tensor) -> None:
         """Add inputs x [..., K]."""
         rows = x.detach().float().flatten(0, -2)
+        self._factors.clear()
         self.total.addmm_(rows.T, rows)
         self.tokens += rows.shape[0]
 
@@ -26,6 +28,22 @@ class Hessian:
     def mean(self) -> torch.Tensor:
         """E[x^T x], [K, K]."""
         return self.total / max(self.tokens, 1)
+
+    def factor(self, damping: float, act_order: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The order of the columns [K] and the upper Cholesky factor [K, K] of the damped inverse in that order.
+
+        Kept for the next slab of the same linear. Raises FloatingPointError when the Hessian cannot be factored even with
+        100 times the damping.
+        """
+        if (damping, act_order) not in self._factors:
+            mean = self.mean
+            dead = mean.diagonal() == 0
+            mean[dead, dead] = 1
+            order = torch.arange(len(mean), device=mean.device)
+            if act_order:
+                order = mean.diagonal().argsort(descending=True)
+            self._factors[damping, act_order] = order, _inverse_factor(mean[order][:, order], damping)
+        return self._factors[damping, act_order]
 
 
 def importance(hessian: Hessian | None, features: int) -> torch.Tensor:
@@ -51,14 +69,10 @@ def gptq(weight: torch.Tensor, grid: Grid, hessian: Hessian, damping: float, act
     """
     features = weight.shape[1]
     weight = weight.float().clone()
-    mean = hessian.mean.clone()
     weigh = importance(hessian, features)
-    dead = mean.diagonal() == 0
-    mean[dead, dead] = 1
-    weight[:, dead] = 0
-    order = mean.diagonal().argsort(descending=True) if act_order else torch.arange(features, device=weight.device)
+    weight[:, hessian.total.diagonal() == 0] = 0
+    order, inverse = hessian.factor(damping, act_order)
     columns = order.tolist()
-    inverse = _inverse_factor(mean[order][:, order], damping)
     grid.begin(weight, weigh)
     codes = torch.zeros_like(weight.T)
     work = weight.T[order].contiguous()  # [K, O]: a column of the weight is a row here, and contiguous

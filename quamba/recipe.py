@@ -103,7 +103,7 @@ class CalibrationSpec(_Strict):
 
     samples: int = Field(64, ge=1)
     seqlen: int = Field(512, ge=2)
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(4, ge=1)
 
 
 class LayerOverride(_Strict):

@@ -32,14 +32,14 @@ class Embedding(LowBit):
         else:
             self.plain("weight", vocab, size, device=device)
 
-    def fill(self, table: torch.Tensor) -> None:
-        """Store a table [V, D] of floats. A row's scale is its largest magnitude, whatever its sign, over 127."""
+    def fill(self, table: torch.Tensor, start: int = 0) -> None:
+        """Store rows [v, D] of floats from ``start`` on. A row's scale is its largest magnitude, whatever its sign, over 127."""
         if self.spec.bits == 8:
             scale = token_scale(table.float())
-            self._buffers["weight_packed"].copy_(to_int8(table, scale))
-            self._buffers["weight_scale"].copy_(scale.squeeze(-1))
+            self._buffers["weight_packed"][start : start + len(table)] = to_int8(table, scale)
+            self._buffers["weight_scale"][start : start + len(table)] = scale.squeeze(-1)
         else:
-            self._parameters["weight"].copy_(table)
+            self._parameters["weight"][start : start + len(table)] = table
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int [...] -> [..., D] in the activations' type."""

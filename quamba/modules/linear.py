@@ -15,8 +15,8 @@ from quamba.recipe import ActivationSpec, LinearSpec
 from quamba_kernels.ops import Activation, dequantize
 
 
-class Captured(Exception):
-    """Raised by a linear that only wanted to see its inputs: what follows need not run."""
+SLAB = 2**21
+"""Weights quantised at once: rows do not depend on each other, and a head of 256,000 rows should not be copied whole."""
 
 
 class Linear(LowBit):
@@ -115,10 +115,13 @@ class Linear(LowBit):
         if self.format.name == "float":
             self._parameters["weight"].copy_(weight)
             return
-        grid = self.format.grid(self.features, self.outputs, self.spec)
-        if self.spec.method == "gptq" and hessian is not None:
-            codes = gptq(weight, grid, hessian, self.spec.damping, self.spec.act_order)
-        else:
-            codes = rtn(weight, grid, hessian)
-        for name, tensor in grid.pack(codes).items():
-            self._buffers[name].copy_(tensor)
+        rows = max(1, SLAB // self.features)
+        for start in range(0, self.outputs, rows):
+            part = weight[start : start + rows]
+            grid = self.format.grid(self.features, len(part), self.spec)
+            if self.spec.method == "gptq" and hessian is not None:
+                codes = gptq(part, grid, hessian, self.spec.damping, self.spec.act_order)
+            else:
+                codes = rtn(part, grid, hessian)
+            for name, tensor in grid.pack(codes).items():
+                self._buffers[name][start : start + rows] = tensor
