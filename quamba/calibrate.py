@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 
 import torch
 
@@ -67,7 +67,7 @@ def value_magnitude(block: RecurrentBlock, sub: Sublayer, samples: Samples) -> t
     rebind(block)
     site.peek = see
     for hidden in samples:
-        with _until_seen():
+        with suppress(_Seen):
             block.run(sub, hidden)
     site.peek = None
     return peak
@@ -87,7 +87,7 @@ def collect_inputs(
 
     linear.capture = see
     for hidden in samples:
-        with _until_seen():
+        with suppress(_Seen):
             block.run(sub, hidden)
     linear.capture = None
     return hessian, kept
@@ -98,11 +98,3 @@ def rebind(block: RecurrentBlock) -> None:
     for module in block.modules():
         if hasattr(module, "unbind"):
             module.unbind()
-
-
-@contextmanager
-def _until_seen() -> Iterator[None]:
-    try:
-        yield
-    except _Seen:
-        pass

@@ -1,4 +1,4 @@
-"""Read a Hugging Face checkpoint lazily; write a quantised one so that a killed run leaves the old directory or none."""
+"""Read a Hugging Face checkpoint lazily; write a quantised one so that a killed run leaves the old one or none."""
 
 from __future__ import annotations
 

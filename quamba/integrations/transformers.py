@@ -25,7 +25,9 @@ NAME = "quamba"
 class QuambaConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The ``quantization_config`` of a quantised directory: a format version and the resolved recipe."""
 
-    def __init__(self, recipe: dict[str, Any] | None = None, format_version: int = FORMAT_VERSION, **kwargs: Any) -> None:
+    def __init__(
+        self, recipe: dict[str, Any] | None = None, format_version: int = FORMAT_VERSION, **kwargs: Any
+    ) -> None:
         self.quant_method = NAME
         self.recipe = recipe or FLOAT.model_dump(mode="json")
         self.format_version = format_version

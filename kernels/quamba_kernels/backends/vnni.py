@@ -1,4 +1,4 @@
-"""CPUs with AVX-512 VNNI: int8 products through torch._int_mm, which is exact (and on others 30 times slower than fp32)."""
+"""CPUs with AVX-512 VNNI: exact int8 products through torch._int_mm (on others it is 30 times slower than fp32)."""
 
 from __future__ import annotations
 
