@@ -10,6 +10,7 @@ import torch
 from quamba.models.spec import Sublayer
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.linear import Linear
+from quamba.modules.lowbit import LowBit
 from quamba.modules.site import Site
 from quamba.quantizers import Hessian
 from quamba_kernels.ops import Activation, dequantize
@@ -96,5 +97,5 @@ def collect_inputs(
 def rebind(block: RecurrentBlock) -> None:
     """Forget what was prepared for other scales."""
     for module in block.modules():
-        if hasattr(module, "unbind"):
+        if isinstance(module, LowBit):
             module.unbind()

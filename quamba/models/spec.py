@@ -117,7 +117,7 @@ class Sublayer:
 
     norm: str
     mixer: MixerSpec
-    norm_kind: Literal["rms"] = "rms"
+    norm_kind: Literal["rms", "layer"] = "rms"
     residual_weighted: bool = False
 
 

@@ -22,6 +22,8 @@ class LowBit(nn.Module):
     answers_weight = False
     """transformers asks some modules (lm_head, embeddings) for the type of their weight, which may not exist here."""
 
+    _is_hf_initialized: bool
+
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
