@@ -16,8 +16,8 @@ from quamba.cli import app, doctor, evaluate, quantize
 from quamba.errors import UserError
 
 COMMANDS = ["quantize", "eval", "generate", "doctor", "demo"]
-# As the console script does it: what `quamba` imports depends on the name it is called by.
-run_app = "sys.argv[0] = 'quamba'; from quamba.cli import app; app()"
+# As the console script does it.
+run_app = "from quamba.cli import app; app()"
 
 
 def run(*arguments):
@@ -45,6 +45,11 @@ def test_help_lists_the_commands_and_loads_nothing_heavy():
     assert all(command in result.stdout for command in COMMANDS)
     assert result.stdout.splitlines()[-1] == "[]"
     assert run().stdout == run("--help").stdout
+
+
+def test_python_m_quamba_is_the_command():
+    started = subprocess.run([sys.executable, "-m", "quamba", "--version"], capture_output=True, text=True, timeout=60)
+    assert (started.returncode, started.stdout) == (0, f"quamba {quamba.__version__}\n")
 
 
 def test_version():

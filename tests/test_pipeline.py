@@ -151,6 +151,21 @@ def test_without_quamba_the_directory_shows_missing_weights(quantised):
     assert "assert" not in run.stderr, run.stderr
 
 
+@pytest.mark.parametrize("first", ["import quamba", "import transformers.quantizers, quamba", "import quamba.loading"])
+def test_importing_quamba_registers_the_format_whatever_came_first(first):
+    code = (
+        f"{first}\nfrom transformers import AutoModelForCausalLM; import transformers.quantizers as quantizers\n"
+        "assert quantizers.auto.AUTO_QUANTIZER_MAPPING['quamba'].__name__ == 'QuambaQuantizer'\n"
+        "assert type(quantizers.__spec__.loader) is type(quantizers.__loader__) is type(quantizers.auto.__loader__)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_quamba_waits_for_neither_torch_nor_transformers():
+    code = "import sys, quamba; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_unquantised_logits_equal_transformers(random_checkpoint):
     ours, _ = quamba.load(random_checkpoint, device="cpu", dtype=torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(random_checkpoint, dtype=torch.float32)
