@@ -2,8 +2,9 @@
 
     python benchmarks/accuracy.py PLAN.yaml --text validation.txt --calibration calibration.txt --output results.json
 
-A plan lists runs: {model, recipe, name, set: {dotted.key: value}, evaluate: [...]}, and an evaluation is
-{windows, window, stepwise, state: {dtype, rounding}} or {tasks: [...]}. Recipe "original" is the checkpoint in fp32. Runs go in parallel processes (--jobs); finished ones are kept when the file exists.
+A plan lists runs {model, recipe, name, set: {dotted.key: value}, evaluate: [...]}; recipe "original" is the checkpoint
+in fp32, and an evaluation is {windows, window, stepwise, state: {dtype, rounding}} or {tasks: [...]}.
+Runs go in parallel processes (--jobs); finished ones are kept when the file exists.
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ def main() -> None:
         done.append(result)
         arguments.output.write_text(json.dumps(done, indent=1))
         shown = [
-            f"{e['perplexity']['value']:.4f}" if "perplexity" in e else json.dumps(e["tasks"]) for e in result["evaluations"]
+            f"{found['perplexity']['value']:.4f}" if "perplexity" in found else json.dumps(found["tasks"])
+            for found in result["evaluations"]
         ]
         print(run["model"], run["name"], *shown, f"{result.get('seconds')} s", flush=True)
 

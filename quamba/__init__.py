@@ -1,9 +1,9 @@
 """Post-training quantisation and deployment of recurrent language models."""
 
-import sys
 from importlib import import_module
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
+
+from quamba.integrations import on_import
 
 if TYPE_CHECKING:
     from quamba.loading import load
@@ -22,7 +22,6 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOME[name]), name)
 
 
-# Importing quamba makes transformers open quantised directories. The `quamba` command does that when it needs to:
-# its help should not wait seconds for torch, and some settings of torch have to be made before it is imported.
-if PurePath(sys.argv[0] if getattr(sys, "argv", None) else "").stem != "quamba":
-    import_module("quamba.integrations.transformers").register()
+# Importing quamba makes transformers open quantised directories. Not by importing it here, which would cost the help of
+# the `quamba` command seconds, and would import torch before the command has made its settings.
+on_import.install()

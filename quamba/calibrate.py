@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 
 import torch
 
 from quamba.models.spec import Sublayer
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.linear import Linear
+from quamba.modules.lowbit import LowBit
 from quamba.modules.site import Site
 from quamba.quantizers import Hessian
 from quamba_kernels.ops import Activation, dequantize
@@ -67,7 +68,7 @@ def value_magnitude(block: RecurrentBlock, sub: Sublayer, samples: Samples) -> t
     rebind(block)
     site.peek = see
     for hidden in samples:
-        with _until_seen():
+        with suppress(_Seen):
             block.run(sub, hidden)
     site.peek = None
     return peak
@@ -87,7 +88,7 @@ def collect_inputs(
 
     linear.capture = see
     for hidden in samples:
-        with _until_seen():
+        with suppress(_Seen):
             block.run(sub, hidden)
     linear.capture = None
     return hessian, kept
@@ -96,13 +97,5 @@ def collect_inputs(
 def rebind(block: RecurrentBlock) -> None:
     """Forget what was prepared for other scales."""
     for module in block.modules():
-        if hasattr(module, "unbind"):
+        if isinstance(module, LowBit):
             module.unbind()
-
-
-@contextmanager
-def _until_seen() -> Iterator[None]:
-    try:
-        yield
-    except _Seen:
-        pass

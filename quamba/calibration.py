@@ -35,7 +35,7 @@ def _dataset_text(name: str) -> str:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise UserError(f"calibration {name!r} is no file, and reading a dataset needs pip install quamba[eval]") from None
+        raise UserError(f"calibration {name!r} is no file, and datasets need pip install quamba[eval]") from None
     name, _, split = name.partition(":")
     try:
         rows = load_dataset(name, split=split or "train")
@@ -53,7 +53,7 @@ def windows(text: str, tokenizer: Any, samples: int, seqlen: int, seed: int) -> 
     """
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if len(ids) < seqlen:
-        raise UserError(f"calibration text has {len(ids)} tokens, a sample takes {seqlen}; give more text or less --seqlen")
+        raise UserError(f"calibration text has {len(ids)} tokens, a sample {seqlen}; give more text or less --seqlen")
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(ids) - seqlen + 1, (samples,), generator=generator)
     return ids[starts[:, None] + torch.arange(seqlen)]

@@ -41,7 +41,8 @@ def files(checkpoint: Checkpoint, recipe: Recipe, tokens: torch.Tensor) -> dict[
 
 def model_card(checkpoint: Checkpoint, recipe: Recipe, tokens: torch.Tensor) -> str:
     """A README that says what this is, what it came from, and how to open it."""
-    base = checkpoint.source if "/" in checkpoint.source and not checkpoint.source.startswith(("/", ".")) else checkpoint.path.name
+    on_hub = "/" in checkpoint.source and not checkpoint.source.startswith(("/", "."))
+    base = checkpoint.source if on_hub else checkpoint.path.name
     head = {"base_model": base, "base_model_relation": "quantized", "library_name": "transformers",
             "tags": ["quamba", recipe.name, checkpoint.config.model_type]}  # fmt: skip
     return f"""---

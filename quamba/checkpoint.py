@@ -1,4 +1,4 @@
-"""Read a Hugging Face checkpoint lazily; write a quantised one so that a killed run leaves the old directory or none."""
+"""Read a Hugging Face checkpoint lazily; write a quantised one so that a killed run leaves the old one or none."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Checkpoint:
 
     def sublayer(self, block: str, sub: Sublayer) -> dict[str, torch.Tensor]:
         """The tensors of one sublayer, by path below the block. Raises UserError for a shape that does not fit."""
-        names = {f"{sub.norm}.weight": (sub.mixer.axes["resid"].size,)}
+        names: dict[str, tuple[int, ...]] = {f"{sub.norm}.weight": (sub.mixer.axes["resid"].size,)}
         for param in sub.mixer.params:
             shape = tuple(
                 sum(_product(sub.mixer.axes[a].size for a in segment) for segment in segments)

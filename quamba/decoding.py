@@ -1,4 +1,4 @@
-"""One token for every sequence of a batch: through transformers' forward, captured in a CUDA graph where there is a GPU."""
+"""One token for every sequence of a batch: transformers' forward, captured in a CUDA graph where there is a GPU."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def load(source: str | Path, *, device: str = "auto", dtype: torch.dtype | None 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         config = AutoConfig.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype or "auto")
+        model: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype or "auto")
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be opened: {str(error).splitlines()[0]}") from None
     if getattr(config, "quantization_config", None) is None:

@@ -110,7 +110,8 @@ def _inverse_factor(mean: torch.Tensor, damping: float) -> torch.Tensor:
     """Upper Cholesky factor of the damped inverse Hessian, [K, K]."""
     diagonal = mean.diagonal().mean()
     for boost in (1, 10, 100):
-        damped = mean.double() + torch.eye(len(mean), dtype=torch.float64, device=mean.device) * (damping * boost * diagonal + 1e-10)
+        added = damping * boost * diagonal + 1e-10
+        damped = mean.double() + torch.eye(len(mean), dtype=torch.float64, device=mean.device) * added
         factor, info = torch.linalg.cholesky_ex(damped)
         if info == 0:
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)

@@ -35,7 +35,7 @@ class ActivationSpec(_Strict):
     scale: Literal["static", "dynamic"] = "static"
     granularity: Literal["tensor", "channel", "state_group", "cluster"] = "tensor"
     observer: str = "absmax"
-    quantile: float = Field(0.99999, gt=0.5, le=1)
+    quantile: float = Field(default=0.99999, gt=0.5, le=1)
 
     @field_validator("observer")
     @classmethod
@@ -51,10 +51,10 @@ class LinearSpec(_Strict):
     """
 
     format: str = "float"
-    group_size: int = Field(128, ge=8)
+    group_size: int = Field(default=128, ge=8)
     method: Literal["rtn", "gptq"] = "gptq"
     search: bool = True
-    damping: float = Field(0.01, ge=0)
+    damping: float = Field(default=0.01, ge=0)
     act_order: bool = False
     input: ActivationSpec = ActivationSpec()
 
@@ -93,17 +93,17 @@ class ClusterSpec(_Strict):
     """Sort-and-cluster of the value channels (Quamba2, section 4.3): clusters of heads per state group, and of
     channels per head; samples are the calibration sequences that decide the order."""
 
-    heads: int = Field(4, ge=1)
-    channels: int = Field(4, ge=1)
-    samples: int = Field(8, ge=1)
+    heads: int = Field(default=4, ge=1)
+    channels: int = Field(default=4, ge=1)
+    samples: int = Field(default=8, ge=1)
 
 
 class CalibrationSpec(_Strict):
     """How much text is seen: random windows of ``seqlen`` tokens."""
 
-    samples: int = Field(64, ge=1)
-    seqlen: int = Field(512, ge=2)
-    batch_size: int = Field(4, ge=1)
+    samples: int = Field(default=64, ge=1)
+    seqlen: int = Field(default=512, ge=2)
+    batch_size: int = Field(default=4, ge=1)
 
 
 class LayerOverride(_Strict):
@@ -154,7 +154,8 @@ class Recipe(_Strict):
     def _complete(self) -> Recipe:
         if self.rotate.residual and not self.fold_norms:
             raise ValueError("rotate.residual needs fold_norms: a rotation does not commute with a norm's gain")
-        for where in (self, *self.layers):
+        everywhere: tuple[Recipe | LayerOverride, ...] = (self, *self.layers)
+        for where in everywhere:
             for role in where.linears:
                 self._merge(LinearSpec, "linears", role, where)
             for role in where.activations:

@@ -1,10 +1,15 @@
 """Fixtures that more than one file of tests needs."""
 
 import functools
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+# Read when torch is imported: OpenMP threads that wait by spinning slow the suite down many times on two shared cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

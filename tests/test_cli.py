@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import quamba
@@ -16,8 +17,8 @@ from quamba.cli import app, doctor, evaluate, quantize
 from quamba.errors import UserError
 
 COMMANDS = ["quantize", "eval", "generate", "doctor", "demo"]
-# As the console script does it: what `quamba` imports depends on the name it is called by.
-run_app = "sys.argv[0] = 'quamba'; from quamba.cli import app; app()"
+# As the console script does it.
+run_app = "from quamba.cli import app; app()"
 
 
 def run(*arguments):
@@ -47,6 +48,11 @@ def test_help_lists_the_commands_and_loads_nothing_heavy():
     assert run().stdout == run("--help").stdout
 
 
+def test_python_m_quamba_is_the_command():
+    started = subprocess.run([sys.executable, "-m", "quamba", "--version"], capture_output=True, text=True, timeout=60)
+    assert (started.returncode, started.stdout) == (0, f"quamba {quamba.__version__}\n")
+
+
 def test_version():
     assert run("--version").stdout == f"quamba {quamba.__version__}\n"
 
@@ -60,6 +66,7 @@ def test_version():
         (["eval", "mamba2-tiny", "--perplexity", "missing.txt"], "There is no text file 'missing.txt'."),
         (["eval", "mamba2-tiny", "--perplexity", "TEXT", "--window", "1"], "at least 2 tokens"),
         (["eval", "mamba2-tiny", "--perplexity", "TEXT", "--window", "many"], "Invalid value for '--window'"),
+        (["eval", "mamba2-tiny", "--perplexity", "TEXT", "--dtype", "int8"], "Invalid value for '--dtype'"),
         (["eval", "mamba2-tiny", "--perplexity", "TEXT", "--max-windows", "0"], "At least 1 window"),
         (["eval", "mamba2-tiny", "--perplexity", "TEXT", "--window", "9999"], "fewer than one window of 9999"),
         (["eval", "mamba2-tiny", "--perplexity", "TEXT", "--json", "no/where.json"], "no directory 'no'"),
@@ -125,6 +132,17 @@ def test_eval_prints_and_writes_the_same_numbers(text, tmp_path):
     assert f"perplexity {found['perplexity']['value']:.4f}" in result.stdout
     assert [path.name for path in tmp_path.glob("*result*")] == ["result.json"]
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize(("arguments", "dtype"), [([], torch.float32), (["--dtype", "bfloat16"], torch.bfloat16)])
+def test_eval_measures_in_fp32_unless_asked_otherwise(arguments, dtype, text, monkeypatch):
+    from quamba import evaluate as evaluation
+
+    seen = []
+    monkeypatch.setattr(evaluation, "perplexity", lambda model, *rest, **options: seen.append(model.dtype) or 1 / 0)
+    result = run("eval", "mamba2-tiny", "--perplexity", text, *arguments)
+    assert isinstance(result.exception, ZeroDivisionError), result.output
+    assert seen == [dtype]
 
 
 def test_tasks_are_shown_with_their_errors_and_written(tmp_path, capsys):
@@ -237,8 +255,12 @@ def test_demo_prints_one_table_of_every_stock_recipe(monkeypatch):
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
 
+    def perplexity(model, *arguments, **options):
+        assert model.dtype == torch.float32
+        return {"value": 12.5}
+
     monkeypatch.setattr("quamba.pipeline.quantize", copy)
-    monkeypatch.setattr(evaluation, "perplexity", lambda *arguments, **options: {"value": 12.5})
+    monkeypatch.setattr(evaluation, "perplexity", perplexity)
     result = run("demo", "--windows", 1)
     assert result.exit_code == 0, result.output
     rows = [line.split("│")[1].strip() for line in result.stdout.splitlines() if line.startswith("│")]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from quamba import embedded, evaluate
+from quamba import decoding, embedded, evaluate
 from quamba.errors import UserError
 from quamba.harness import _clean
 from quamba.loading import load

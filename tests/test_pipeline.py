@@ -78,7 +78,8 @@ def test_directory_is_what_hugging_face_tools_expect(quantised):
     assert config["quantization_config"]["quant_method"] == "quamba"
     assert load_recipe(quantised / "recipe.yaml").model_dump(mode="json") == config["quantization_config"]["recipe"]
     tensors = load_file(quantised / "model.safetensors")
-    assert all("packed" in n or "end" in n or "multiplier" in n for n, t in tensors.items() if not t.is_floating_point())
+    integers = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    assert all(any(part in name for part in ("packed", "end", "multiplier")) for name in integers)
 
 
 def test_save_and_load_keep_every_bit(quantised, tmp_path):
@@ -148,6 +149,21 @@ def test_without_quamba_the_directory_shows_missing_weights(quantised):
     run = subprocess.run([sys.executable, "-c", code, str(quantised)], capture_output=True, text=True)
     assert run.returncode != 0 or "MISSING" in run.stdout, run.stderr
     assert "assert" not in run.stderr, run.stderr
+
+
+@pytest.mark.parametrize("first", ["import quamba", "import transformers.quantizers, quamba", "import quamba.loading"])
+def test_importing_quamba_registers_the_format_whatever_came_first(first):
+    code = (
+        f"{first}\nfrom transformers import AutoModelForCausalLM; import transformers.quantizers as quantizers\n"
+        "assert quantizers.auto.AUTO_QUANTIZER_MAPPING['quamba'].__name__ == 'QuambaQuantizer'\n"
+        "assert type(quantizers.__spec__.loader) is type(quantizers.__loader__) is type(quantizers.auto.__loader__)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_quamba_waits_for_neither_torch_nor_transformers():
+    code = "import sys, quamba; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_unquantised_logits_equal_transformers(random_checkpoint):

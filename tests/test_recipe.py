@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoConfig
 
-from quamba import formats
+from quamba import embedded, formats
 from quamba.errors import UserError
+from quamba.models import check_recipe, describe
 from quamba.observers import OBSERVERS
 from quamba.recipe import FLOAT, LayerOverride, LinearSpec, Recipe, load_recipe, parse_recipe, stock_recipes
 
@@ -156,3 +158,28 @@ def test_match_covers(match: str, inside: set[int]) -> None:
 def test_recipes_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         FLOAT.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", embedded.names())
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ({"linears": {"in_prjo": {"format": "w8a8"}}}, r"unknown role 'in_prjo' in linears; known: \[.*'in_proj', "),
+        ({"activations": {"scan_y": {}}}, r"unknown role 'scan_y' in activations; known: \[.*'scan_x'"),
+        ({"layers": [{"match": "0", "linears": {"in_prjo": {}}}]}, "unknown role 'in_prjo' in linears"),
+        ({"layers": [{"match": "40"}]}, "layers '40' covers none of the 6 layers"),
+        ({"layers": [{"match": "0"}, {"match": "6-9"}]}, "layers '6-9' covers none of the 6 layers"),
+    ],
+)
+def test_roles_and_layers_that_the_model_lacks_are_refused(name: str, data: dict, sentence: str) -> None:
+    model = describe(AutoConfig.from_pretrained(embedded.checkpoint(name)))
+    with pytest.raises(UserError, match=f"^recipe mine: {sentence}"):
+        check_recipe(parse_recipe({"name": "mine", **data}, "mine"), model)
+
+
+@pytest.mark.parametrize("name", embedded.names())
+def test_what_the_model_has_is_accepted(name: str) -> None:
+    model = describe(AutoConfig.from_pretrained(embedded.checkpoint(name)))
+    for recipe in stock_recipes():
+        check_recipe(load_recipe(recipe), model)
+    check_recipe(parse_recipe({"layers": [{"match": "5-9", "linears": {"out_proj": {}}}]}, "mine"), model)

@@ -48,10 +48,6 @@ def settle() -> None:
 
     from transformers.utils import logging as transformers_logging
 
-    from quamba.integrations import transformers as integration
-
-    integration.register()
-
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -74,10 +74,12 @@ def weight_bytes(directory: Path) -> int:
 
 def measure(directory: Path, windows: int) -> float:
     """Return the perplexity of a checkpoint on the embedded validation text."""
+    import torch
+
     from quamba import embedded, evaluate
     from quamba.loading import load
 
-    model, tokenizer = load(directory)
+    model, tokenizer = load(directory, dtype=torch.float32)
     with console.progress() as progress:
         found = evaluate.perplexity(
             model,
@@ -92,10 +94,12 @@ def measure(directory: Path, windows: int) -> float:
 
 def continuation(directory: Path) -> str:
     """Return what a checkpoint makes of the prompt, sampled with a fixed seed: greedy tiny models repeat themselves."""
+    import torch
+
     from quamba.generation import generate
     from quamba.loading import load
 
-    model, tokenizer = load(directory)
+    model, tokenizer = load(directory, dtype=torch.float32)
     return generate(model, tokenizer, PROMPT, max_new_tokens=48, temperature=0.7, top_p=0.9)
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from quamba.cli import console
-from quamba.cli.options import Device, Model
+from quamba.cli.options import Device, Dtype, Model
 from quamba.errors import UserError
 from quamba.windows import check_windows, read_text
 
@@ -52,6 +52,7 @@ def run(
             help="How many windows or documents run together; by default 4 windows, 16 if stepwise, 16 documents."
         ),
     ] = None,
+    dtype: Dtype = "float32",
     device: Device = "auto",
     json_file: Annotated[
         Path | None,
@@ -78,13 +79,15 @@ def run(
         read_text(perplexity)
 
     console.settle()
+    import torch
+
     from quamba import evaluate
     from quamba.loading import load
 
     # Before the model is loaded: a mistake should not cost minutes.
     manager = evaluate.find_tasks(names, tasks_path) if names else None
 
-    network, tokenizer = load(model, device=device)
+    network, tokenizer = load(model, device=device, dtype=getattr(torch, dtype))
     results: dict[str, Any] = {"model": model}
     if perplexity is not None:
         with console.progress() as progress:

@@ -15,6 +15,10 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"],
+    typer.Option("--dtype", help="The type of activations and of unquantised weights."),
+]
 Device = Annotated[
     Literal["auto", "cpu", "cuda"],
     typer.Option("--device", help="Where to run; auto takes the GPU if there is one."),

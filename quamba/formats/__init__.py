@@ -1,4 +1,4 @@
-"""Weight formats, one file each, found by being here: what is stored for a linear, its grid, and the op that runs it."""
+"""Weight formats, one file each, found by being here: what is stored for a linear, its grid, the op that runs it."""
 
 from __future__ import annotations
 

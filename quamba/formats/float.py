@@ -9,7 +9,15 @@ from quamba.recipe import LinearSpec
 from quamba_kernels import Backend, Op
 
 
-def _float_linear(x, weights, bias=None, residual=None, *, out_scale=None, out_dtype=torch.float32):
+def _float_linear(
+    x: torch.Tensor,
+    weights: tuple[torch.Tensor, ...],
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    out_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """y = x w^T + bias + residual in the weight's type."""
     (weight,) = weights
     y = torch.nn.functional.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))

@@ -22,10 +22,14 @@ from quamba.recipe import FLOAT, FORMAT_VERSION, Recipe, parse_recipe
 NAME = "quamba"
 
 
-class QuambaConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class QuambaConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a quantised directory: a format version and the resolved recipe."""
 
-    def __init__(self, recipe: dict[str, Any] | None = None, format_version: int = FORMAT_VERSION, **kwargs: Any) -> None:
+    quant_method: Any  # transformers takes any name here, but declares an enumeration of its own
+
+    def __init__(
+        self, recipe: dict[str, Any] | None = None, format_version: int = FORMAT_VERSION, **kwargs: Any
+    ) -> None:
         self.quant_method = NAME
         self.recipe = recipe or FLOAT.model_dump(mode="json")
         self.format_version = format_version
@@ -36,10 +40,11 @@ class QuambaConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
 
 
-class QuambaQuantizer(HfQuantizer):  # type: ignore[misc]
+class QuambaQuantizer(HfQuantizer):
     """Puts quantised modules where transformers would have its own, before the weights arrive."""
 
     requires_calibration = True
+    quantization_config: QuambaConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         recipe = parse_recipe(self.quantization_config.recipe, "quantization_config")
@@ -78,9 +83,7 @@ def swap(model: Any, recipe: Recipe, dtype: torch.dtype, device: torch.device | 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
     """Set a submodule by its dotted path."""
     parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module) if not name.isdigit() else model.get_submodule(
-        parent
-    ).__setitem__(int(name), module)  # type: ignore[operator]
+    setattr(model.get_submodule(parent), name, module)
 
 
 def use_operators(model: Any) -> None:

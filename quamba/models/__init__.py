@@ -52,7 +52,8 @@ def check_recipe(recipe: Recipe, model: ModelSpec) -> None:
         for field, names in known.items():
             for role in getattr(where, field):
                 if role not in names:
-                    raise UserError(f"recipe {recipe.name}: unknown role {role!r} in {field}; known are {sorted(names)}")
+                    raise UserError(f"recipe {recipe.name}: unknown role {role!r} in {field}; known: {sorted(names)}")
+    count = len(model.blocks)
     for override in recipe.layers:
-        if not any(override.covers(layer) for layer in range(len(model.blocks))):
-            raise UserError(f"recipe {recipe.name}: layers {override.match!r} covers none of the {len(model.blocks)} layers")
+        if not any(override.covers(layer) for layer in range(count)):
+            raise UserError(f"recipe {recipe.name}: layers {override.match!r} covers none of the {count} layers")

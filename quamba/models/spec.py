@@ -1,4 +1,4 @@
-"""The vocabulary in which an architecture describes itself: axes, tensors, projections, scan inputs, what follows a scan.
+"""The vocabulary in which an architecture describes itself: axes, tensors, projections, scan inputs, output.
 
 The engine never mentions an architecture. What may be rotated or permuted is derived from these facts
 (quamba.transforms.legality), not declared.
@@ -117,7 +117,7 @@ class Sublayer:
 
     norm: str
     mixer: MixerSpec
-    norm_kind: Literal["rms"] = "rms"
+    norm_kind: Literal["rms", "layer"] = "rms"
     residual_weighted: bool = False
 
 

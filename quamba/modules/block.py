@@ -22,6 +22,8 @@ MIXERS: dict[str, type[Mixer]] = {"selective": SelectiveMixer, "ssd": SSDMixer}
 class RecurrentBlock(nn.Module):
     """One block of sublayers, its tensors under the names that the checkpoint gives them."""
 
+    _is_hf_initialized: bool
+
     def __init__(
         self,
         model: ModelSpec,
@@ -36,7 +38,7 @@ class RecurrentBlock(nn.Module):
         self.layer_idx, self.block_spec = layer, block
         self.residual_dtype = torch.float32 if model.residual_fp32 else None
         for sub in block.sublayers:
-            made = {"dtype": dtype, "device": device}
+            made: dict[str, Any] = {"dtype": dtype, "device": device}
             self.add_module(sub.norm, Norm(model.d_model, model.eps, folded=recipe.fold_norms, **made))
             mixer = MIXERS[sub.mixer.scan.family](sub.mixer, recipe, layer, model.eps, **made)
             self.add_module(sub.mixer.path, mixer)

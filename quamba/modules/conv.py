@@ -12,6 +12,11 @@ from quamba_kernels.ops.rowwise import to_int8, token_scale
 class Conv(LowBit):
     """Weight [C, 1, W] as the checkpoint lays it out, int8 with a scale per channel or in its own type; bias [C]."""
 
+    weight: torch.Tensor
+    weight_packed: torch.Tensor
+    weight_scale: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(
         self,
         channels: int,
@@ -45,17 +50,17 @@ class Conv(LowBit):
         assert weight is not None
         if self.spec.bits == 8:
             scale = token_scale(weight.float())
-            self._buffers["weight_packed"].copy_(to_int8(weight, scale))
-            self._buffers["weight_scale"].copy_(scale.flatten())
+            self.weight_packed.copy_(to_int8(weight, scale))
+            self.weight_scale.copy_(scale.flatten())
         else:
-            self._parameters["weight"].copy_(weight)
+            self.weight.copy_(weight)
 
     @property
     def taps(self) -> torch.Tensor:
         """[C, W]."""
         weight = self._held
         if weight is None:
-            weight = self.weight_packed if self.spec.bits == 8 else self._parameters["weight"]
+            weight = self.weight_packed if self.spec.bits == 8 else self.weight
         return weight.squeeze(1)
 
     @property

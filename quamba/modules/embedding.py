@@ -14,6 +14,9 @@ class Embedding(LowBit):
     """y = table[ids] for a table [V, D]; int8 rows have a scale each."""
 
     answers_weight = True
+    weight: torch.Tensor
+    weight_packed: torch.Tensor
+    weight_scale: torch.Tensor
 
     def __init__(
         self,
@@ -33,20 +36,20 @@ class Embedding(LowBit):
             self.plain("weight", vocab, size, device=device)
 
     def fill(self, table: torch.Tensor, start: int = 0) -> None:
-        """Store rows [v, D] of floats from ``start`` on. A row's scale is its largest magnitude, whatever its sign, over 127."""
+        """Store rows [v, D] of floats from ``start`` on. A row's scale is its largest magnitude, of either sign, over 127."""
         if self.spec.bits == 8:
             scale = token_scale(table.float())
-            self._buffers["weight_packed"][start : start + len(table)] = to_int8(table, scale)
-            self._buffers["weight_scale"][start : start + len(table)] = scale.squeeze(-1)
+            self.weight_packed[start : start + len(table)] = to_int8(table, scale)
+            self.weight_scale[start : start + len(table)] = scale.squeeze(-1)
         else:
-            self._parameters["weight"][start : start + len(table)] = table
+            self.weight[start : start + len(table)] = table
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int [...] -> [..., D] in the activations' type."""
         self.bind()
         if self.spec.bits == 8:
             return self._embedding(ids, self.weight_packed, self.weight_scale, out_dtype=self.dtype)
-        return self._parameters["weight"][ids]
+        return self.weight[ids]
 
     def _bind(self) -> None:
         self._embedding = ops.embedding.bind(Setting(self._any_device().type, self.dtype))

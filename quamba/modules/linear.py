@@ -26,6 +26,8 @@ class Linear(LowBit):
     """
 
     answers_weight = True
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
     def __init__(
         self,
@@ -69,28 +71,27 @@ class Linear(LowBit):
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """x [..., K] floats, or codes with their scale -> [..., O] in ``out_dtype`` (default: the activations')."""
-        if not isinstance(x, Activation):
-            x = self.input(x)
+        seen: Activation = x if isinstance(x, Activation) else self.input(x)
         if self.capture is not None:
-            self.capture(x)
+            self.capture(seen)
         out_dtype = out_dtype or self.dtype
         if self.held is not None:
-            y = F.linear(dequantize(*x), self.held, self.bias)
+            y = F.linear(dequantize(*seen), self.held, self.bias)
             return (y if residual is None else y + residual).to(out_dtype)
         self.bind()
         if self.format.int8_input:
-            return self._backend(x.data, x.scale, self._weights, self.bias, residual, out_dtype=out_dtype)
-        data = x.data if x.scale is None else dequantize(*x).to(self.dtype)
+            return self._backend(seen.data, seen.scale, self._weights, self.bias, residual, out_dtype=out_dtype)
+        data = seen.data if seen.scale is None else dequantize(*seen).to(self.dtype)
         return self._backend(data, self._weights, self.bias, residual, out_dtype=out_dtype)
 
     def _bind(self) -> None:
         device = self._any_device().type
         self._backend = self.format.bind(device, self.dtype, self.features, self.outputs, self.spec)
-        stored = self._parameters if "weight" in self.names else self._buffers
-        self._weights = self._backend.prepack(tuple(stored[n] for n in self.names))
-        for name in self.names:
+        stored: dict[str, torch.Tensor] = {name: getattr(self, name) for name in self.names}
+        self._weights = self._backend.prepack(tuple(stored.values()))
+        for name, tensor in stored.items():
             # prepacked weights stand in for the stored ones, which are rebuilt when asked for
-            if all(stored[name] is not w for w in self._weights):
+            if all(tensor is not w for w in self._weights):
                 self._buffers[name] = None
 
     def _any_device(self) -> torch.device:
@@ -113,7 +114,7 @@ class Linear(LowBit):
         weight, self.held = self.held, None
         assert weight is not None
         if self.format.name == "float":
-            self._parameters["weight"].copy_(weight)
+            self.weight.copy_(weight)
             return
         rows = max(1, SLAB // self.features)
         for start in range(0, self.outputs, rows):
@@ -124,4 +125,4 @@ class Linear(LowBit):
             else:
                 codes = rtn(part, grid, hessian)
             for name, tensor in grid.pack(codes).items():
-                self._buffers[name][start : start + rows] = tensor
+                getattr(self, name)[start : start + rows] = tensor

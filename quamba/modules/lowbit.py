@@ -11,16 +11,18 @@ from torch import nn
 
 
 class LowBit(nn.Module):
-    """A module whose buffers are codes and scales: ``.to(dtype)`` changes the type of activations and of its plain float
-    parameters, never theirs.
+    """A module whose buffers are codes and scales: ``.to(dtype)`` changes the type of activations and of its plain
+    float parameters, never theirs.
 
-    dtype: the 16/32-bit type of activations. Subclasses override ``_bind``, which prepares what running needs (backends,
-    prepacked weights) on the first call after building, loading or moving, and ``_unbind``, which restores the stored
-    layout.
+    dtype: the 16/32-bit type of activations. Subclasses override ``_bind``, which prepares what running needs
+    (backends, prepacked weights) on the first call after building, loading or moving, and ``_unbind``, which restores
+    the stored layout.
     """
 
     answers_weight = False
     """transformers asks some modules (lm_head, embeddings) for the type of their weight, which may not exist here."""
+
+    _is_hf_initialized: bool
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

@@ -38,7 +38,8 @@ class Mixer(LowBit):
         self.mixer_spec, self.layer_idx, self.eps = spec, layer, eps
         self.state_spec = recipe.state_of(layer)
         self.block = output_block(spec, recipe.rotate.block) if recipe.rotate.output else 0
-        sizes, made = spec.sizes, {"dtype": dtype, "device": device}
+        sizes = spec.sizes
+        made: dict[str, Any] = {"dtype": dtype, "device": device}
         for proj in spec.projs:
             features = _size(spec, proj.input)
             outputs = sum(_size(spec, output.segment) for output in proj.outputs)

@@ -16,6 +16,8 @@ class Norm(LowBit):
     folded: the gain lives in the linears that read y, and no tensor is stored.
     """
 
+    weight: torch.Tensor
+
     def __init__(
         self,
         size: int,
@@ -37,7 +39,7 @@ class Norm(LowBit):
     def into(self, x: torch.Tensor, site: Site | None) -> Activation:
         """x [..., D] float as the input of a linear whose input site is given."""
         self.bind()
-        weight = None if self.folded else self._parameters["weight"]
+        weight = None if self.folded else self.weight
         if site is None:
             return self._rms_norm(x, weight, self.eps, out_dtype=self.dtype)
         out = self._rms_norm(

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from quamba.errors import UserError
+from quamba.models.spec import MixerSpec
 from quamba.modules.mixer import Mixer
+from quamba.recipe import Recipe
 from quamba_kernels import Setting, ops
 from quamba_kernels.ops import Activation
 
@@ -15,7 +17,16 @@ from quamba_kernels.ops import Activation
 class SelectiveMixer(Mixer):
     """in_proj gives [x | z]; x passes the convolution, then x_proj gives [dt | B | C] and dt_proj the rates."""
 
-    def __init__(self, spec, recipe, layer, eps, *, dtype, device=None):  # type: ignore[no-untyped-def]
+    def __init__(
+        self,
+        spec: MixerSpec,
+        recipe: Recipe,
+        layer: int,
+        eps: float,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__(spec, recipe, layer, eps, dtype=dtype, device=device)
         if self.sites["x"].spec.granularity == "channel":
             raise UserError("scan_x cannot have a scale per channel in a selective scan: x_proj sums over its channels")

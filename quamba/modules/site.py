@@ -24,6 +24,8 @@ class Site(LowBit):
     """
 
     scale: torch.Tensor
+    head_end: torch.Tensor
+    channel_end: torch.Tensor
 
     def __init__(
         self,
@@ -43,7 +45,8 @@ class Site(LowBit):
         self.histogram: Histogram | None = None
         self.peek: Callable[[torch.Tensor], None] | None = None
         if self.static:
-            shape = {"tensor": (1,), "channel": (channels,), "state_group": (groups,)}.get(spec.granularity)
+            flat: dict[str, tuple[int, ...]] = {"tensor": (1,), "channel": (channels,), "state_group": (groups,)}
+            shape = flat.get(spec.granularity)
             if shape is None:
                 assert clusters is not None
                 shape = (groups, *clusters[2:])

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from quamba.models.spec import MixerSpec
 from quamba.modules.lowbit import LowBit
 from quamba.modules.mixer import Mixer
+from quamba.recipe import Recipe
 from quamba_kernels import Setting, ops
 from quamba_kernels.ops import Activation
 
@@ -23,7 +25,16 @@ class Gain(LowBit):
 class SSDMixer(Mixer):
     """in_proj gives [z | x | B | C | dt]; x, B and C pass the convolution."""
 
-    def __init__(self, spec, recipe, layer, eps, *, dtype, device=None):  # type: ignore[no-untyped-def]
+    def __init__(
+        self,
+        spec: MixerSpec,
+        recipe: Recipe,
+        layer: int,
+        eps: float,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__(spec, recipe, layer, eps, dtype=dtype, device=device)
         heads = spec.sizes["H"]
         for name in ("A_log", "D", "dt_bias"):

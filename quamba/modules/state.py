@@ -20,6 +20,9 @@ class RecurrentState(LinearAttentionLayer):
     selection find what they expect.
     """
 
+    dtype: Any  # transformers infers None for these two
+    device: Any
+
     def __init__(
         self, conv: torch.Tensor, shape: tuple[int, ...], spec: StateSpec, layer: int, device: torch.device
     ) -> None:
@@ -36,12 +39,16 @@ class RecurrentState(LinearAttentionLayer):
     @property
     def conv(self) -> torch.Tensor:
         """The last inputs of the convolution."""
-        return self.conv_states[0]
+        conv = self.conv_states[0]
+        assert conv is not None
+        return conv
 
     @property
     def recurrent(self) -> torch.Tensor:
         """The stored state."""
-        return self.recurrent_states[0]
+        recurrent = self.recurrent_states[0]
+        assert recurrent is not None
+        return recurrent
 
     @property
     def filled(self) -> bool:
@@ -63,7 +70,7 @@ class RecurrentState(LinearAttentionLayer):
         if self.rng is not None:
             self.rng[1] = 0
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         if self.scale is not None:
             self.scale = self.scale.index_select(0, beam_idx.to(self.scale.device))

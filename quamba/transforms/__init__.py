@@ -1,4 +1,4 @@
-"""Exact changes of a float block: fold norms, rotate, permute. Each acts on a dict of tensors and says why it may not."""
+"""Exact changes of a float block: fold norms, rotate, permute. Each acts on a dict of tensors, or says why not."""
 
 from quamba.transforms.cluster import Clusters, sort_and_cluster
 from quamba.transforms.fold import fold_norm

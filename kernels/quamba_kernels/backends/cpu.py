@@ -47,7 +47,10 @@ def int8_linear(x, x_scale, weight, scale, bias, residual, out_scale, out_dtype)
 
 
 @ops.linear_w8a8.backend("cpu", why_not=needs_cpu)
-def linear_w8a8(x, x_scale, weights, bias=None, residual=None, *, out_scale=None, out_dtype=torch.float32):
+def linear_w8a8(
+    x, x_scale, weights: tuple[torch.Tensor, torch.Tensor], bias=None, residual=None, *,
+    out_scale=None, out_dtype=torch.float32,
+):  # fmt: skip
     """Exact in fp32; at most 8 rows of bf16 output read the int8 weights directly and round the sum to bf16."""
     return int8_linear(x, x_scale, *weights, bias, residual, out_scale, out_dtype)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch.nn.functional import silu
 
@@ -34,7 +36,7 @@ def causal_conv1d(
         state.copy_(full[:, tokens:])
     full = full.float()
     taps = weight.float()
-    y = sum(full[:, w : w + tokens] * taps[:, w] for w in range(width))
+    y = cast(torch.Tensor, sum(full[:, w : w + tokens] * taps[:, w] for w in range(width)))
     for scale in (x_scale, weight_scale):
         if scale is not None:
             y = y * scale
