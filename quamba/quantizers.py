@@ -32,8 +32,8 @@ class Hessian:
     def factor(self, damping: float, act_order: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The order of the columns [K] and the upper Cholesky factor [K, K] of the damped inverse in that order.
 
-        Kept for the next slab of the same linear. Raises FloatingPointError when the Hessian cannot be factored even with
-        100 times the damping.
+        Kept for the next slab of the same linear. Raises FloatingPointError when the Hessian cannot be factored even
+        with 100 times the damping.
         """
         if (damping, act_order) not in self._factors:
             mean = self.mean

@@ -36,7 +36,7 @@ class Embedding(LowBit):
             self.plain("weight", vocab, size, device=device)
 
     def fill(self, table: torch.Tensor, start: int = 0) -> None:
-        """Store rows [v, D] of floats from ``start`` on. A row's scale is its largest magnitude, of either sign, over 127."""
+        """Store rows [v, D] of floats from ``start`` on; the scale of a row is max |row| / 127, whatever its sign."""
         if self.spec.bits == 8:
             scale = token_scale(table.float())
             self.weight_packed[start : start + len(table)] = to_int8(table, scale)

@@ -14,9 +14,8 @@ from quamba.quantizers import Hessian, gptq, rtn
 from quamba.recipe import ActivationSpec, LinearSpec
 from quamba_kernels.ops import Activation, dequantize
 
-
 SLAB = 2**21
-"""Weights quantised at once: rows do not depend on each other, and a head of 256,000 rows should not be copied whole."""
+"""Weights quantised at once: rows do not depend on each other, and a head of 256,000 rows is not copied whole."""
 
 
 class Linear(LowBit):

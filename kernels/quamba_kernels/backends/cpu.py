@@ -134,7 +134,7 @@ def _store(h: torch.Tensor, state: torch.Tensor, scale: torch.Tensor | None, rng
 def _advance(
     state: torch.Tensor, scale: torch.Tensor | None, decay: torch.Tensor, x: torch.Tensor, B: torch.Tensor
 ) -> torch.Tensor:
-    """h = decay * state + x B^T: state [b, P, N], decay [b, 1 or P, 1 or N], x [b, P], B [b, N]; a float32 state in place."""
+    """decay * state + x B^T, a float32 state in place: state [b, P, N], decay [b, 1 | P, 1 | N], x [b, P], B [b, N]."""
     if scale is not None:
         h = state.float().mul_(scale.unsqueeze(-1)).mul_(decay)
     else:
