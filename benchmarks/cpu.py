@@ -1,4 +1,5 @@
-"""Tokens per second on the CPU beside transformers' own bf16, in one run: prefill of 512 tokens, decode at batch 1.
+"""Tokens per second on the CPU beside transformers' own bf16 and fp32, in one run: prefill of 512 tokens, decode of one
+sequence.
 
     python benchmarks/cpu.py ORIGINAL QUANTISED [QUANTISED ...] --output results.json
 
@@ -21,14 +22,15 @@ from typing import Any
 import torch
 
 
-def open_model(source: str, original: bool) -> Any:
-    """transformers' own classes for the original, quamba's for the others; bf16 activations for both."""
+def open_model(source: str) -> Any:
+    """transformers' own classes in bf16 or fp32 for "bfloat16:DIR" and "float32:DIR", quamba's in bf16 for DIR."""
     from transformers import AutoModelForCausalLM
 
     import quamba
 
-    if original:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()
+    name, colon, path = source.partition(":")
+    if colon:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, name)).eval()
     return quamba.load(source, device="cpu", dtype=torch.bfloat16)[0]
 
 
@@ -47,14 +49,14 @@ def measure(model: Any, prompt: int, tokens: int) -> dict[str, float]:
     return {"prefill": prefill, "decode": tokens / (time.perf_counter() - start)}
 
 
-def peak_memory(source: str, original: bool) -> int:
+def peak_memory(source: str) -> int:
     """Peak resident bytes of a process that opens the model, reads 512 tokens and decodes 8."""
     code = (
-        "import resource, sys; sys.path.insert(0, sys.argv[3]); import cpu; "
-        "cpu.measure(cpu.open_model(sys.argv[1], sys.argv[2] == 'True'), 512, 8); "
+        "import resource, sys; sys.path.insert(0, sys.argv[2]); import cpu; "
+        "cpu.measure(cpu.open_model(sys.argv[1]), 512, 8); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
-    arguments = [sys.executable, "-c", code, source, str(original), str(Path(__file__).parent)]
+    arguments = [sys.executable, "-c", code, source, str(Path(__file__).parent)]
     return int(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -62,6 +64,7 @@ def main() -> None:
     """Measure all models in turn and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="the original directory first, then quantised ones")
+    parser.add_argument("--no-fp32", action="store_true", help="leave transformers in fp32 out")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
@@ -69,7 +72,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    opened = [open_model(source, i == 0) for i, source in enumerate(arguments.models)]
+    original, *quantised = arguments.models
+    baselines = ["bfloat16"] if arguments.no_fp32 else ["bfloat16", "float32"]
+    sources = [f"{name}:{original}" for name in baselines] + quantised
+    opened = [open_model(source) for source in sources]
     samples: list[dict[str, list[float]]] = [{"prefill": [], "decode": []} for _ in opened]
     for round_ in range(arguments.rounds + 1):
         for model, kept in zip(opened, samples, strict=True):
@@ -77,8 +83,10 @@ def main() -> None:
                 if round_:  # the first is the warm-up
                     kept[name].append(value)
     rows = []
-    for i, (source, kept) in enumerate(zip(arguments.models, samples, strict=True)):
-        row: dict[str, Any] = {"model": Path(source).name, "peak_memory": peak_memory(source, i == 0)}
+    for source, kept in zip(sources, samples, strict=True):
+        name, colon, path = source.partition(":")
+        label = f"{Path(path).name}, transformers {name}" if colon else Path(source).name
+        row: dict[str, Any] = {"model": label, "peak_memory": peak_memory(source)}
         for name, values in kept.items():
             row[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
             row[f"{name}_ratio"] = row[name]["median"] / statistics.median(samples[0][name])

@@ -29,7 +29,7 @@ from quamba.transforms import (
     rotate_output,
     rotate_residual,
     sort_and_cluster,
-)  # fmt: skip
+)
 from quamba.transforms.rotate import ResidualRotation
 
 Tensors = dict[str, torch.Tensor]

@@ -85,7 +85,6 @@ class Mixer(LowBit):
         parts = [self.sites[name].per_channel() for name in self.conv_channels]
         fused = all(p is not None for p in parts)
         self._conv_out_scale = torch.cat([p for p in parts if p is not None]) if fused else None
-        self._gate_scale = self.gate.per_channel()
 
     def linear(self, role: str) -> Linear:
         """The linear of that role."""
