@@ -52,9 +52,10 @@ def measure(model: Any, prompt: int, tokens: int) -> dict[str, float]:
 def peak_memory(source: str) -> int:
     """Peak resident bytes of a process that opens the model, reads 512 tokens and decodes 8."""
     code = (
-        "import resource, sys; sys.path.insert(0, sys.argv[2]); import cpu; "
+        "import sys; sys.path.insert(0, sys.argv[2]); import cpu; "
         "cpu.measure(cpu.open_model(sys.argv[1]), 512, 8); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        # not getrusage: its maximum survives exec, so a child would report its parent's
+        "print(1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]))"
     )
     arguments = [sys.executable, "-c", code, source, str(Path(__file__).parent)]
     return int(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.split()[-1])

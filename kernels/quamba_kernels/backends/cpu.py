@@ -6,13 +6,14 @@ so K is cut into blocks of 1024 whose sums are added in int32.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from quamba_kernels import ops
 from quamba_kernels.ops import selective, ssd
 from quamba_kernels.ops.linear import dequantize_int4, expand_two_level, finish, unpack_int4
 from quamba_kernels.ops.rowwise import QMAX, dequantize
-from quamba_kernels.ops.state import dither
 from quamba_kernels.registry import Setting
 
 EXACT_K = 1024
@@ -113,6 +114,30 @@ def linear_w4a16(x, weights, bias=None, residual=None, *, out_scale=None, out_dt
     return finish(y.float().view(*x.shape[:-1], -1), bias, residual, out_scale, out_dtype)
 
 
+def _mix(v: int) -> int:
+    """The finaliser of ops.state on one Python integer."""
+    v = ((v ^ (v >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    v = ((v ^ (v >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return v ^ (v >> 16)
+
+
+@cache
+def _indices(count: int) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(count)
+
+
+def _dither(rng: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """ops.state.dither with the key mixed in Python: half of the calls, the same numbers."""
+    seed, step = rng.tolist()
+    key = _mix((seed ^ _mix(step & 0xFFFFFFFF)) & 0xFFFFFFFF)
+    v = (_indices(rows + columns) + key).bitwise_and_(0xFFFFFFFF)
+    v = v.bitwise_xor_(v >> 16).mul_(0x7FEB352D).bitwise_and_(0xFFFFFFFF)
+    v = v.bitwise_xor_(v >> 15).mul_(0x846CA68B).bitwise_and_(0xFFFFFFFF)
+    draws = v.bitwise_xor_(v >> 16).double().mul_(2.0**-32).float().clamp_(max=1 - 2**-24)
+    return draws[:rows, None], draws[rows:]
+
+
 def _store(h: torch.Tensor, state: torch.Tensor, scale: torch.Tensor | None, rng: torch.Tensor | None) -> None:
     """quantize_state that may overwrite h; a float32 state is h itself."""
     if scale is None:
@@ -125,7 +150,7 @@ def _store(h: torch.Tensor, state: torch.Tensor, scale: torch.Tensor | None, rng
     if rng is None:
         h.round_()
     else:
-        rows, columns = dither(rng, scale.numel(), h.shape[-1])
+        rows, columns = _dither(rng, scale.numel(), h.shape[-1])
         h.add_((rows.view(*scale.shape, 1) + columns).frac_()).floor_()
         rng[1] += 1
     state.copy_(h.clamp_(-QMAX, QMAX))

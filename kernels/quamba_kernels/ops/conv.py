@@ -36,7 +36,10 @@ def causal_conv1d(
         state.copy_(full[:, tokens:])
     full = full.float()
     taps = weight.float()
-    y = cast(torch.Tensor, sum(full[:, w : w + tokens] * taps[:, w] for w in range(width)))
+    if tokens == 1:
+        y = (full * taps.T).sum(1, keepdim=True)
+    else:
+        y = cast(torch.Tensor, sum(full[:, w : w + tokens] * taps[:, w] for w in range(width)))
     for scale in (x_scale, weight_scale):
         if scale is not None:
             y = y * scale
