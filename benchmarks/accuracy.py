@@ -44,7 +44,8 @@ def measure(model: Any, tokenizer: Any, what: dict[str, Any], arguments: argpars
 
     start = time.perf_counter()
     if "tasks" in what:
-        found = evaluate.tasks(model, tokenizer, what["tasks"], tasks_path=arguments.tasks_path, batch_size=64)
+        batch_size = what.get("batch_size", 64)
+        found = evaluate.tasks(model, tokenizer, what["tasks"], tasks_path=arguments.tasks_path, batch_size=batch_size)
         result: dict[str, Any] = {"tasks": {name: found[name] for name in what["tasks"]}}
     else:
         for module in model.modules():
