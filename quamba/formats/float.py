@@ -29,6 +29,7 @@ class Float(Format):
 
     name = "float"
     int8_input = False
+    has_grid = False
 
     def tensors(self, features: int, outputs: int, spec: LinearSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {"weight": ((outputs, features), torch.float32)}

@@ -112,7 +112,7 @@ class Linear(LowBit):
         """Store the held weight as the format and the spec say, the Hessian [K, K] being that of the inputs."""
         weight, self.held = self.held, None
         assert weight is not None
-        if self.format.name == "float":
+        if not self.format.has_grid:
             self.weight.copy_(weight)
             return
         rows = max(1, SLAB // self.features)

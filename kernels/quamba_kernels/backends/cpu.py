@@ -1,4 +1,4 @@
-"""Any x86 or Arm CPU: exact integer products through fp32 GEMM, PyTorch's packed int8 and int4 products for few rows.
+"""Any x86 or Arm CPU: exact integer products through fp32 GEMM, PyTorch's packed int4 product for few rows.
 
 Products of int8 codes are integers, and fp32 adds integers exactly below 2^24: 1024 products of 127 * 127 stay below,
 so K is cut into blocks of 1024 whose sums are added in int32.
@@ -18,8 +18,6 @@ from quamba_kernels.registry import Setting
 
 EXACT_K = 1024
 FEW_ROWS = 8
-PACKED_K = 32
-"""torch._weight_int8pack_mm reads beyond rows that do not fill its vectors (K = 12 and 100 crashed in torch 2.13)."""
 BF16_GEMM = torch.cpu._is_avx512_bf16_supported()
 
 
@@ -36,15 +34,8 @@ def exact_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def int8_linear(x, x_scale, weight, scale, bias, residual, out_scale, out_dtype):
-    rows = x.flatten(0, -2)
-    packed = x.shape[-1] % PACKED_K == 0 and rows.shape[0] <= FEW_ROWS and out_dtype == torch.bfloat16
-    if packed:
-        ones = torch.ones_like(scale, dtype=torch.bfloat16)
-        acc = torch._weight_int8pack_mm(rows.to(torch.bfloat16), weight, ones).float()
-    else:
-        acc = exact_product(rows, weight)
-    y = acc.view(*x.shape[:-1], -1) * x_scale * scale
-    return finish(y, bias, residual, out_scale, out_dtype)
+    acc = exact_product(x.flatten(0, -2), weight)
+    return finish(acc.view(*x.shape[:-1], -1) * x_scale * scale, bias, residual, out_scale, out_dtype)
 
 
 @ops.linear_w8a8.backend("cpu", why_not=needs_cpu)
@@ -52,7 +43,7 @@ def linear_w8a8(
     x, x_scale, weights: tuple[torch.Tensor, torch.Tensor], bias=None, residual=None, *,
     out_scale=None, out_dtype=torch.float32,
 ):  # fmt: skip
-    """Exact in fp32; at most 8 rows of bf16 output read the int8 weights directly and round the sum to bf16."""
+    """Exact in fp32."""
     return int8_linear(x, x_scale, *weights, bias, residual, out_scale, out_dtype)
 
 
@@ -159,12 +150,12 @@ def _store(h: torch.Tensor, state: torch.Tensor, scale: torch.Tensor | None, rng
 def _advance(
     state: torch.Tensor, scale: torch.Tensor | None, decay: torch.Tensor, x: torch.Tensor, B: torch.Tensor
 ) -> torch.Tensor:
-    """decay * state + x B^T, a float32 state in place: state [b, P, N], decay [b, 1 | P, 1 | N], x [b, P], B [b, N]."""
+    """decay * state + x B^T, a float32 state in place: state [b, P, N], decay [b, P, 1 | N], x [b, P], B [b, N]."""
     if scale is not None:
-        h = state.float().mul_(scale.unsqueeze(-1)).mul_(decay)
+        h = state.float().mul_(scale.unsqueeze(-1) * decay)
     else:
         h = state.mul_(decay) if state.dtype == torch.float32 else state.float().mul_(decay)
-    return h.baddbmm_(x.unsqueeze(-1), B.unsqueeze(1))
+    return h.addcmul_(x.unsqueeze(-1), B.unsqueeze(1))
 
 
 @ops.ssd_update.backend("cpu", why_not=needs_cpu)
@@ -172,19 +163,23 @@ def ssd_update(
     state, state_scale, rng, x, dt, A, B, C, D, dt_bias=None, *,
     x_scale=None, B_scale=None, C_scale=None, dt_limit=ssd.NO_LIMIT, out_dtype=torch.float32,
 ):  # fmt: skip
-    """The state is read and written once or twice instead of a dozen times: every step works in place."""
+    """The state is read and written once or twice instead of a dozen times: every step works in place.
+
+    The heads of a state group share B and C, so a group is one matrix of (heads x headdim) rows.
+    """
     batch, heads, headdim, d_state = state.shape
+    groups = batch * B.shape[1]
     x = dequantize(x, x_scale)
-    B = ssd.per_head(dequantize(B, ssd.group_scale(B_scale)), heads).view(-1, d_state)
-    C = ssd.per_head(dequantize(C, ssd.group_scale(C_scale)), heads).view(-1, d_state)
+    B = dequantize(B, ssd.group_scale(B_scale)).view(groups, d_state)
+    C = dequantize(C, ssd.group_scale(C_scale)).view(groups, d_state, 1)
     dt = ssd.timestep(dt, dt_bias, dt_limit)
-    flat = state.view(-1, headdim, d_state)
-    scale = None if state_scale is None else state_scale.view(-1, headdim)
-    decay = torch.exp(dt * A).view(-1, 1, 1)
-    h = _advance(flat, scale, decay, (dt.unsqueeze(-1) * x).view(-1, headdim), B)
-    y = torch.bmm(h, C.unsqueeze(-1)).view(batch, heads, headdim)
+    flat = state.view(groups, -1, d_state)
+    scale = None if state_scale is None else state_scale.view(groups, -1)
+    decay = torch.exp(dt * A).unsqueeze(-1).expand(-1, -1, headdim).reshape(groups, -1, 1)
+    h = _advance(flat, scale, decay, (dt.unsqueeze(-1) * x).view(groups, -1), B)
+    y = torch.bmm(h, C).view(batch, heads, headdim)
     _store(h, flat, scale, rng)
-    return (y + x * D.float().unsqueeze(-1)).to(out_dtype)
+    return y.addcmul_(x, D.float().unsqueeze(-1)).to(out_dtype)
 
 
 @ops.selective_update.backend("cpu", why_not=needs_cpu)
@@ -199,4 +194,4 @@ def selective_update(
     h = _advance(state, state_scale, decay, dt * x, B)
     y = torch.bmm(h, C.unsqueeze(-1)).squeeze(-1)
     _store(h, state, state_scale, rng)
-    return (y + x * D.float()).to(out_dtype)
+    return y.addcmul_(x, D.float()).to(out_dtype)
