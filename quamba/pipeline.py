@@ -68,6 +68,7 @@ def quantize(
         calibration.read_text(calibration_text), checkpoint.tokenizer(),
         samples or plan.samples, seqlen or plan.seqlen, seed,
     )  # fmt: skip
+    memory.release()
     with Writer(output, overwrite) as writer, memory.watch(where) as peak:
         rotation = residual_rotation(model.d_model, recipe.rotate.seed) if recipe.rotate.residual else None
         table = checkpoint.tensor(f"{model.embedding}.weight")
@@ -82,6 +83,7 @@ def quantize(
                 writer.add(quantise_block(model, block, recipe, layer, tensors, rotation, stream))
             except FloatingPointError as error:
                 raise UserError(f"layer {layer} ({block.path}): {error} in its activations or Hessian") from None
+            memory.release()
         tell("layers", len(model.blocks), len(model.blocks) + 1)
         head = checkpoint.tensor(f"{model.head}.weight"), checkpoint.tensor(f"{model.final_norm}.weight")
         writer.add(quantise_head(model, recipe, *head, rotation, stream))
