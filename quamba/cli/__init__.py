@@ -15,6 +15,11 @@ from typer.core import TyperGroup
 from quamba.cli import build, console, demo, doctor, evaluate, generate, quantize
 from quamba.errors import UserError
 
+_ENVIRONMENT_ERRORS = (
+    ("quamba_kernels.registry", "BackendUnavailable"),
+    ("quamba_kernels.cuda.toolchain", "CannotBuild"),
+)
+
 
 class _Commands(TyperGroup):
     """A group that answers every mistake of the user, its own or a command's, with one sentence and status 2."""
@@ -49,8 +54,8 @@ def _users_mistake(error: Exception) -> str | None:
     # Usage errors have no public base class in every typer, but all of them can say what is wrong.
     if hasattr(error, "format_message"):
         return str(error.format_message())
-    # QUAMBA_BACKEND or QUAMBA_CUDA_LIBRARY ask for what cannot be had. Looked up, not imported: torch would come too.
-    for module, name in (("quamba_kernels.registry", "BackendUnavailable"), ("quamba_kernels.cuda.toolchain", "CannotBuild")):
+    # The environment asks for a backend or for objects that cannot be had. Looked up, not imported: torch would come.
+    for module, name in _ENVIRONMENT_ERRORS:
         if module in sys.modules and isinstance(error, getattr(sys.modules[module], name)):
             return str(error)
     return None

@@ -73,7 +73,10 @@ class Problem:
         K, O, device = x.shape[-1], w.shape[0], x.device  # noqa: E741
         M = x.numel() // max(K, 1)
         grouped = w_scale if x_scale is None else w_multiplier
-        S = K // (1 if grouped is None else max(grouped.shape[-1], 1))
+        groups = 1 if grouped is None else grouped.shape[-1]
+        if not groups or K % groups:
+            raise ValueError(f"the scales of {groups} groups do not divide K={K}")
+        S = K // groups
         if reason := shape_why_not(K, O, S):
             raise ValueError(f"the CUDA linear {reason}")
         if out_dtype not in FLOATS:
