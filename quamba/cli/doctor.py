@@ -83,11 +83,14 @@ def objects() -> list[str]:
     """Return one line per compiled object that is of the present sources: in the cache or named by the user."""
     from quamba_kernels.cuda.build import cache, cached
     from quamba_kernels.cuda.objects import PREBUILT
-    from quamba_kernels.cuda.toolchain import RUNS
+    from quamba_kernels.cuda.toolchain import RUNS, CannotBuild
 
     named = os.environ.get(PREBUILT)
     lines = [f"{PREBUILT}={named} takes precedence over the cache."] if named else []
-    lines += [f"{arch:<7} {path}" for arch in RUNS for path in cached(arch)]
+    try:
+        lines += [f"{arch:<7} {path}" for arch in RUNS for path in cached(arch)]
+    except CannotBuild as error:
+        return [*lines, str(error)]
     return lines or [f"none in {cache()}; `quamba build` makes them, or else the first use of a GPU"]
 
 

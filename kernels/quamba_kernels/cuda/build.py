@@ -71,10 +71,13 @@ def identity(arch: str, csrc: Path = CSRC) -> str:
 
 
 def cache() -> Path:
-    """$QUAMBA_CACHE, else quamba in $XDG_CACHE_HOME or ~/.cache."""
+    """$QUAMBA_CACHE, else quamba in $XDG_CACHE_HOME or ~/.cache. Raises CannotBuild where there is no home."""
     if asked := os.environ.get("QUAMBA_CACHE"):
-        return Path(asked).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quamba"
+        return Path(asked)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quamba"
+    except RuntimeError as error:
+        raise CannotBuild("this user has no home directory; set QUAMBA_CACHE to a directory for objects") from error
 
 
 def cached(arch: str, csrc: Path = CSRC) -> list[Path]:

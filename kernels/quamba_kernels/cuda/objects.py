@@ -24,7 +24,7 @@ def prebuilt(device_arch: str) -> Path | None:
     named = os.environ.get(PREBUILT)
     if not named:
         return None
-    path = Path(named).expanduser()
+    path = Path(named)
     if path.is_file():
         return path
     names = [prebuilt_name(arch) for arch in RUNS[device_arch]]
