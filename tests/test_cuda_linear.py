@@ -216,6 +216,7 @@ def test_what_a_kernel_would_misread_is_refused(kernels, sentence: str) -> None:
 
 
 def test_group_sizes_are_checked() -> None:
+    assert "got K=0 and O=8" in str(linear.shape_why_not(0, 8, 0)) and "got S=0" in str(linear.shape_why_not(32, 8, 0))
     x, packed, scale = torch.ones(1, 192).bfloat16(), torch.zeros(8, 24, dtype=torch.int32), torch.ones(8, 4).half()
     with pytest.raises(ValueError, match="groups of a multiple of 32 that divide K=192, got S=48"):
         linear.linear_w4a16(x, packed, scale, None, None, None, torch.float32)

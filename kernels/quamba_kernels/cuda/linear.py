@@ -26,9 +26,9 @@ K_MULTIPLE, O_MULTIPLE, S_MULTIPLE, ALIGNMENT = 32, 8, 32, 16
 
 def shape_why_not(K: int, O: int, S: int) -> str | None:  # noqa: E741
     """Why the kernels do not take a weight [O, K] with groups of S, in a sentence."""
-    if K % K_MULTIPLE or O % O_MULTIPLE:
+    if K < 1 or O < 1 or K % K_MULTIPLE or O % O_MULTIPLE:
         return f"takes K a multiple of {K_MULTIPLE} and O a multiple of {O_MULTIPLE}, got K={K} and O={O}"
-    if S % S_MULTIPLE or K % S:
+    if S < 1 or S % S_MULTIPLE or K % S:
         return f"takes groups of a multiple of {S_MULTIPLE} that divide K={K}, got S={S}"
     return None
 
