@@ -2,6 +2,8 @@
 
 import functools
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,3 +115,47 @@ def stock(tiny_checkpoint, text, tmp_path_factory: pytest.TempPathFactory):
         return quamba.quantize(folder, recipe, output, calibration_text=text, samples=4, seqlen=32, device="cpu").output
 
     return made
+
+
+FAKE_NVCC = """#!{python}
+import os, signal, subprocess, sys, time
+given = sys.argv[1:]
+if "--version" in given:
+    sys.exit(print("Cuda compilation tools, release 99.0, V99.0.1"))
+with open("{folder}/calls", "a") as calls:
+    print(*given, file=calls)
+output = given[given.index("-o") + 1]
+mood = os.environ.get("NVCC_MOOD", "")
+if mood == "fails":
+    sys.exit(print(*(f"line {{i}}" for i in range(100)), "error: it does not compile", sep="\\n") or 2)
+if mood:
+    open(output, "w").write("half of")
+    time.sleep(120) if mood == "hangs" else os.kill(os.getpid(), signal.SIGKILL)
+given.remove(output)
+kept = [a for a in given if a.startswith(("-D", "-I")) or a in ("-c", "-shared") or a.endswith((".o", ".cu"))]
+sys.exit(subprocess.call(["cc", "-x", "c", "-fPIC", *kept, "-o", output] if "-c" in given else
+                         ["cc", *kept, "-o", output]))
+"""
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """An nvcc that compiles .cu files as C, with an empty cache: the folder whose file ``calls`` lists what it did.
+
+    NVCC_MOOD in the environment makes it fail, hang or die.
+    """
+    if shutil.which("cc") is None:
+        pytest.skip("needs a C compiler")
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    version = tmp_path / "cutlass" / "include" / "cutlass" / "version.h"
+    for path in (nvcc, version):
+        path.parent.mkdir(parents=True)
+    nvcc.write_text(FAKE_NVCC.format(python=sys.executable, folder=tmp_path))
+    nvcc.chmod(0o755)
+    version.write_text("#define CUTLASS_MAJOR 9\n#define CUTLASS_MINOR 8\n#define CUTLASS_PATCH 7\n")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    monkeypatch.setenv("CUTLASS_HOME", str(tmp_path / "cutlass"))
+    monkeypatch.setenv("QUAMBA_CACHE", str(tmp_path / "cache"))
+    for name in ("QUAMBA_CUDA_LIBRARY", "QUAMBA_CUDA_ARCH_LIST", "NVCC_MOOD"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path

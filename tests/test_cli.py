@@ -16,7 +16,7 @@ from quamba import embedded
 from quamba.cli import app, doctor, evaluate, quantize
 from quamba.errors import UserError
 
-COMMANDS = ["quantize", "eval", "generate", "doctor", "demo"]
+COMMANDS = ["quantize", "eval", "generate", "build", "doctor", "demo"]
 # As the console script does it.
 run_app = "from quamba.cli import app; app()"
 
@@ -243,6 +243,17 @@ def test_a_forced_backend_that_cannot_run_is_the_users_mistake(monkeypatch):
     result = run("generate", "mamba2-tiny", "--prompt", "a")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "there is no GPU" in result.stderr
+
+
+def test_objects_that_cannot_be_had_are_the_users_mistake(monkeypatch):
+    from quamba_kernels.cuda.toolchain import CannotBuild
+
+    def refuse(*arguments, **options):
+        raise CannotBuild("QUAMBA_CUDA_LIBRARY=orin is no file")
+
+    monkeypatch.setattr("quamba.loading.load", refuse)
+    result = run("generate", "mamba2-tiny", "--prompt", "a")
+    assert (result.exit_code, result.stderr) == (2, "Error: QUAMBA_CUDA_LIBRARY=orin is no file.\n")
 
 
 def test_demo_prints_one_table_of_every_stock_recipe(monkeypatch):

@@ -43,7 +43,7 @@ def test_there_is_something_to_look_at() -> None:
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.name) for p in KERNELS])
 def test_kernels_know_only_torch_and_triton(path: Path) -> None:
     outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
-    assert outside <= {"torch", "triton", "quamba_kernels", "."}
+    assert outside <= {"torch", "triton", "filelock", "quamba_kernels", "."}
 
 
 def test_kernels_import_without_the_toolkit() -> None:

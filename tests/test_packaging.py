@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -32,16 +33,22 @@ def source_files(folder: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.Path:
-    """Root of a wheel built from a copy, so that an old build/ folder cannot lend it files."""
-    tmp = tmp_path_factory.mktemp("wheel")
-    tree = tmp / "tree"
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, so that an old build/ folder cannot lend files."""
+    tree = tmp_path_factory.mktemp("copy") / "tree"
     for folder in ("quamba", "kernels", "recipes", "csrc"):
         if (ROOT / folder).is_dir():
             shutil.copytree(ROOT / folder, tree / folder, symlinks=True)
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, tree)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.Path:
+    """Root of a wheel."""
+    tmp = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp)]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -64,8 +71,19 @@ def test_wheel_holds_only_our_packages(wheel: zipfile.Path) -> None:
 @pytest.mark.parametrize("folder", SHIPPED)
 def test_wheel_holds_data(wheel: zipfile.Path, folder: str) -> None:
     expected = {f"{SHIPPED[folder]}/{name}" for name in source_files(folder)}
-    assert expected or folder == "csrc"
+    assert expected
     assert expected <= set(wheel.root.namelist())
+
+
+def test_source_distribution_holds_data_as_files(tree: Path, tmp_path: Path) -> None:
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        files = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    for link in ("quamba/recipes", "kernels/quamba_kernels/csrc"):
+        expected = {f"{link}/{name}" for name in source_files(Path(link).name)}
+        assert expected and expected <= files
 
 
 @pytest.mark.parametrize("parent, package", [(".", "quamba"), ("kernels", "quamba_kernels")])

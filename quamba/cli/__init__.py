@@ -12,8 +12,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from quamba.cli import console, demo, doctor, evaluate, generate, quantize
+from quamba.cli import build, console, demo, doctor, evaluate, generate, quantize
 from quamba.errors import UserError
+
+_ENVIRONMENT_ERRORS = (
+    ("quamba_kernels.registry", "BackendUnavailable"),
+    ("quamba_kernels.cuda.toolchain", "CannotBuild"),
+)
 
 
 class _Commands(TyperGroup):
@@ -49,10 +54,10 @@ def _users_mistake(error: Exception) -> str | None:
     # Usage errors have no public base class in every typer, but all of them can say what is wrong.
     if hasattr(error, "format_message"):
         return str(error.format_message())
-    # QUAMBA_BACKEND asks for what cannot be had. Looked up, not imported: torch would come with it.
-    registry = sys.modules.get("quamba_kernels.registry")
-    if registry is not None and isinstance(error, registry.BackendUnavailable):
-        return str(error)
+    # The environment asks for a backend or for objects that cannot be had. Looked up, not imported: torch would come.
+    for module, name in _ENVIRONMENT_ERRORS:
+        if module in sys.modules and isinstance(error, getattr(sys.modules[module], name)):
+            return str(error)
     return None
 
 
@@ -90,5 +95,6 @@ def main(
 app.command("quantize")(quantize.run)
 app.command("eval")(evaluate.run)
 app.command("generate")(generate.run)
+app.command("build")(build.run)
 app.command("doctor")(doctor.run)
 app.command("demo")(demo.run)

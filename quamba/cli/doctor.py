@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
-import shutil
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from typing import Any
@@ -32,6 +29,9 @@ def run() -> None:
     console.out.print("\n[bold]Devices[/bold]")
     for line in devices():
         console.out.print(f"  {line}")
+    console.out.print("\n[bold]Compiled CUDA kernels[/bold]")
+    for line in objects():
+        console.out.print(f"  {line}", markup=False)
     console.out.print("\n[bold]Operators[/bold]")
     if forced := os.environ.get("QUAMBA_BACKEND"):
         console.out.print(f"  QUAMBA_BACKEND={forced} takes precedence over the choices below.")
@@ -53,21 +53,45 @@ def versions() -> dict[str, str]:
             found[package] = "not installed"
     found["CUDA"] = torch.version.cuda or "none: this torch is built for the CPU"
     found["nvcc"] = _nvcc()
+    found["CUTLASS"] = _cutlass()
     return found
 
 
 def _nvcc() -> str:
-    """Return the release of the CUDA compiler in CUDA_HOME or on the PATH."""
-    home = os.environ.get("CUDA_HOME")
-    nvcc = (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None) or shutil.which("nvcc")
-    if nvcc is None:
-        return "not found in CUDA_HOME or on the PATH"
+    """Return the release of the CUDA compiler that kernels are compiled with, and where it is."""
+    from quamba_kernels.cuda import toolchain
+
     try:
-        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"{nvcc} does not run: {error}"
-    release = re.search(r"release [\d.]+, V([\d.]+)", text)
-    return f"{release.group(1) if release else 'of unknown version'} ({nvcc})"
+        nvcc = toolchain.find_nvcc()
+        return f"{toolchain.release(toolchain.nvcc_identity(nvcc))} ({nvcc})"
+    except toolchain.CannotBuild as error:
+        return str(error)
+
+
+def _cutlass() -> str:
+    """Return the version of CUTLASS that kernels are compiled with, and where it is."""
+    from quamba_kernels.cuda import toolchain
+
+    try:
+        headers = toolchain.find_cutlass()
+        return f"{toolchain.cutlass_version(headers)} ({headers})"
+    except toolchain.CannotBuild as error:
+        return str(error)
+
+
+def objects() -> list[str]:
+    """Return one line per compiled object that is of the present sources: in the cache or named by the user."""
+    from quamba_kernels.cuda.build import cache, cached
+    from quamba_kernels.cuda.objects import PREBUILT
+    from quamba_kernels.cuda.toolchain import RUNS, CannotBuild
+
+    named = os.environ.get(PREBUILT)
+    lines = [f"{PREBUILT}={named} takes precedence over the cache."] if named else []
+    try:
+        lines += [f"{arch:<7} {path}" for arch in RUNS for path in cached(arch)]
+    except CannotBuild as error:
+        return [*lines, str(error)]
+    return lines or [f"none in {cache()}; `quamba build` makes them, or else the first use of a GPU"]
 
 
 def devices() -> list[str]:

@@ -1,0 +1,64 @@
+"""NVIDIA GPUs from sm_80 on: the kernels in csrc, compiled for the device on first use (see quamba_kernels.cuda)."""
+
+from __future__ import annotations
+
+import torch
+
+from quamba_kernels import ops
+from quamba_kernels.cuda import linear, objects
+from quamba_kernels.cuda.library import library
+from quamba_kernels.cuda.toolchain import CannotBuild, of_device
+from quamba_kernels.registry import Setting
+
+RANK = 10
+
+
+def _why_not(setting: Setting) -> str | None:
+    if setting.device != "cuda":
+        return f"serves tensors on an NVIDIA GPU, these are on {setting.device}"
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "torch finds no NVIDIA GPU here"
+    shape = setting.shape
+    if "K" in shape and "O" in shape:
+        reason = linear.shape_why_not(shape["K"], shape["O"], shape.get("S", shape["K"]))
+        if reason is not None:
+            return reason
+    try:
+        arch = of_device(torch.cuda.get_device_capability())
+    except CannotBuild as error:
+        return str(error)
+    return objects.why_not(arch)
+
+
+def _why_not_w4a16(setting: Setting) -> str | None:
+    if setting.device == "cuda" and setting.dtype not in linear.HALVES:
+        return f"takes activations of float16 or bfloat16, got {str(setting.dtype).removeprefix('torch.')}"
+    return _why_not(setting)
+
+
+def load(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The weights as they are. Loads the kernels (and compiles them if need be), so that no call has to."""
+    if weights[0].is_cuda:
+        library(weights[0].device.index)
+    return weights
+
+
+@ops.linear_w8a8.backend("cuda", why_not=_why_not, rank=RANK, prepack=load)
+def linear_w8a8(
+    x, x_scale, weights: tuple[torch.Tensor, torch.Tensor], bias=None, residual=None, *,
+    out_scale=None, out_dtype=torch.float32,
+):  # fmt: skip
+    """int8 tensor cores; few rows in a kernel that streams the weights, many in CUTLASS."""
+    return torch.ops.quamba.linear_w8a8.default(x, x_scale, *weights, bias, residual, out_scale, out_dtype)
+
+
+@ops.linear_w4a8.backend("cuda", why_not=_why_not, rank=RANK, prepack=load)
+def linear_w4a8(x, x_scale, weights, bias=None, residual=None, *, out_scale=None, out_dtype=torch.float32):
+    """int8 tensor cores; few rows expand the weights in registers, many in scratch memory."""
+    return torch.ops.quamba.linear_w4a8.default(x, x_scale, *weights, bias, residual, out_scale, out_dtype)
+
+
+@ops.linear_w4a16.backend("cuda", why_not=_why_not_w4a16, rank=RANK, prepack=load)
+def linear_w4a16(x, weights, bias=None, residual=None, *, out_scale=None, out_dtype=torch.float32):
+    """16-bit tensor cores; few rows expand the weights in registers, many in registers or scratch memory."""
+    return torch.ops.quamba.linear_w4a16.default(x, *weights, bias, residual, out_scale, out_dtype)

@@ -1,0 +1,192 @@
+"""The low-bit linears as custom ops quamba::linear_*: checked, dispatched by the number of rows, safe in CUDA graphs.
+
+Activations (x, x_scale, residual) that are not contiguous or not aligned to 16 bytes are copied; weights, biases and
+scales of such a layout are refused, because they would be copied at every call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quamba_kernels.cuda.library import DTYPES, QuambaLinear, library
+from quamba_kernels.ops.linear import NIBBLES, finish
+
+W8A8_SKINNY_ROWS = 64
+W4A8_SKINNY_ROWS = 128
+W4A16_SKINNY_ROWS = 64
+"""Up to so many rows the bytes of the weights decide, which the skinny kernels read once and expand in registers."""
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
+K_MULTIPLE, O_MULTIPLE, S_MULTIPLE, ALIGNMENT = 32, 8, 32, 16
+
+
+def shape_why_not(K: int, O: int, S: int) -> str | None:  # noqa: E741
+    """Why the kernels do not take a weight [O, K] with groups of S, in a sentence."""
+    if K < 1 or O < 1 or K % K_MULTIPLE or O % O_MULTIPLE:
+        return f"takes K a multiple of {K_MULTIPLE} and O a multiple of {O_MULTIPLE}, got K={K} and O={O}"
+    if S < 1 or S % S_MULTIPLE or K % S:
+        return f"takes groups of a multiple of {S_MULTIPLE} that divide K={K}, got S={S}"
+    return None
+
+
+def _tidy(tensor: Tensor) -> Tensor:
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+def _check(
+    name: str, tensor: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
+) -> int:
+    """The address. Raises TypeError or ValueError in a sentence when a kernel would misread the tensor."""
+    if tensor.device != device:
+        raise ValueError(f"{name} lies on {tensor.device}, and x on {device}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} has to be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has to be {list(shape)}, got {list(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} {list(shape)} is not contiguous (strides {tensor.stride()}); pass a contiguous copy")
+    if tensor.data_ptr() % ALIGNMENT:
+        raise ValueError(f"{name} does not start at a multiple of {ALIGNMENT} bytes; pass a clone")
+    return tensor.data_ptr()
+
+
+class Problem:
+    """One call of a linear: its checked arguments as the struct that the kernels take."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        x_scale: Tensor | None,
+        w: Tensor,
+        w_scale: Tensor,
+        w_multiplier: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        out_scale: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> None:
+        K, O, device = x.shape[-1], w.shape[0], x.device  # noqa: E741
+        M = x.numel() // max(K, 1)
+        grouped = w_scale if x_scale is None else w_multiplier
+        groups = 1 if grouped is None else grouped.shape[-1]
+        if not groups or K % groups:
+            raise ValueError(f"the scales of {groups} groups do not divide K={K}")
+        S = K // groups
+        if reason := shape_why_not(K, O, S):
+            raise ValueError(f"the CUDA linear {reason}")
+        if out_dtype not in FLOATS:
+            raise TypeError(f"out_dtype has to be one of {FLOATS}, got {out_dtype}; out_scale gives an int8 result")
+        self.device, self.shape = device, (*x.shape[:-1], O)
+        self.dtype = out_dtype if out_scale is None else torch.int8
+        # what the struct points at has to outlive it
+        self.x = x = _tidy(x)
+        self.x_scale = x_scale = None if x_scale is None else x_scale.contiguous()
+        self.residual = residual = None if residual is None else _tidy(residual)
+
+        int8, fp32 = (torch.int8,), (torch.float32,)
+        self.linear = a = QuambaLinear(M=M, O=O, K=K, S=S, y_dtype=DTYPES[self.dtype])
+        a.x = _check("x", x, device, HALVES if x_scale is None else int8, x.shape)
+        a.x_dtype = DTYPES[x.dtype]
+        if x_scale is not None:
+            if x_scale.device != device or x_scale.dtype != torch.float32 or x_scale.numel() not in (1, M):
+                raise ValueError(
+                    f"x_scale has to be torch.float32 [1] or {[*x.shape[:-1], 1]} on {device}, "
+                    f"got {x_scale.dtype} {list(x_scale.shape)} on {x_scale.device}"
+                )
+            a.x_scale, a.x_scale_count = x_scale.data_ptr(), x_scale.numel()
+        if grouped is None:
+            a.w = _check("w", w, device, int8, (O, K))
+        else:
+            a.w = _check("w", w, device, (torch.int32,), (O, K // NIBBLES))
+        if w_multiplier is not None:
+            a.w_multiplier = _check("w_multiplier", w_multiplier, device, int8, (O, K // S))
+        if x_scale is None:
+            a.w_scale = _check("w_scale", w_scale, device, (torch.float16,), (O, K // S))
+        else:
+            a.w_scale = _check("w_scale", w_scale, device, fp32, (O,))
+        if bias is not None:
+            a.bias, a.bias_dtype = _check("bias", bias, device, FLOATS, (O,)), DTYPES[bias.dtype]
+        if residual is not None:
+            a.residual = _check("residual", residual, device, FLOATS, self.shape)
+            a.residual_dtype = DTYPES[residual.dtype]
+        if out_scale is not None:
+            a.out_scale_count = 1 if out_scale.numel() == 1 else O
+            a.out_scale = _check("out_scale", out_scale, device, fp32, (a.out_scale_count,))
+
+    def run(self, kernel: str) -> Tensor:
+        """y, from a kernel that does the whole linear."""
+        y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        if self.linear.M:
+            self.linear.y = y.data_ptr()
+            self._call(kernel, self.linear)
+        return y
+
+    def expand(self, kernel: str, dtype: torch.dtype) -> Tensor:
+        """The weight in scratch memory, [O, K] of ``dtype``."""
+        weight = torch.empty(self.linear.O, self.linear.K, dtype=dtype, device=self.device)
+        a = QuambaLinear.from_buffer_copy(self.linear)
+        a.y, a.y_dtype, a.out_scale, a.bias, a.residual = weight.data_ptr(), DTYPES[dtype], None, None, None
+        self._call(kernel, a)
+        return weight
+
+    def _call(self, kernel: str, linear: QuambaLinear) -> None:
+        with torch.cuda.device(self.device):
+            library(self.device.index).call(kernel, linear, self.device)
+
+
+def linear_w8a8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
+    p = Problem(x, x_scale, w, w_scale, None, *epilogue)
+    return p.run("quamba_linear_w8a8_skinny" if p.linear.M <= W8A8_SKINNY_ROWS else "quamba_linear_w8a8_gemm")
+
+
+def linear_w4a8(
+    x: Tensor, x_scale: Tensor, w: Tensor, w_multiplier: Tensor, w_scale: Tensor, *epilogue: Any
+) -> Tensor:
+    """Many rows: the weight is expanded to int8 once per call, and the rest is linear_w8a8."""
+    p = Problem(x, x_scale, w, w_scale, w_multiplier, *epilogue)
+    if p.linear.M <= W4A8_SKINNY_ROWS:
+        return p.run("quamba_linear_w4a8_skinny")
+    weight = p.expand("quamba_expand_w4a8", torch.int8)
+    p.linear.w, p.linear.w_multiplier, p.linear.S = weight.data_ptr(), None, p.linear.K
+    return p.run("quamba_linear_w8a8_gemm")
+
+
+def linear_w4a16(x: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
+    """Many rows: a mixed-input kernel on sm_90a; elsewhere the weight is expanded to x's type for torch's product."""
+    p = Problem(x, None, w, w_scale, None, *epilogue)
+    if p.linear.M <= W4A16_SKINNY_ROWS:
+        return p.run("quamba_linear_w4a16_skinny")
+    if library(x.device.index).arch == "sm_90a":
+        return p.run("quamba_linear_w4a16_gemm")
+    weight = p.expand("quamba_expand_w4a16", x.dtype)
+    y = torch.mm(p.x.view(-1, p.linear.K), weight.T, out_dtype=torch.float32)
+    return finish(y.view(p.shape), *epilogue)
+
+
+def _fake(x: Tensor, w: Tensor, out_scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=out_dtype if out_scale is None else torch.int8)
+
+
+def _fake_int8(x: Tensor, x_scale: Tensor, w: Tensor, *rest: Any) -> Tensor:
+    return _fake(x, w, *rest[-2:])
+
+
+def _fake_half(x: Tensor, w: Tensor, *rest: Any) -> Tensor:
+    return _fake(x, w, *rest[-2:])
+
+
+_EPILOGUE = "Tensor? bias, Tensor? residual, Tensor? out_scale, ScalarType out_dtype) -> Tensor"
+_LIBRARY = torch.library.Library("quamba", "FRAGMENT")
+for _op, _without_data, _inputs in (
+    (linear_w8a8, _fake_int8, "Tensor x, Tensor x_scale, Tensor w, Tensor w_scale"),
+    (linear_w4a8, _fake_int8, "Tensor x, Tensor x_scale, Tensor w, Tensor w_multiplier, Tensor w_scale"),
+    (linear_w4a16, _fake_half, "Tensor x, Tensor w, Tensor w_scale"),
+):
+    _LIBRARY.define(f"{_op.__name__}({_inputs}, {_EPILOGUE}", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_op.__name__, _op, "CUDA")
+    torch.library.register_fake(f"quamba::{_op.__name__}", _without_data, lib=_LIBRARY)

@@ -1,0 +1,226 @@
+"""The CUDA linears on a GPU, beyond the loop of test_ops.py: real sizes, streams, graphs, torch.compile, refusals."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from quamba_kernels import OPS, Backend, BackendUnavailable, Setting
+from quamba_kernels.cuda import linear
+from quamba_kernels.testing import TOLERANCE, disagreement
+
+NAMES = ["linear_w8a8", "linear_w4a8", "linear_w4a16"]
+ROWS = [1, 3, 17, 63, 129, 1000]
+SHAPES = [(96, 40, 32), (512, 192, 64), (1600, 520, 64), (2560, 1056, 128), (2560, 264, 2560), (5120, 2568, 128)]
+"""K in features, O out features, S group size."""
+ZEROS = -0x77777778
+"""A word of eight int4 zeros."""
+
+
+def why_skip() -> str | None:
+    if not torch.cuda.is_available():
+        return "needs a CUDA device"
+    return OPS["linear_w4a16"].explain(Setting("cuda", torch.bfloat16, {"K": 512, "O": 192, "S": 64}))["cuda"]
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(why_skip()), reason=str(why_skip()))]
+
+
+def backend(name: str) -> Backend:
+    return next(b for b in OPS[name].backends if b.name == "cuda")
+
+
+def draw(name: str, rows: int, shape: tuple[int, int, int], dtype: torch.dtype = torch.bfloat16, seed=0) -> list[Any]:
+    """x, its scale if it is int8, and weights: saturating values in the first row, zeros in the last ones."""
+    K, O, S = shape  # noqa: E741
+    rng = torch.Generator("cuda").manual_seed(seed)
+
+    def codes(low: int, high: int, *size: int) -> torch.Tensor:
+        return torch.randint(low, high + 1, size, generator=rng, device="cuda", dtype=torch.int8)
+
+    def positive(*size: int) -> torch.Tensor:
+        return torch.rand(size, generator=rng, device="cuda") * 0.02 + 0.005
+
+    if name == "linear_w8a8":
+        w = codes(-127, 127, O, K)
+        w[0], w[-1] = 127, 0
+        weights = (w, positive(O))
+    else:
+        low = -7 if name == "linear_w4a8" else -8
+        nibbles = codes(low + 8, 15, O, K // 8, 8).int()
+        nibbles[0] = 15
+        packed = (nibbles << torch.arange(0, 32, 4, device="cuda", dtype=torch.int32)).sum(-1, dtype=torch.int32)
+        packed[-1, : S // 8] = ZEROS
+        packed[O // 2] = ZEROS
+        signed = positive(O, K // S) * (codes(0, 1, O, K // S) * 2 - 1)
+        weights = (packed, codes(1, 17, O, K // S), positive(O)) if name == "linear_w4a8" else (packed, signed.half())
+    if name == "linear_w4a16":
+        x = torch.randn(rows, K, generator=rng, device="cuda").to(dtype)
+        x[-1] = 0 if rows > 1 else 1
+        return [x, weights]
+    x = codes(-127, 127, rows, K)
+    x[0] = 127
+    return [x, positive(rows, 1) if rows % 2 else torch.tensor([0.02], device="cuda"), weights]
+
+
+def variants(name: str, rows: int, outputs: int) -> list[dict[str, Any]]:
+    """Epilogues: floats of each type, bias and residual, int8 with one scale and with one per channel."""
+    bias, residual = torch.randn(outputs, device="cuda"), torch.randn(rows, outputs, device="cuda")
+    scales = torch.rand(outputs, device="cuda") * 0.5 + 0.05
+    floats = (torch.bfloat16, torch.float16, torch.float32)
+    plain = [{"out_dtype": dtype} for dtype in floats]
+    added = [{"bias": bias.to(d), "residual": residual.to(d), "out_dtype": d} for d in floats]
+    mixed = [{"bias": bias.bfloat16(), "residual": residual, "out_dtype": torch.bfloat16}]
+    codes = [{"out_scale": scales}, {"out_scale": scales[:1].clone(), "residual": residual.bfloat16()}]
+    return plain + added + mixed + codes
+
+
+def tolerance(name: str, given: list[Any], options: dict[str, Any]) -> float:
+    """That of the coarsest type that takes part: of x, or of the result."""
+    types = {options.get("out_dtype", torch.float32)} | ({given[0].dtype} - {torch.int8})
+    known = TOLERANCE[name]
+    return max(known.get(dtype, known[torch.bfloat16]) for dtype in types)
+
+
+def check(name: str, given: list[Any], options: dict[str, Any], label: str, got: torch.Tensor | None = None) -> None:
+    want = OPS[name].reference(*given, **options)
+    got = backend(name)(*given, **options) if got is None else got
+    if name == "linear_w4a16" and got.dtype == torch.int8:
+        # sums of 16-bit products differ in their last bits: more codes lie on a tie than with integers
+        gap = (got.int() - want.int()).abs()
+        assert gap.max() <= 1 and (gap > 0).float().mean() < 0.02, label
+        return
+    difference = disagreement([got], [want], tolerance(name, given, options))
+    assert difference is None, f"{name} {label}: {difference}"
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "K{} O{} S{}".format(*s))
+@pytest.mark.parametrize("name", NAMES)
+def test_agrees_with_the_torch_body(name: str, shape: tuple[int, int, int]) -> None:
+    for index, rows in enumerate(ROWS):
+        for dtype in linear.HALVES if name == "linear_w4a16" else (torch.bfloat16,):
+            given, epilogues = draw(name, rows, shape, dtype), variants(name, rows, shape[1])
+            for options in epilogues if rows in (3, 129) else epilogues[index::3]:
+                check(name, given, options, f"{rows} rows {shape} {dtype} {list(options)}")
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("name", NAMES)
+def test_every_row_count_up_to_the_gemm(name: str) -> None:
+    """Rows beyond M are neither read nor written: what lies behind the result stays as it was."""
+    for rows in [*range(1, 40), *range(60, 70), *range(125, 132), 255, 256, 257]:
+        check(name, draw(name, rows, (512, 72, 128)), {"out_dtype": torch.float32}, f"{rows} rows")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_of_models(name: str) -> None:
+    for shape in ((2560, 10576, 128), (5120, 2560, 128), (5120, 192, 128), (160, 5120, 160)):
+        for rows in (1, 64, 300):
+            check(name, draw(name, rows, shape), {"out_dtype": torch.bfloat16}, f"{rows} rows {shape}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_paths_agree_on_every_row_count(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    constant = {"linear_w8a8": "W8A8", "linear_w4a8": "W4A8", "linear_w4a16": "W4A16"}[name] + "_SKINNY_ROWS"
+    for limit, counts in ((0, (1, 2, 16, 63)), (256, (65, 128, 255, 256))):
+        monkeypatch.setattr(linear, constant, limit)
+        for rows in counts:
+            check(name, draw(name, rows, (1600, 264, 64)), {"out_dtype": torch.float32}, f"{rows} rows, limit {limit}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_leading_dimensions_and_no_rows(name: str) -> None:
+    x, *rest = draw(name, 6, (512, 192, 64))
+    want = backend(name)(x, *rest)
+    y = backend(name)(x.view(2, 3, 512), *rest)
+    assert y.shape == (2, 3, 192) and torch.equal(y.view(6, 192), want)
+    assert backend(name)(x[:0].view(2, 0, 512), *rest).shape == (2, 0, 192)
+
+
+@pytest.mark.parametrize("rows", [3, 200])
+@pytest.mark.parametrize("name", NAMES)
+def test_layouts_are_read_right_or_refused(name: str, rows: int) -> None:
+    x, *scale, weights = draw(name, rows, (512, 192, 64))
+    want = backend(name)(x, *scale, weights)
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view(x.shape).copy_(x)
+    for same in (x.T.contiguous().T, torch.cat([x, x], 1)[:, :512], shifted):
+        assert torch.equal(backend(name)(same, *scale, weights), want)
+    transposed = (weights[0].T.contiguous().T, *weights[1:])
+    with pytest.raises(ValueError, match="w .* is not contiguous"):
+        backend(name)(x, *scale, transposed)
+    flat = torch.empty(weights[0].numel() + 1, dtype=weights[0].dtype, device="cuda")[1:]
+    with pytest.raises(ValueError, match="w does not start at a multiple of 16 bytes"):
+        backend(name)(x, *scale, (flat.view(weights[0].shape).copy_(weights[0]), *weights[1:]))
+    with pytest.raises(ValueError, match="lies on cpu"):
+        backend(name)(x, *scale, (weights[0].cpu(), *weights[1:]))
+
+
+@pytest.mark.parametrize("rows", [2, 300])
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_on_the_current_stream(name: str, rows: int) -> None:
+    """The input is written on a stream of its own, late: a kernel on any other stream would read what was there."""
+    x, *rest = draw(name, rows, (2560, 264, 128))
+    want, late, stream = backend(name)(x, *rest), torch.zeros_like(x), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(x)
+        y = backend(name)(late, *rest)
+    stream.synchronize()
+    assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 300])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_captured_graph_replays(name: str, rows: int) -> None:
+    x, *rest = draw(name, rows, (2560, 264, 128))
+    options = {"residual": torch.randn(rows, 264, device="cuda"), "out_dtype": torch.bfloat16}
+    backend(name)(x, *rest, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = backend(name)(x, *rest, **options)
+        z = backend(name)(x, *rest, **options)  # a second one, so that scratch memory is used again
+    for seed in (1, 2, 3):
+        x.copy_(draw(name, rows, (2560, 264, 128), seed=seed)[0])
+        y.fill_(torch.nan), z.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        check(name, [x, *rest], options, f"replay {seed}", y)
+        assert torch.equal(y, z)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 1000])
+@pytest.mark.parametrize("name", NAMES)
+def test_same_inputs_give_the_same_bits(name: str, rows: int) -> None:
+    given = draw(name, rows, (5120, 2568, 128))
+    first = backend(name)(*given, out_dtype=torch.float32)
+    assert all(torch.equal(backend(name)(*given, out_dtype=torch.float32), first) for _ in range(5))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_into_one_graph(name: str) -> None:
+    torch.compiler.reset()
+    x, *rest = draw(name, 4, (512, 192, 64))
+    compiled = torch.compile(lambda x: backend(name).fn(x, *rest, out_dtype=torch.bfloat16) * 2, fullgraph=True)
+    assert torch.equal(compiled(x), backend(name)(x, *rest, out_dtype=torch.bfloat16) * 2)
+    checks = ("test_schema", "test_faketensor")
+    arguments = (*(t for part in (x, *rest) for t in (part if isinstance(part, tuple) else (part,))), None, None, None)
+    torch.library.opcheck(getattr(torch.ops.quamba, name).default, (*arguments, torch.bfloat16), test_utils=checks)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_on_the_device_of_its_input(name: str) -> None:
+    given = draw(name, 5, (512, 192, 64))
+    moved = [tuple(t.to("cuda:1") for t in g) if isinstance(g, tuple) else g.to("cuda:1") for g in given]
+    y = backend(name)(*moved)
+    assert y.device == torch.device("cuda:1") and torch.equal(y.cpu(), backend(name)(*given).cpu())
+
+
+def test_an_unsupported_shape_is_refused_when_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUAMBA_BACKEND", "cuda")
+    for name in NAMES:
+        assert OPS[name].bind(Setting("cuda", torch.bfloat16, {"K": 256, "O": 64, "S": 64})).name == "cuda"
+        with pytest.raises(BackendUnavailable, match="K a multiple of 32 and O a multiple of 8, got K=200 and O=64"):
+            OPS[name].bind(Setting("cuda", torch.bfloat16, {"K": 200, "O": 64, "S": 200}))
