@@ -1,0 +1,1 @@
+"""Kernels in Triton. ``backends/triton.py`` registers them; here ``import triton`` is the compiler, not this folder."""
