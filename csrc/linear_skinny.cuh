@@ -42,6 +42,7 @@ struct Params {
   Plan plan;
   int row_bytes, scale_columns;  // of w; of w_scale or w_multiplier
   unsigned group_magic;          // ceil(2^31 / (S / 32)): group = (k / 32 * magic) >> 31
+  int wm_shift, rows_shift;      // log2 of warps along the rows and of rows a block
 };
 
 template <int R>
@@ -52,12 +53,12 @@ struct Step {
 
 template <int R>
 struct Rows {
-  const char* w[R][2];
+  const char* w[R][2];   // the lane's bytes in the next step to be read
   uint32_t scale[R][2];  // first element of the row's group scales
 };
 
 template <Kind KIND, int R>
-__device__ __forceinline__ Rows<R> rows_at(const Params& p, int row0, int lane) {
+__device__ __forceinline__ Rows<R> rows_at(const Params& p, int row0, int step, int lane) {
   Rows<R> rows;
 #pragma unroll
   for (int r = 0; r < R; ++r)
@@ -65,30 +66,34 @@ __device__ __forceinline__ Rows<R> rows_at(const Params& p, int row0, int lane) 
     for (int h = 0; h < 2; ++h) {
       // rows past the end read the last ones; their sums are dropped
       const int row = min(row0 + 16 * r + 8 * h, p.q.O - 8) + lane / 4;
-      rows.w[r][h] = static_cast<const char*>(p.q.w) + static_cast<int64_t>(row) * p.row_bytes;
+      rows.w[r][h] = static_cast<const char*>(p.q.w) + static_cast<int64_t>(row) * p.row_bytes +
+                     (step * kStepBytes + lane % 4 * 16);
       rows.scale[r][h] = KIND == Kind::kW8A8 ? 0 : static_cast<uint32_t>(row) * p.scale_columns;
     }
   return rows;
 }
 
-template <Kind KIND, int R>
-__device__ __forceinline__ void load(Step<R>& s, const Params& p, const Rows<R>& rows, int step, int lane) {
-  // past the end of K the last bytes are read again: x is zero there
-  const int offset = min(step * kStepBytes + lane % 4 * 16, p.row_bytes - 16);
-  const uint32_t group =
-      KIND == Kind::kW8A8 ? 0 : static_cast<uint32_t>((static_cast<uint64_t>(offset / 16) * p.group_magic) >> 31);
+// Reads step `step`, the d-th from where `rows` stands, if it is below `last`; a lane beyond the end of K reads nothing
+// and keeps what it had, which meets zeros of x.
+template <Kind KIND, bool FOLD, int R>
+__device__ __forceinline__ void load(Step<R>& s, const Params& p, const Rows<R>& rows, int d, int step, int last,
+                                     int lane_last, int lane) {
 #pragma unroll
   for (int r = 0; r < R; ++r)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) s.w[r][h] = load_weights(rows.w[r][h] + offset);
+    for (int h = 0; h < 2; ++h) load_weights(s.w[r][h], rows.w[r][h] + d * kStepBytes, step < min(last, lane_last));
   if constexpr (KIND != Kind::kW8A8) {
+    const unsigned block = FOLD ? min(step * 4 + lane % 4, p.q.K / 32 - 1) : step * 4;  // of 32 weights
+    const unsigned group = __umulhi(2 * block, p.group_magic);
 #pragma unroll
     for (int r = 0; r < R; ++r)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const uint32_t at = rows.scale[r][h] + group;
-        s.scale[r][h] = KIND == Kind::kW4A8 ? load_constant_u8(static_cast<const uint8_t*>(p.q.w_multiplier) + at)
-                                            : load_constant_u16(static_cast<const uint16_t*>(p.q.w_scale) + at);
+        if constexpr (KIND == Kind::kW4A8)
+          load_constant(s.scale[r][h], static_cast<const uint8_t*>(p.q.w_multiplier) + at, step < last);
+        else
+          load_constant(s.scale[r][h], static_cast<const uint16_t*>(p.q.w_scale) + at, step < last);
       }
   }
 }
@@ -333,6 +338,7 @@ template <Kind KIND, bool FOLD, int R, int NT>
 __global__ void __launch_bounds__(32 * kMaxWarps, Config<KIND, FOLD, R, NT>::kBlocks)
     linear_skinny(const __grid_constant__ Params p) {
   using Acc = std::conditional_t<kInteger<KIND>, int, float>;
+  static_assert(R == 1 || R == 2, "the rows of a block are a power of two and divide its threads");
   constexpr int D = Config<KIND, FOLD, R, NT>::kDepth;
   constexpr int kPieces = kXPieces<KIND>;
   extern __shared__ __align__(16) char shared[];
@@ -341,22 +347,21 @@ __global__ void __launch_bounds__(32 * kMaxWarps, Config<KIND, FOLD, R, NT>::kBl
   launch_dependents();
 
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  const int wm = warp / plan.wk, wk = warp - wm * plan.wk;
-  const int split = blockIdx.x % plan.splits, block = blockIdx.x / plan.splits;
-  const int m0 = block % plan.token_blocks * (8 * NT), tokens = min(q.M - m0, 8 * NT);
-  int tile = block / plan.token_blocks;
+  const int wm = warp & (plan.wm - 1), wk = warp >> p.wm_shift, split = blockIdx.x;
+  const int m0 = blockIdx.y * (8 * NT), tokens = min(q.M - m0, 8 * NT);
+  int tile = blockIdx.z;
   const int first = split * plan.split_steps + wk * plan.warp_steps;
   const int last = min(min(first + plan.warp_steps, (split + 1) * plan.split_steps), plan.steps);
-  const int rows = 16 * R * plan.wm, warp_row = 16 * R * wm;
+  const int lane_last = (p.row_bytes - lane % 4 * 16 + kStepBytes - 1) / kStepBytes;
+  const int rows = 1 << p.rows_shift, warp_row = 16 * R * wm;
 
-  Rows<R> next = rows_at<KIND, R>(p, tile * rows + warp_row, lane);
+  Rows<R> next = rows_at<KIND, R>(p, tile * rows + warp_row, first, lane);
   Step<R> ring[D];
 #pragma unroll
-  for (int d = 0; d < D; ++d)
-    if (first + d < last) load<KIND, R>(ring[d], p, next, first + d, lane);
+  for (int d = 0; d < D; ++d) load<KIND, FOLD, R>(ring[d], p, next, d, first + d, last, lane_last, lane);
 
   // in the epilogue a thread keeps to one row, and takes every `stride`-th token
-  const int row = threadIdx.x % rows, token0 = threadIdx.x / rows, stride = blockDim.x / rows;
+  const int row = threadIdx.x & (rows - 1), token0 = threadIdx.x >> p.rows_shift, stride = 2 * plan.wk / R;
   Channel channel = channel_at<KIND>(q, tile * rows + row);
   if (plan.splits > 1) cluster_arrive();  // a block may be written to once it runs
 
@@ -386,9 +391,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, Config<KIND, FOLD, R, NT>::kBl
       const int begin = first + c * D;
       int refill = begin + D, refill_last = last;
       if (final) {
-        next = rows_at<KIND, R>(p, following * rows + warp_row, lane);
+        next = rows_at<KIND, R>(p, following * rows + warp_row, first, lane);
         refill = first;
         if (!more) refill_last = 0;
+      } else {
+#pragma unroll
+        for (int r = 0; r < R; ++r) next.w[r][0] += D * kStepBytes, next.w[r][1] += D * kStepBytes;
       }
       const char* stage = shared + c * plan.stage_bytes;
       if (!plan.resident) {
@@ -409,7 +417,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, Config<KIND, FOLD, R, NT>::kBl
           else
             multiply_w4a16<KIND == Kind::kW4BF16, FOLD, R, NT>(acc, ring[d], x + d * step_pieces, slot, plane);
         }
-        if (refill + d < refill_last) load<KIND, R>(ring[d], p, next, refill + d, lane);
+        load<KIND, FOLD, R>(ring[d], p, next, d, refill + d, refill_last, lane_last, lane);
       }
     }
 
@@ -548,7 +556,15 @@ int launch(const QuambaLinear& q, cudaStream_t stream) {
   if (!choice.kernel) return QUAMBA_UNSUPPORTED;
   const Plan& plan = choice.plan;
   const unsigned per_group = kGroups ? q.S / 32 : 1;
-  const Params params{q, plan, shape.row_bytes, kGroups ? q.K / q.S : 1, (0x80000000u + per_group - 1) / per_group};
+  int wm_shift = 0;
+  while (1 << wm_shift < plan.wm) ++wm_shift;
+  const Params params{q,
+                      plan,
+                      shape.row_bytes,
+                      kGroups ? q.K / q.S : 1,
+                      (0x80000000u + per_group - 1) / per_group,
+                      wm_shift,
+                      wm_shift + (plan.strips == 1 ? 4 : 5)};
 
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -557,7 +573,7 @@ int launch(const QuambaLinear& q, cudaStream_t stream) {
   attributes[1].val.clusterDim.x = plan.splits;
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(plan.blocks());
+  config.gridDim = dim3(plan.splits, plan.token_blocks, plan.groups);
   config.blockDim = dim3(plan.threads());
   config.dynamicSmemBytes = plan.shared_bytes;
   config.stream = stream;

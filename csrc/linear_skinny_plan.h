@@ -31,7 +31,7 @@ struct Variant {
 };
 
 struct Plan {
-  int wm, wk, splits;
+  int strips, wm, wk, splits;  // wm is a power of two
   int groups;        // blocks along the rows (times splits); each takes tiles of rows group, group + groups, ...
   int tiles;         // of 16 * strips * wm rows
   int token_blocks;  // of 8 * token_tiles tokens
@@ -52,13 +52,14 @@ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline bool complete(Plan& p, const Shape& s, const Device& d, const Variant& v) {
   const int rows = 16 * v.strips * p.wm, k_step = s.K / s.row_bytes * kStepBytes;
   const int tokens = std::min(s.M, 8 * v.token_tiles);
+  p.strips = v.strips;
   p.tiles = ceil_div(s.O, rows);
   p.token_blocks = ceil_div(s.M, 8 * v.token_tiles);
   p.steps = ceil_div(s.row_bytes, kStepBytes);
   p.split_steps = ceil_div(p.steps, p.splits);
-  p.splits = ceil_div(p.steps, p.split_steps);
+  if (p.splits != ceil_div(p.steps, p.split_steps)) return false;  // a block without work
   p.warp_steps = ceil_div(p.split_steps, p.wk);
-  p.wk = ceil_div(p.split_steps, p.warp_steps);
+  if (p.wk != ceil_div(p.split_steps, p.warp_steps)) return false;
   p.chunks = ceil_div(p.warp_steps, v.depth);
   p.x_slots = v.token_tiles > 1 ? 8 * v.token_tiles : tokens + tokens % 2;
   p.stage_bytes = p.wk * v.depth * p.x_slots * k_step * s.x_bytes;
@@ -94,7 +95,7 @@ inline double cost(const Plan& p, const Shape& s, const Device& d, const Variant
   const double active = std::min(1.0, std::min(per_sm, p.blocks_per_sm) * p.threads() / 32 / 8.0);
   const double arithmetic = worst / 1024 * v.token_tiles * mma / active;
   const double x = static_cast<double>(p.x_slots) * s.K / p.splits * s.x_bytes * per_sm * (p.resident ? 1 : per_block);
-  const double fixed = (p.splits > 1 ? 9e3 : 0) + 1.5e3 * per_block + 150.0 * p.wk * p.wm +
+  const double fixed = (p.splits > 1 ? 6e3 * (1 + per_block) : 0) + 1.5e3 * per_block + 150.0 * p.wk * p.wm +
                        (p.resident ? 0 : 300.0 * p.chunks * per_block);
   return std::max(memory, arithmetic) + 0.3 * x + fixed;
 }

@@ -50,26 +50,27 @@ __device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t 
   return d;
 }
 
-// Weights: read once, so they take no room in L1; L2 fetches the whole line, whose other half is read next.
-__device__ __forceinline__ uint4 load_weights(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
+// Weights: read once, so they take no room in L1; L2 fetches the whole line, whose other half is read next. v stays as
+// it is where `inside` is false.
+__device__ __forceinline__ void load_weights(uint4& v, const void* p, bool inside) {
+  asm volatile(
+      "{.reg .pred inside; setp.ne.s32 inside, %5, 0;\n"
+      "@inside ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];}"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(p), "r"(static_cast<int>(inside)));
 }
 
 // Constants of the model that are narrower than a word. Volatile, so that they stay before the dependency wait.
-__device__ __forceinline__ uint32_t load_constant_u16(const uint16_t* p) {
-  uint16_t v;
-  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(p));
-  return v;
+__device__ __forceinline__ void load_constant(uint32_t& v, const uint16_t* p, bool inside) {
+  asm volatile("{.reg .pred inside; setp.ne.s32 inside, %2, 0;\n@inside ld.global.nc.u16 %0, [%1];}"
+               : "+r"(v)
+               : "l"(p), "r"(static_cast<int>(inside)));
 }
 
-__device__ __forceinline__ uint32_t load_constant_u8(const uint8_t* p) {
-  uint32_t v;
-  asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(p));
-  return v;
+__device__ __forceinline__ void load_constant(uint32_t& v, const uint8_t* p, bool inside) {
+  asm volatile("{.reg .pred inside; setp.ne.s32 inside, %2, 0;\n@inside ld.global.nc.u8 %0, [%1];}"
+               : "+r"(v)
+               : "l"(p), "r"(static_cast<int>(inside)));
 }
 
 // 16 bytes from global to shared memory, through L2 only; zeros when `inside` is false (p must be valid all the same).
