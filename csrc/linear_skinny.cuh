@@ -98,26 +98,24 @@ __device__ __forceinline__ void load(Step<R>& s, const Params& p, const Rows<R>&
   }
 }
 
-// Copies chunk `chunk` of x (the next D steps of every warp along K) into shared memory:
-// [wk][D][piece][slot], where the slot of token n and lane t is n * 4 + t, shuffled within eight by the piece, so that
-// neither the copies (whole rows of x) nor the reads (a tile of tokens) meet in a bank.
+// Copies D steps of x, from `step` on, into shared memory, for all warps with this share of K: this warp takes every
+// wm-th token. The layout is [D][piece][slot], where the slot of token n and lane t is n * 4 + t, shuffled within eight
+// by the piece, so that neither the copies (whole rows of x) nor the reads (a tile of tokens) meet in a bank.
 template <Kind KIND, int D>
-__device__ __forceinline__ void copy_x(char* stage, const Params& p, int m0, int tokens, int split, int chunk) {
+__device__ __forceinline__ void copy_x(char* to, const Params& p, int m0, int tokens, int step, int wm, int lane) {
   constexpr int kPieces = kXPieces<KIND>, kRow = 4 * kPieces * D, kLanes = kRow < 32 ? kRow : 32;
-  const Plan& plan = p.plan;
   const int x_row_bytes = p.q.K * (kInteger<KIND> ? 1 : 2);
   const char* x = static_cast<const char*>(p.q.x) + static_cast<int64_t>(m0) * x_row_bytes;
-  for (int i = threadIdx.x / kLanes; i < tokens * plan.wk; i += blockDim.x / kLanes) {
-    const int slice = plan.wk == 1 ? 0 : i / tokens, token = i - slice * tokens;
-    const int step0 = split * plan.split_steps + slice * plan.warp_steps + chunk * D;
+#pragma unroll 2
+  for (int token = wm * (32 / kLanes) + lane / kLanes; token < tokens; token += p.plan.wm * (32 / kLanes)) {
 #pragma unroll
     for (int j = 0; j < kRow / kLanes; ++j) {
-      const int at = j * kLanes + threadIdx.x % kLanes;
+      const int at = j * kLanes + lane % kLanes;
       const int d = at / (4 * kPieces), t = at / kPieces % 4, piece = at % kPieces;
-      const int from = (step0 * 4 * kPieces + at) * 16;
+      const int from = (step * 4 * kPieces + at) * 16;
       const int slot = (token * 4 + t) ^ (piece * (8 / kPieces) % 8);
       const bool inside = from < x_row_bytes;
-      copy_async(stage + (((slice * D + d) * kPieces + piece) * plan.x_slots * 4 + slot) * 16,
+      copy_async(to + ((d * kPieces + piece) * p.plan.x_slots * 4 + slot) * 16,
                  x + (inside ? static_cast<int64_t>(token) * x_row_bytes + from : 0), inside);
     }
   }
@@ -363,24 +361,29 @@ __global__ void __launch_bounds__(32 * kMaxWarps, Config<KIND, FOLD, R, NT>::kBl
   // in the epilogue a thread keeps to one row, and takes every `stride`-th token
   const int row = threadIdx.x & (rows - 1), token0 = threadIdx.x >> p.rows_shift, stride = 2 * plan.wk / R;
   Channel channel = channel_at<KIND>(q, tile * rows + row);
-  if (plan.splits > 1) cluster_arrive();  // a block may be written to once it runs
-
-  wait_for_previous_kernel();
-  if (plan.resident) {
-    for (int c = 0; c < plan.chunks; ++c)
-      copy_x<KIND, D>(shared + c * plan.stage_bytes, p, m0, tokens, split, c);
-    copy_async_wait();
-    __syncthreads();
-  } else {
-    copy_x<KIND, D>(shared, p, m0, tokens, split, 0);
+  auto* const mailbox = reinterpret_cast<uint64_t*>(shared);
+  if (plan.splits > 1) {
+    if (threadIdx.x == 0) mailbox_init(mailbox);
+    cluster_arrive();
   }
 
+  wait_for_previous_kernel();
   const int plane = NT > 1 ? 32 * NT : plan.x_slots * 4, step_pieces = kPieces * plane;
+  char* const stages = shared + kMailboxBytes;
+  const auto copy_chunk = [&](int slot, int c) {
+    copy_x<KIND, D>(stages + slot * plan.stage_bytes + wk * D * step_pieces * 16, p, m0, tokens, first + c * D, wm, lane);
+  };
+  for (int c = 0; c < (plan.resident ? plan.chunks : 1); ++c) copy_chunk(c, c);
+  if (plan.resident) {
+    copy_async_wait();
+    __syncthreads();
+  }
+
   // columns of absent tokens are dropped, so any data does for them
   const int slot = NT > 1 ? lane : min(lane / 4, tokens - 1) * 4 + lane % 4;
-  uint32_t* const sums = reinterpret_cast<uint32_t*>(shared + (plan.resident ? plan.chunks : 2) * plan.stage_bytes);
+  uint32_t* const sums = reinterpret_cast<uint32_t*>(stages + (plan.resident ? plan.chunks : 2) * plan.stage_bytes);
   const int column = rows + 4, slice = tokens * column;  // padded: the lanes of a fragment meet in no bank
-  int turn = 0;
+  int turn = 0, parity = 0;
 
   while (true) {
     const int following = tile + plan.groups;
@@ -398,15 +401,15 @@ __global__ void __launch_bounds__(32 * kMaxWarps, Config<KIND, FOLD, R, NT>::kBl
 #pragma unroll
         for (int r = 0; r < R; ++r) next.w[r][0] += D * kStepBytes, next.w[r][1] += D * kStepBytes;
       }
-      const char* stage = shared + c * plan.stage_bytes;
+      int stage = c;
       if (!plan.resident) {
         copy_async_wait();
         __syncthreads();  // chunk c has come, and nobody reads the one before it
-        stage = shared + turn * plan.stage_bytes;
+        stage = turn;
         turn ^= 1;
-        if (!final || more) copy_x<KIND, D>(shared + turn * plan.stage_bytes, p, m0, tokens, split, final ? 0 : c + 1);
+        if (!final || more) copy_chunk(turn, final ? 0 : c + 1);
       }
-      const uint4* x = reinterpret_cast<const uint4*>(stage) + wk * D * step_pieces;
+      const uint4* x = reinterpret_cast<const uint4*>(stages + stage * plan.stage_bytes) + wk * D * step_pieces;
 #pragma unroll
       for (int d = 0; d < D; ++d) {
         if (begin + d < last) {
@@ -440,10 +443,14 @@ __global__ void __launch_bounds__(32 * kMaxWarps, Config<KIND, FOLD, R, NT>::kBl
       const int share = (tokens + plan.splits - 1) / plan.splits;
       cluster_wait();
       for (int token = token0; token < tokens; token += stride)
-        store_in_cluster(gathered + (split * share + token / plan.splits) * column + row, token % plan.splits,
-                         bits_of(sum<Acc>(from + token * column, count, by)));
-      cluster_arrive();
-      cluster_wait();
+        send(gathered + (split * share + token / plan.splits) * column + row, mailbox, token % plan.splits,
+             bits_of(sum<Acc>(from + token * column, count, by)));
+      if (split < tokens) {
+        const int own = (tokens - split + plan.splits - 1) / plan.splits;
+        if (threadIdx.x == 0) mailbox_expect(mailbox, own * plan.splits * rows * 4);
+        mailbox_wait(mailbox, parity);
+        parity ^= 1;
+      }
       from = gathered + row, count = plan.splits, by = share * column, leap = plan.splits, offset = split;
     }
     const int channel_row = tile * rows + row;

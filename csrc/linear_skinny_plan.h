@@ -10,6 +10,7 @@ namespace quamba::skinny {
 
 constexpr int kStepBytes = 64;
 constexpr int kMaxWarps = 8;
+constexpr int kMailboxBytes = 16;  // the first of shared memory: they count what other blocks send
 
 struct Shape {
   int M, O, K;
@@ -65,7 +66,7 @@ inline bool complete(Plan& p, const Shape& s, const Device& d, const Variant& v)
   p.stage_bytes = p.wk * v.depth * p.x_slots * k_step * s.x_bytes;
   const int gathered = p.splits > 1 ? p.splits * ceil_div(tokens, p.splits) : 0;
   const int sums = (p.wk * tokens + gathered) * (rows + 4) * 4;
-  p.shared_bytes = (p.resident ? p.chunks : 2) * p.stage_bytes + sums;
+  p.shared_bytes = kMailboxBytes + (p.resident ? p.chunks : 2) * p.stage_bytes + sums;
   if (!p.resident && p.chunks < 2) return false;
   if (p.shared_bytes > d.shared_per_block) return false;
   const int registers = (v.registers + 7) / 8 * 8 * p.threads();

@@ -94,10 +94,10 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// The barrier of a thread block cluster, in two halves, and a store into the shared memory of one of its blocks.
+// Every block of the cluster runs: arrive early, wait before the first store into another block.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
 
@@ -107,12 +107,47 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-__device__ __forceinline__ void store_in_cluster(uint32_t* shared, int rank, uint32_t value) {
+// A barrier in shared memory that opens once one thread has said how many bytes other blocks will send, and they came.
+__device__ __forceinline__ void mailbox_init(uint64_t* mailbox) {
 #if __CUDA_ARCH__ >= 900
-  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  uint32_t to;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(own), "r"(rank));
-  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(mailbox));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(at) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void mailbox_expect(uint64_t* mailbox, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(mailbox));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void mailbox_wait(uint64_t* mailbox, int parity) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(mailbox));
+  uint32_t open = 0;
+  while (!open)
+    asm volatile(
+        "{.reg .pred open; mbarrier.try_wait.parity.shared::cta.b64 open, [%1], %2; selp.u32 %0, 1, 0, open;}"
+        : "=r"(open)
+        : "r"(at), "r"(parity)
+        : "memory");
+#endif
+}
+
+// Stores a word in the shared memory of block `rank` of the cluster, at the place of `shared` here, and counts it there.
+__device__ __forceinline__ void send(uint32_t* shared, uint64_t* mailbox, int rank, uint32_t value) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t to, box;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(to)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(box)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(mailbox))), "r"(rank));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(to), "r"(value),
+               "r"(box)
+               : "memory");
 #endif
 }
 
