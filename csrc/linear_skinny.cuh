@@ -73,15 +73,20 @@ __device__ __forceinline__ Rows<R> rows_at(const Params& p, int row0, int step, 
   return rows;
 }
 
-// Reads step `step`, the d-th from where `rows` stands, if it is below `last`; a lane beyond the end of K reads nothing
-// and keeps what it had, which meets zeros of x.
-template <Kind KIND, bool FOLD, int R>
-__device__ __forceinline__ void load(Step<R>& s, const Params& p, const Rows<R>& rows, int d, int step, int last,
-                                     int lane_last, int lane) {
+// Reads the weights of step `step`, the d-th from where `rows` stands, if it is below `last`. A lane beyond the end of
+// K, at `lane_last`, reads nothing and keeps what it had, which meets zeros of x.
+template <int R>
+__device__ __forceinline__ void load_step(Step<R>& s, const Rows<R>& rows, int d, bool inside) {
 #pragma unroll
   for (int r = 0; r < R; ++r)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) load_weights(s.w[r][h], rows.w[r][h] + d * kStepBytes, step < min(last, lane_last));
+    for (int h = 0; h < 2; ++h) load_weights(s.w[r][h], rows.w[r][h] + d * kStepBytes, inside);
+}
+
+// Reads the group scales of a step.
+template <Kind KIND, bool FOLD, int R>
+__device__ __forceinline__ void load_scales(Step<R>& s, const Params& p, const Rows<R>& rows, int step, bool inside,
+                                            int lane) {
   if constexpr (KIND != Kind::kW8A8) {
     const unsigned block = FOLD ? min(step * 4 + lane % 4, p.q.K / 32 - 1) : step * 4;  // of 32 weights
     const unsigned group = __umulhi(2 * block, p.group_magic);
@@ -91,9 +96,9 @@ __device__ __forceinline__ void load(Step<R>& s, const Params& p, const Rows<R>&
       for (int h = 0; h < 2; ++h) {
         const uint32_t at = rows.scale[r][h] + group;
         if constexpr (KIND == Kind::kW4A8)
-          load_constant(s.scale[r][h], static_cast<const uint8_t*>(p.q.w_multiplier) + at, step < last);
+          load_constant(s.scale[r][h], static_cast<const uint8_t*>(p.q.w_multiplier) + at, inside);
         else
-          load_constant(s.scale[r][h], static_cast<const uint16_t*>(p.q.w_scale) + at, step < last);
+          load_constant(s.scale[r][h], static_cast<const uint16_t*>(p.q.w_scale) + at, inside);
       }
   }
 }
@@ -268,6 +273,16 @@ __device__ __forceinline__ void multiply_w8a8(int (&acc)[R][NT][4], const Step<R
   }
 }
 
+template <Kind KIND, bool FOLD, int R, int NT, typename Acc>
+__device__ __forceinline__ void multiply(Acc (&acc)[R][NT][4], const Step<R>& s, const uint4* x, int slot, int plane) {
+  if constexpr (KIND == Kind::kW8A8)
+    multiply_w8a8<R, NT>(acc, s, x, slot);
+  else if constexpr (KIND == Kind::kW4A8)
+    multiply_w4a8<FOLD, R, NT>(acc, s, x, slot, plane);
+  else
+    multiply_w4a16<KIND == Kind::kW4BF16, FOLD, R, NT>(acc, s, x, slot, plane);
+}
+
 // Through L2: L1 may hold what a buffer of activations had before.
 __device__ __forceinline__ float load_float(const void* p, int64_t i, int dtype) {
   if (dtype == QUAMBA_F32) return __ldcg(static_cast<const float*>(p) + i);
@@ -326,18 +341,23 @@ __device__ __forceinline__ Acc sum(const uint32_t* from, int count, int by) {
 __device__ __forceinline__ uint32_t bits_of(int v) { return static_cast<uint32_t>(v); }
 __device__ __forceinline__ uint32_t bits_of(float v) { return __float_as_uint(v); }
 
-template <Kind KIND, bool FOLD, int R, int NT>
+template <Kind KIND, int R, int NT>
 struct Config {
   static constexpr int kDepth = NT == 8 ? 2 : 4;
-  static constexpr int kBlocks = R == 1 ? 2 : 1;  // of kMaxWarps that must fit a multiprocessor
+  // warps of a block, and blocks of that size on a multiprocessor, which leave 128, 168 or 255 registers
+  static constexpr bool kSlim = NT == 1 || (NT == 2 && KIND == Kind::kW8A8);
+  static constexpr int kWarps = R == 2 && kSlim ? 6 : kMaxWarps, kBlocks = kSlim ? 2 : 1;
+  // Without branches between steps the compiler starts the loads of one beside the arithmetic of the next; with many
+  // tokens it would run out of registers.
+  static constexpr bool kStraight = NT <= 2 && !(KIND == Kind::kW4BF16 && R == 2);
 };
 
 template <Kind KIND, bool FOLD, int R, int NT>
-__global__ void __launch_bounds__(32 * kMaxWarps, Config<KIND, FOLD, R, NT>::kBlocks)
+__global__ void __launch_bounds__(32 * Config<KIND, R, NT>::kWarps, Config<KIND, R, NT>::kBlocks)
     linear_skinny(const __grid_constant__ Params p) {
   using Acc = std::conditional_t<kInteger<KIND>, int, float>;
   static_assert(R == 1 || R == 2, "the rows of a block are a power of two and divide its threads");
-  constexpr int D = Config<KIND, FOLD, R, NT>::kDepth;
+  constexpr int D = Config<KIND, R, NT>::kDepth;
   constexpr int kPieces = kXPieces<KIND>;
   extern __shared__ __align__(16) char shared[];
   const Plan& plan = p.plan;
@@ -350,13 +370,15 @@ __global__ void __launch_bounds__(32 * kMaxWarps, Config<KIND, FOLD, R, NT>::kBl
   int tile = blockIdx.z;
   const int first = split * plan.split_steps + wk * plan.warp_steps;
   const int last = min(min(first + plan.warp_steps, (split + 1) * plan.split_steps), plan.steps);
-  const int lane_last = (p.row_bytes - lane % 4 * 16 + kStepBytes - 1) / kStepBytes;
+  const int lane_last = (p.row_bytes - lane % 4 * 16 + kStepBytes - 1) >> 6;  // steps of 64 bytes
   const int rows = 1 << p.rows_shift, warp_row = 16 * R * wm;
 
   Rows<R> next = rows_at<KIND, R>(p, tile * rows + warp_row, first, lane);
   Step<R> ring[D];
 #pragma unroll
-  for (int d = 0; d < D; ++d) load<KIND, FOLD, R>(ring[d], p, next, d, first + d, last, lane_last, lane);
+  for (int d = 0; d < D; ++d) load_step<R>(ring[d], next, d, first + d < min(last, lane_last));
+#pragma unroll
+  for (int d = 0; d < D; ++d) load_scales<KIND, FOLD, R>(ring[d], p, next, first + d, first + d < last, lane);
 
   // in the epilogue a thread keeps to one row, and takes every `stride`-th token
   const int row = threadIdx.x & (rows - 1), token0 = threadIdx.x >> p.rows_shift, stride = 2 * plan.wk / R;
@@ -410,17 +432,17 @@ __global__ void __launch_bounds__(32 * kMaxWarps, Config<KIND, FOLD, R, NT>::kBl
         if (!final || more) copy_chunk(turn, final ? 0 : c + 1);
       }
       const uint4* x = reinterpret_cast<const uint4*>(stages + stage * plan.stage_bytes) + wk * D * step_pieces;
+      const auto step = [&](int d, bool present) {
+        if (present) multiply<KIND, FOLD, R, NT>(acc, ring[d], x + d * step_pieces, slot, plane);
+        load_step<R>(ring[d], next, d, refill + d < min(refill_last, lane_last));
+        load_scales<KIND, FOLD, R>(ring[d], p, next, refill + d, refill + d < refill_last, lane);
+      };
+      if (Config<KIND, R, NT>::kStraight && begin + D <= last) {
 #pragma unroll
-      for (int d = 0; d < D; ++d) {
-        if (begin + d < last) {
-          if constexpr (KIND == Kind::kW8A8)
-            multiply_w8a8<R, NT>(acc, ring[d], x + d * step_pieces, slot);
-          else if constexpr (KIND == Kind::kW4A8)
-            multiply_w4a8<FOLD, R, NT>(acc, ring[d], x + d * step_pieces, slot, plane);
-          else
-            multiply_w4a16<KIND == Kind::kW4BF16, FOLD, R, NT>(acc, ring[d], x + d * step_pieces, slot, plane);
-        }
-        load<KIND, FOLD, R>(ring[d], p, next, d, refill + d, refill_last, lane_last, lane);
+        for (int d = 0; d < D; ++d) step(d, true);
+      } else {
+#pragma unroll
+        for (int d = 0; d < D; ++d) step(d, begin + d < last);
       }
     }
 
@@ -467,127 +489,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, Config<KIND, FOLD, R, NT>::kBl
     __syncthreads();  // the sums have been read
     if (plan.splits > 1) cluster_arrive();
   }
-}
-
-using Kernel = void (*)(Params);
-
-struct Choice {
-  Kernel kernel;
-  Plan plan;
-};
-
-template <Kind KIND, bool FOLD, int R, int NT>
-cudaError_t consider(const Shape& s, const Device& d, Choice& best) {
-  const Kernel kernel = linear_skinny<KIND, FOLD, R, NT>;
-  cudaFuncAttributes attributes;
-  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error != cudaSuccess) return error;
-  const Plan plan = choose(s, d, {R, NT, Config<KIND, FOLD, R, NT>::kDepth, attributes.numRegs});
-  if (plan.cost < 0 || (best.kernel && best.plan.cost <= plan.cost)) return cudaSuccess;
-  best = {kernel, plan};
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_per_block);
-}
-
-template <Kind KIND, bool FOLD>
-cudaError_t choose_kernel(const Shape& s, const Device& d, Choice& best) {
-  if (s.M > 32) {
-    // here the weight takes its scale whatever the group: there are no registers for a second set of sums
-    constexpr bool kFold = KIND != Kind::kW8A8;
-    return consider<KIND, kFold, 2, 8>(s, d, best);
-  }
-  if (s.M > 16) return consider<KIND, FOLD, 2, 4>(s, d, best);
-  if (s.M > 8) return consider<KIND, FOLD, 2, 2>(s, d, best);
-  const cudaError_t error = consider<KIND, FOLD, 1, 1>(s, d, best);
-  return error == cudaSuccess ? consider<KIND, FOLD, 2, 1>(s, d, best) : error;
-}
-
-inline cudaError_t describe(int ordinal, Device& d) {
-  int major = 0;
-  const auto get = [&](int& value, cudaDeviceAttr attribute) {
-    return cudaDeviceGetAttribute(&value, attribute, ordinal);
-  };
-  for (const cudaError_t error :
-       {get(d.sms, cudaDevAttrMultiProcessorCount), get(d.shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-        get(d.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin),
-        get(d.threads_per_sm, cudaDevAttrMaxThreadsPerMultiProcessor),
-        get(d.registers_per_sm, cudaDevAttrMaxRegistersPerMultiprocessor),
-        get(major, cudaDevAttrComputeCapabilityMajor)})
-    if (error != cudaSuccess) return error;
-  d.clusters = major >= 9;
-  return cudaSuccess;
-}
-
-// The choice for a shape on the present device; each host thread remembers its latest ones.
-template <Kind KIND, bool FOLD>
-cudaError_t cached_choice(const Shape& s, Choice& choice, bool& clusters) {
-  struct Entry {
-    int ordinal = -1;
-    bool clusters = false;
-    Shape shape{};
-    Choice choice{};
-  };
-  constexpr unsigned kEntries = 256;
-  static thread_local Entry entries[kEntries];
-  int ordinal = 0;
-  cudaError_t error = cudaGetDevice(&ordinal);
-  if (error != cudaSuccess) return error;
-  Entry& e = entries[(s.M * 31u + s.O * 7u + s.K / 32u) % kEntries];
-  if (e.ordinal != ordinal || !(e.shape == s)) {
-    Device d{};
-    Choice best{};
-    if ((error = describe(ordinal, d)) != cudaSuccess) return error;
-    if ((error = choose_kernel<KIND, FOLD>(s, d, best)) != cudaSuccess) return error;
-    e = {ordinal, d.clusters, s, best};
-  }
-  choice = e.choice;
-  clusters = e.clusters;
-  return cudaSuccess;
-}
-
-inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-template <Kind KIND>
-int launch(const QuambaLinear& q, cudaStream_t stream) {
-  constexpr bool kGroups = KIND != Kind::kW8A8;
-  if (q.M < 1 || q.M > 256 || q.O < 8 || q.O % 8 || q.K < 32 || q.K % 32) return QUAMBA_UNSUPPORTED;
-  if (kGroups && (q.S < 32 || q.S % 32 || q.K % q.S)) return QUAMBA_UNSUPPORTED;
-  if (!aligned(q.x) || !aligned(q.w)) return QUAMBA_UNSUPPORTED;
-
-  const Shape shape{q.M, q.O, q.K, kGroups ? q.K / 2 : q.K, kInteger<KIND> ? 1 : 2};
-  const bool fold = kGroups && q.S % 128 && q.S != q.K;
-  Choice choice{};
-  bool overlap = false;
-  cudaError_t error = fold ? cached_choice<KIND, kGroups>(shape, choice, overlap)
-                           : cached_choice<KIND, false>(shape, choice, overlap);
-  if (error != cudaSuccess) return error;
-  if (!choice.kernel) return QUAMBA_UNSUPPORTED;
-  const Plan& plan = choice.plan;
-  const unsigned per_group = kGroups ? q.S / 32 : 1;
-  int wm_shift = 0;
-  while (1 << wm_shift < plan.wm) ++wm_shift;
-  const Params params{q,
-                      plan,
-                      shape.row_bytes,
-                      kGroups ? q.K / q.S : 1,
-                      (0x80000000u + per_group - 1) / per_group,
-                      wm_shift,
-                      wm_shift + (plan.strips == 1 ? 4 : 5)};
-
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = plan.splits;
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(plan.splits, plan.token_blocks, plan.groups);
-  config.blockDim = dim3(plan.threads());
-  config.dynamicSmemBytes = plan.shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = overlap ? (plan.splits > 1 ? 2 : 1) : 0;
-  error = cudaLaunchKernelEx(&config, choice.kernel, params);
-  return error != cudaSuccess ? error : cudaGetLastError();
 }
 
 }  // namespace quamba::skinny

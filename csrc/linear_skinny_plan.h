@@ -26,9 +26,9 @@ struct Device {
   bool clusters;
 };
 
-// What a compiled kernel fixes: strips per warp, tiles of 8 tokens, steps in flight, registers a thread.
+// What a compiled kernel fixes: strips a warp, tiles of 8 tokens, steps in flight, registers a thread, warps a block.
 struct Variant {
-  int strips, token_tiles, depth, registers;
+  int strips, token_tiles, depth, registers, max_warps;
 };
 
 struct Plan {
@@ -45,6 +45,17 @@ struct Plan {
 
   int threads() const { return 32 * wm * wk; }
   int blocks() const { return groups * splits * token_blocks; }
+};
+
+// What a choice is narrowed to; -1 is free.
+struct Forced {
+  int strips = -1, wm = -1, wk = -1, splits = -1, resident = -1;
+
+  bool allows(const Plan& p, int strips_) const {
+    const auto fits = [](int wanted, int value) { return wanted < 0 || wanted == value; };
+    return fits(strips, strips_) && fits(wm, p.wm) && fits(wk, p.wk) && fits(splits, p.splits) &&
+           fits(resident, p.resident);
+  }
 };
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -69,8 +80,9 @@ inline bool complete(Plan& p, const Shape& s, const Device& d, const Variant& v)
   p.shared_bytes = kMailboxBytes + (p.resident ? p.chunks : 2) * p.stage_bytes + sums;
   if (!p.resident && p.chunks < 2) return false;
   if (p.shared_bytes > d.shared_per_block) return false;
-  const int registers = (v.registers + 7) / 8 * 8 * p.threads();
-  p.blocks_per_sm = std::min({d.shared_per_sm / (p.shared_bytes + 1024), d.registers_per_sm / registers,
+  // registers are given out by quarters of a multiprocessor, eight a thread at a time
+  const int warps = 4 * (d.registers_per_sm / 4 / (32 * ((v.registers + 7) / 8 * 8)));
+  p.blocks_per_sm = std::min({d.shared_per_sm / (p.shared_bytes + 1024), warps / (p.wm * p.wk),
                               d.threads_per_sm / p.threads()});
   return p.blocks_per_sm > 0;
 }
@@ -102,16 +114,16 @@ inline double cost(const Plan& p, const Shape& s, const Device& d, const Variant
 }
 
 // The cheapest plan of one variant; its cost is negative when none fits.
-inline Plan choose(const Shape& s, const Device& d, const Variant& v) {
+inline Plan choose(const Shape& s, const Device& d, const Forced& forced, const Variant& v) {
   Plan best{};
   best.cost = -1;
-  for (int wm = 1; wm <= kMaxWarps; wm *= 2)
-    for (int wk = 1; wm * wk <= kMaxWarps; ++wk)
+  for (int wm = 1; wm <= v.max_warps; wm *= 2)
+    for (int wk = 1; wm * wk <= v.max_warps; ++wk)
       for (int splits = 1; splits <= (d.clusters ? 8 : 1); splits *= 2)
         for (int resident = 0; resident < 2; ++resident) {
           Plan p{};
           p.wm = wm, p.wk = wk, p.splits = splits, p.resident = resident;
-          if (!complete(p, s, d, v)) continue;
+          if (!forced.allows(p, v.strips) || !complete(p, s, d, v)) continue;
           spread(p, d);
           p.cost = cost(p, s, d, v);
           if (best.cost < 0 || p.cost < best.cost) best = p;

@@ -1,4 +1,4 @@
-#include "linear_skinny.cuh"
+#include "linear_skinny_launch.cuh"
 
 extern "C" int quamba_linear_w4a8_skinny(const QuambaLinear* q, void* stream) {
   using namespace quamba::skinny;

@@ -1,4 +1,4 @@
-#include "linear_skinny.cuh"
+#include "linear_skinny_launch.cuh"
 
 extern "C" int quamba_linear_w8a8_skinny(const QuambaLinear* q, void* stream) {
   using namespace quamba::skinny;
