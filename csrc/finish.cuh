@@ -17,8 +17,8 @@ constexpr int kBlock = 8;  // columns that belong together in a tensor core's ac
 constexpr int kGroup = 4;  // blocks that are finished together: 32 columns
 
 struct Finish {
-  const float* x_scale;  // null: 1
-  const float* w_scale;  // null: 1
+  const float* x_scale;
+  const float* w_scale;
   const void* bias;
   const void* residual;
   const float* out_scale;  // null: y has type y_dtype
@@ -67,10 +67,10 @@ __device__ __forceinline__ unsigned pack_pair(float low, float high, bool half) 
   return reinterpret_cast<unsigned&>(pair);
 }
 
-// rint(y / scale) in [-127, 127] for inverse = RN(1 / scale): one Newton step makes the quotient correctly rounded
+// rint(y / scale) in [-127, 127]: from the rounded inverse, one Newton step makes the quotient correctly rounded
 // (Markstein), where it is small enough to matter.
-__device__ __forceinline__ int to_code(float y, float scale, float inverse) {
-  float quotient = __fmul_rn(y, inverse);
+__device__ __forceinline__ int to_code(float y, float scale) {
+  float inverse = __frcp_rn(scale), quotient = __fmul_rn(y, inverse);
   float exact = __fmaf_rn(__fmaf_rn(-quotient, scale, y), inverse, quotient);
   quotient = fabsf(quotient) < 1024.f ? exact : quotient;
   return __float2int_rn(fminf(fmaxf(quotient, -127.f), 127.f));
@@ -106,25 +106,24 @@ __device__ __forceinline__ uint2 gather_bytes(unsigned blocks01, unsigned blocks
 
 // Per-column parameters of 32 columns, as one lane needs them.
 struct Columns {
-  float2 w[kGroup], bias[kGroup], out[kGroup];
+  float2 w[kGroup], bias[kGroup];
 };
 
+template <bool Scaled>
 __device__ __forceinline__ Columns load_columns(const Finish& p, int first) {
   Columns c;
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
     int n = first + kBlock * j + 2 * (threadIdx.x & 3);
     bool inside = n < p.O;
-    c.w[j] = inside && p.w_scale ? load_pair(p.w_scale, QUAMBA_F32, n) : make_float2(1.f, 1.f);
+    if (Scaled) c.w[j] = inside ? load_pair(p.w_scale, QUAMBA_F32, n) : make_float2(0.f, 0.f);
     c.bias[j] = inside && p.bias ? load_pair(p.bias, p.bias_dtype, n) : make_float2(0.f, 0.f);
-    c.out[j] = make_float2(1.f, 1.f);
-    if (inside && p.out_scale)
-      c.out[j] = p.out_step ? load_pair(p.out_scale, QUAMBA_F32, n) : make_float2(*p.out_scale, *p.out_scale);
   }
   return c;
 }
 
 // Finish 32 columns of one row; all lanes of a warp take part, whether their row exists or not.
+template <bool Scaled>
 __device__ __forceinline__ void finish_group(const Finish& p, const Columns& c, int row, int first, float x_scale,
                                              float2 (&v)[kGroup]) {
   int lane = threadIdx.x & 3;
@@ -132,8 +131,9 @@ __device__ __forceinline__ void finish_group(const Finish& p, const Columns& c, 
   bool exists = row < p.M;
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
-    v[j].x = __fadd_rn(__fmul_rn(__fmul_rn(v[j].x, x_scale), c.w[j].x), c.bias[j].x);
-    v[j].y = __fadd_rn(__fmul_rn(__fmul_rn(v[j].y, x_scale), c.w[j].y), c.bias[j].y);
+    if (Scaled) v[j].x = __fmul_rn(__fmul_rn(v[j].x, x_scale), c.w[j].x);
+    if (Scaled) v[j].y = __fmul_rn(__fmul_rn(v[j].y, x_scale), c.w[j].y);
+    v[j] = make_float2(__fadd_rn(v[j].x, c.bias[j].x), __fadd_rn(v[j].y, c.bias[j].y));
   }
   if (p.residual && exists) {
     float2 r[kGroup];
@@ -153,9 +153,13 @@ __device__ __forceinline__ void finish_group(const Finish& p, const Columns& c, 
   } else if (p.y_dtype == QUAMBA_I8) {
     unsigned codes[kGroup];
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j)
-      codes[j] = (to_code(v[j].x, c.out[j].x, __frcp_rn(c.out[j].x)) & 0xff) |
-                 (to_code(v[j].y, c.out[j].y, __frcp_rn(c.out[j].y)) & 0xff) << 8;
+    for (int j = 0; j < kGroup; ++j) {
+      float2 scale = make_float2(1.f, 1.f);
+      if (first + kBlock * j < p.O)
+        scale = p.out_step ? load_pair(p.out_scale, QUAMBA_F32, first + kBlock * j + 2 * lane)
+                           : make_float2(*p.out_scale, *p.out_scale);
+      codes[j] = (to_code(v[j].x, scale.x) & 0xff) | (to_code(v[j].y, scale.y) & 0xff) << 8;
+    }
     uint2 bytes = gather_bytes(codes[0] | codes[1] << 16, codes[2] | codes[3] << 16);
     if (stores) *reinterpret_cast<uint2*>(static_cast<signed char*>(p.y) + start + kBlock * lane) = bytes;
   } else {
@@ -168,24 +172,24 @@ __device__ __forceinline__ void finish_group(const Finish& p, const Columns& c, 
 }
 
 // Finish what one warp holds of a tile: Rows rows a lane, Blocks blocks of eight columns from ``first`` on.
-// value(r, b) returns the two accumulators of row r and block b as a float2.
-template <int Rows, int Blocks, class Value>
+// value(r, b) returns the two accumulators of row r and block b as a float2; Scaled: x_scale and w_scale multiply them.
+template <int Rows, int Blocks, bool Scaled = true, class Value>
 __device__ __forceinline__ void finish_tile(const Finish& p, const int (&row)[Rows], int first, Value value) {
   static_assert(Blocks % kGroup == 0, "a tile is a multiple of 32 columns");
   float x_scale[Rows];
 #pragma unroll
-  for (int r = 0; r < Rows; ++r) x_scale[r] = p.x_scale && row[r] < p.M ? p.x_scale[row[r] * p.x_step] : 1.f;
+  for (int r = 0; r < Rows; ++r) x_scale[r] = Scaled && row[r] < p.M ? p.x_scale[row[r] * p.x_step] : 1.f;
 #pragma unroll
   for (int b = 0; b < Blocks; b += kGroup) {
     int n = first + kBlock * b;
     if (n >= p.O) break;
-    Columns c = load_columns(p, n);
+    Columns c = load_columns<Scaled>(p, n);
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
       float2 v[kGroup];
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) v[j] = value(r, b + j);
-      finish_group(p, c, row[r], n, x_scale[r], v);
+      finish_group<Scaled>(p, c, row[r], n, x_scale[r], v);
     }
   }
 }

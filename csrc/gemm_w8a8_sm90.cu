@@ -101,6 +101,9 @@ struct Config {
     args.mainloop.dB = {a.K, _1{}, _0{}};
     args.epilogue = quamba::make_finish(a, static_cast<const float*>(a.w_scale));
     args.hw_info.sm_count = sms;
+#ifdef QUAMBA_TUNE
+    if (const char* swizzle = std::getenv("QUAMBA_SWIZZLE")) args.scheduler.max_swizzle_size = std::atoi(swizzle);
+#endif
     return args;
   }
 
@@ -163,6 +166,12 @@ const Choice kChoices[] = {
     choice<128, 128, 2, Pingpong, Persistent>(0.66f, 1000.f),
     choice<64, 128, 1, Pingpong, Persistent>(0.50f, 800.f),
     choice<128, 64, 1, Cooperative, StreamK>(0.45f, 3000.f),
+#ifdef QUAMBA_TUNE  // candidates, never chosen by themselves
+    choice<256, 128, 2, Cooperative, Persistent>(1e-3f, 0.f),
+    choice<128, 256, 2, Cooperative, StreamK>(1e-3f, 0.f),
+    choice<128, 192, 2, Pingpong, Persistent>(1e-3f, 0.f),
+    choice<128, 256, 1, Cooperative, Persistent>(1e-3f, 0.f),
+#endif
 };
 
 int multiprocessors() {

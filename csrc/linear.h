@@ -1,3 +1,11 @@
+// The C ABI of the linear kernels. M rows (tokens), K in features, O out features, S group size along K.
+//
+// Every entry point is  extern "C" int NAME(const QuambaLinear*, void* stream)  and returns QUAMBA_OK,
+// QUAMBA_UNSUPPORTED or a cudaError_t; one that needs scratch also has
+// extern "C" long long NAME_workspace(const QuambaLinear*), in bytes. None allocates, synchronises or keeps device
+// state, so all may run on any stream and under CUDA graph capture.
+#pragma once
+
 enum { QUAMBA_OK = 0, QUAMBA_UNSUPPORTED = -1, /* > 0: a cudaError_t */ };
 enum { QUAMBA_F32 = 0, QUAMBA_F16 = 1, QUAMBA_BF16 = 2, QUAMBA_I8 = 3 };
 typedef struct {
