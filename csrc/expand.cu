@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(kThreads)
       unsigned pairs[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        int low = static_cast<int>(words[u] >> (8 * j) & 15) - 8, high = static_cast<int>(words[u] >> (8 * j + 4) & 15) - 8;
+        int low = static_cast<int>(words[u] >> (8 * j) & 15) - 8;
+        int high = static_cast<int>(words[u] >> (8 * j + 4) & 15) - 8;
         pairs[j] = round_pair<Pair>(low * s, high * s);
       }
       y[i] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);

@@ -44,9 +44,12 @@ inline Finish make_finish(const QuambaLinear& a, const float* w_scale) {
           a.out_scale ? QUAMBA_I8 : a.y_dtype};
 }
 
-// Types and alignment that the epilogue can serve: O a multiple of 8, float bias and residual.
+// What the epilogue and the loads can serve: O a multiple of 8, float bias and residual, tensors at 16 bytes.
 inline bool can_finish(const QuambaLinear& a) {
   auto is_float = [](int type) { return type == QUAMBA_F32 || type == QUAMBA_F16 || type == QUAMBA_BF16; };
+  for (const void* p : {a.x, a.w, a.w_scale, a.bias, a.residual, static_cast<const void*>(a.out_scale),
+                        static_cast<const void*>(a.y)})
+    if (reinterpret_cast<unsigned long long>(p) % 16) return false;
   return a.M > 0 && a.O > 0 && a.O % kBlock == 0 && (!a.bias || is_float(a.bias_dtype)) &&
          (!a.residual || is_float(a.residual_dtype)) && (a.out_scale || is_float(a.y_dtype));
 }
@@ -54,7 +57,8 @@ inline bool can_finish(const QuambaLinear& a) {
 // Two neighbouring elements at an even index.
 __device__ __forceinline__ float2 load_pair(const void* data, int type, long long at) {
   if (type == QUAMBA_F32) return *reinterpret_cast<const float2*>(static_cast<const float*>(data) + at);
-  if (type == QUAMBA_F16) return __half22float2(*reinterpret_cast<const __half2*>(static_cast<const __half*>(data) + at));
+  if (type == QUAMBA_F16)
+    return __half22float2(*reinterpret_cast<const __half2*>(static_cast<const __half*>(data) + at));
   return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(static_cast<const __nv_bfloat16*>(data) + at));
 }
 

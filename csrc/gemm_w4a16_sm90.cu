@@ -8,15 +8,13 @@
 // 4 (fp16) or 7 (bf16) instructions per two weights, which is less than the time the tensor cores take for the tile.
 #include <cuda.h>
 
+#include <cstdlib>
+
 #include "cute/tensor.hpp"
 #include "cutlass/arch/reg_reconfig.h"
 #include "cutlass/numeric_types.h"
 
 #include "finish.cuh"
-
-#ifdef QUAMBA_TUNE
-#include <cstdlib>
-#endif
 
 namespace quamba::w4a16 {
 
@@ -29,6 +27,10 @@ struct Weights {
   const unsigned* packed;
   const __half* scale;
   int M, O, K, S;
+
+  __device__ __forceinline__ float scale_of(int o, int k) const {
+    return __half2float(__ldg(scale + static_cast<long long>(o) * (K / S) + k / S));
+  }
 };
 
 __device__ __forceinline__ unsigned shared_address(const void* p) {
@@ -67,12 +69,12 @@ __device__ __forceinline__ void wait(unsigned barrier, unsigned parity) {
 
 __device__ __forceinline__ void load_tile(unsigned to, const CUtensorMap* map, unsigned barrier, int k, int row) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(k), "r"(row)
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+      ::"r"(to), "l"(map), "r"(barrier), "r"(k), "r"(row)
       : "memory");
 }
 
-// Eight codes of a word times their scale, as four pairs of fp16: 1024 + n in the low half, 1024 + 16 n in the high one,
+// Eight codes of a word times their scale, as four pairs of fp16: 1024 + n in the low half, 1024 + 16 n in the high,
 // made n - 8 exactly by one fma, then one rounding.
 __device__ __forceinline__ uint4 unpack(unsigned word, float scale, half_t) {
   const unsigned kFactor = 0x2c003c00u, kOffset = 0xd480e408u;  // (1/16, 1), (-72, -1032)
@@ -153,7 +155,7 @@ struct Packed {
       scale[h] = 0.f;
       if (inside) {
         words[h] = __ldg(reinterpret_cast<const uint4*>(w.packed + static_cast<long long>(o) * (w.K / 8) + k / 8));
-        if (Wide) scale[h] = __half2float(__ldg(w.scale + static_cast<long long>(o) * (w.K / w.S) + k / w.S));
+        if (Wide) scale[h] = w.scale_of(o, k);
       }
     }
   }
@@ -170,7 +172,7 @@ struct Packed {
         float s = scale[h];
         if (!Wide) {
           int o = at.column + r, k = at.step * kTileK + half * 32 + 8 * i;
-          s = o < w.O && k < w.K ? __half2float(__ldg(w.scale + static_cast<long long>(o) * (w.K / w.S) + k / w.S)) : 0.f;
+          if (o < w.O && k < w.K) s = w.scale_of(o, k);
         }
         // rows of 128 bytes, their eight 16-byte pieces exchanged by row: the 128-byte swizzle of TMA and wgmma
         *reinterpret_cast<uint4*>(tile + r * 128 + (((half * 4 + i) ^ (r & 7)) << 4)) = unpack(word[i], s, kind);

@@ -1,17 +1,16 @@
 // y = (x w^T) * x_scale * w_scale + bias + residual for many rows on Ampere and Ada: int8 mma.sync fed by cp.async.
 //
-// x int8 [M, K], w int8 [O, K], both with K contiguous. The main loop of a tile is CUTLASS's; the kernel around it walks
-// over the tiles so that what runs together shares x and w in L2, and ends in finish.cuh, which takes the accumulators
-// from registers.
+// x int8 [M, K], w int8 [O, K], both with K contiguous. CUTLASS has the main loop of a tile; the kernel around it walks
+// over tiles so that what runs together shares x and w in L2, and ends in finish.cuh, which takes the accumulators from
+// registers.
+#include <cstdlib>
+#include <iterator>
+
 #include "cutlass/cutlass.h"
 #include "cutlass/gemm/threadblock/default_mma.h"
 #include "cutlass/gemm/threadblock/mma_multistage.h"
-#include "finish.cuh"
 
-#ifdef QUAMBA_TUNE
-#include <cstdlib>
-#endif
-#include <iterator>
+#include "finish.cuh"
 
 #ifndef QUAMBA_SM
 #error "build with -DQUAMBA_SM=80, 86, 87 or 89: the number of stages depends on the shared memory of a multiprocessor"

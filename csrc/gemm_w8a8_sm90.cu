@@ -5,6 +5,9 @@
 // bias, residual and y at run time, so that a tile is one kernel and not one for each combination.
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // tiles of 160 and 192 columns as single instructions
 
+#include <cstdlib>
+#include <iterator>
+
 #include "cute/tensor.hpp"
 #include "cutlass/cutlass.h"
 #include "cutlass/device_kernel.h"
@@ -13,13 +16,7 @@
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 
-#include <iterator>
-
 #include "finish.cuh"
-
-#ifdef QUAMBA_TUNE
-#include <cstdlib>
-#endif
 
 namespace quamba::w8a8 {
 
@@ -65,7 +62,8 @@ class Epilogue {
     constexpr int kGroups = size(Mma{}) / 128, kHigh = decltype(size<1>(acc))::value;
     constexpr int kBlocks = decltype(size<0, 2>(acc))::value;
     static_assert(decltype(size<2>(acc))::value == 1, "one instruction spans the columns of a tile");
-    int row[2 * kHigh], top = get<0>(coord) * size<0>(tile) + thread / 128 * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;
+    int row[2 * kHigh];
+    int top = get<0>(coord) * size<0>(tile) + thread / 128 * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;
     CUTLASS_PRAGMA_UNROLL
     for (int r = 0; r < 2 * kHigh; ++r) row[r] = top + r / 2 * (64 * kGroups) + r % 2 * 8;
     quamba::finish_tile<2 * kHigh, kBlocks>(params, row, get<1>(coord) * size<1>(tile), [&](int r, int b) {
