@@ -54,12 +54,15 @@ inline bool can_finish(const QuambaLinear& a) {
          (!a.residual || is_float(a.residual_dtype)) && (a.out_scale || is_float(a.y_dtype));
 }
 
-// Two neighbouring elements at an even index.
+// Two neighbouring elements at an even index. Constant: nothing writes them meanwhile, so the load may move.
+template <bool Constant>
 __device__ __forceinline__ float2 load_pair(const void* data, int type, long long at) {
-  if (type == QUAMBA_F32) return *reinterpret_cast<const float2*>(static_cast<const float*>(data) + at);
+  auto load = [](auto* p) { return Constant ? __ldg(p) : *p; };
+  if (type == QUAMBA_F32) return load(reinterpret_cast<const float2*>(static_cast<const float*>(data) + at));
   if (type == QUAMBA_F16)
-    return __half22float2(*reinterpret_cast<const __half2*>(static_cast<const __half*>(data) + at));
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(static_cast<const __nv_bfloat16*>(data) + at));
+    return __half22float2(load(reinterpret_cast<const __half2*>(static_cast<const __half*>(data) + at)));
+  return __bfloat1622float2(
+      load(reinterpret_cast<const __nv_bfloat162*>(static_cast<const __nv_bfloat16*>(data) + at)));
 }
 
 __device__ __forceinline__ unsigned pack_pair(float low, float high, bool half) {
@@ -120,16 +123,25 @@ __device__ __forceinline__ Columns load_columns(const Finish& p, int first) {
   for (int j = 0; j < kGroup; ++j) {
     int n = first + kBlock * j + 2 * (threadIdx.x & 3);
     bool inside = n < p.O;
-    if (Scaled) c.w[j] = inside ? load_pair(p.w_scale, QUAMBA_F32, n) : make_float2(0.f, 0.f);
-    c.bias[j] = inside && p.bias ? load_pair(p.bias, p.bias_dtype, n) : make_float2(0.f, 0.f);
+    if (Scaled) c.w[j] = inside ? load_pair<true>(p.w_scale, QUAMBA_F32, n) : make_float2(0.f, 0.f);
+    c.bias[j] = inside && p.bias ? load_pair<true>(p.bias, p.bias_dtype, n) : make_float2(0.f, 0.f);
   }
   return c;
+}
+
+// What is added to 32 columns of one row. The residual may be y itself: what is loaded ahead is stored later.
+__device__ __forceinline__ void load_residual(const Finish& p, int row, int first, float2 (&r)[kGroup]) {
+  if (!p.residual || row >= p.M) return;
+  long long start = static_cast<long long>(row) * p.O + first + 2 * (threadIdx.x & 3);
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j)
+    if (first + kBlock * j < p.O) r[j] = load_pair<false>(p.residual, p.residual_dtype, start + kBlock * j);
 }
 
 // Finish 32 columns of one row; all lanes of a warp take part, whether their row exists or not.
 template <bool Scaled>
 __device__ __forceinline__ void finish_group(const Finish& p, const Columns& c, int row, int first, float x_scale,
-                                             float2 (&v)[kGroup]) {
+                                             float2 (&v)[kGroup], const float2 (&residual)[kGroup]) {
   int lane = threadIdx.x & 3;
   long long start = static_cast<long long>(row) * p.O + first;
   bool exists = row < p.M;
@@ -139,14 +151,10 @@ __device__ __forceinline__ void finish_group(const Finish& p, const Columns& c, 
     if (Scaled) v[j].y = __fmul_rn(__fmul_rn(v[j].y, x_scale), c.w[j].y);
     v[j] = make_float2(__fadd_rn(v[j].x, c.bias[j].x), __fadd_rn(v[j].y, c.bias[j].y));
   }
-  if (p.residual && exists) {
-    float2 r[kGroup];
+  if (p.residual) {
 #pragma unroll
     for (int j = 0; j < kGroup; ++j)
-      r[j] = first + kBlock * j < p.O ? load_pair(p.residual, p.residual_dtype, start + kBlock * j + 2 * lane)
-                                      : make_float2(0.f, 0.f);
-#pragma unroll
-    for (int j = 0; j < kGroup; ++j) v[j] = make_float2(__fadd_rn(v[j].x, r[j].x), __fadd_rn(v[j].y, r[j].y));
+      v[j] = make_float2(__fadd_rn(v[j].x, residual[j].x), __fadd_rn(v[j].y, residual[j].y));
   }
   bool stores = exists && first + kBlock * lane < p.O;
   if (p.y_dtype == QUAMBA_F32) {
@@ -160,8 +168,8 @@ __device__ __forceinline__ void finish_group(const Finish& p, const Columns& c, 
     for (int j = 0; j < kGroup; ++j) {
       float2 scale = make_float2(1.f, 1.f);
       if (first + kBlock * j < p.O)
-        scale = p.out_step ? load_pair(p.out_scale, QUAMBA_F32, first + kBlock * j + 2 * lane)
-                           : make_float2(*p.out_scale, *p.out_scale);
+        scale = p.out_step ? load_pair<true>(p.out_scale, QUAMBA_F32, first + kBlock * j + 2 * lane)
+                           : make_float2(__ldg(p.out_scale), __ldg(p.out_scale));
       codes[j] = (to_code(v[j].x, scale.x) & 0xff) | (to_code(v[j].y, scale.y) & 0xff) << 8;
     }
     uint2 bytes = gather_bytes(codes[0] | codes[1] << 16, codes[2] | codes[3] << 16);
@@ -175,26 +183,40 @@ __device__ __forceinline__ void finish_group(const Finish& p, const Columns& c, 
   }
 }
 
-// Finish what one warp holds of a tile: Rows rows a lane, Blocks blocks of eight columns from ``first`` on.
-// value(r, b) returns the two accumulators of row r and block b as a float2; Scaled: x_scale and w_scale multiply them.
+// Finish what one warp holds of a tile: Rows rows a lane, Blocks blocks of eight columns from ``first`` on, loading
+// ahead of what is finished. value(r, b) returns the two accumulators of row r and block b as a float2; Scaled: x_scale
+// and w_scale multiply them.
 template <int Rows, int Blocks, bool Scaled = true, class Value>
 __device__ __forceinline__ void finish_tile(const Finish& p, const int (&row)[Rows], int first, Value value) {
   static_assert(Blocks % kGroup == 0, "a tile is a multiple of 32 columns");
   float x_scale[Rows];
 #pragma unroll
-  for (int r = 0; r < Rows; ++r) x_scale[r] = Scaled && row[r] < p.M ? p.x_scale[row[r] * p.x_step] : 1.f;
+  for (int r = 0; r < Rows; ++r) x_scale[r] = Scaled && row[r] < p.M ? __ldg(p.x_scale + row[r] * p.x_step) : 1.f;
+  constexpr bool kAhead = Rows < 4;  // with more rows registers are short, and columns are loaded less often
+  Columns now = load_columns<Scaled>(p, first);
+  float2 residual[kGroup] = {};
+  load_residual(p, row[0], first, residual);
 #pragma unroll
   for (int b = 0; b < Blocks; b += kGroup) {
     int n = first + kBlock * b;
     if (n >= p.O) break;
-    Columns c = load_columns<Scaled>(p, n);
+    Columns next = now;
+    if (kAhead && b + kGroup < Blocks) next = load_columns<Scaled>(p, n + kBlock * kGroup);
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
-      float2 v[kGroup];
+      float2 v[kGroup], ahead[kGroup] = {};
+      if (r + 1 < Rows)
+        load_residual(p, row[(r + 1) % Rows], n, ahead);
+      else if (b + kGroup < Blocks)
+        load_residual(p, row[0], n + kBlock * kGroup, ahead);
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) v[j] = value(r, b + j);
-      finish_group<Scaled>(p, c, row[r], n, x_scale[r], v);
+      finish_group<Scaled>(p, now, row[r], n, x_scale[r], v, residual);
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) residual[j] = ahead[j];
     }
+    now = next;
+    if (!kAhead && b + kGroup < Blocks) now = load_columns<Scaled>(p, n + kBlock * kGroup);
   }
 }
 

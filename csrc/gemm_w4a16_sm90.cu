@@ -227,9 +227,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (++stage == kStages) stage = 0, parity ^= 1;
   };
 
-  // registers move from the first group to the others: 72 + 2 * 216 = 3 * 168, what a block of 384 threads starts with
+  // registers move from the first group to the others: 56 + 2 * 224 = 3 * 168, what a block of 384 threads starts with
   if (threadIdx.x < 128) {
-    cutlass::arch::warpgroup_reg_dealloc<72>();
+    cutlass::arch::warpgroup_reg_dealloc<56>();
     Walk<TileM> at(w), ahead(w);
     Packed<Wide> now, next;
     now.load(w, at);
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       advance();
     }
   } else {
-    cutlass::arch::warpgroup_reg_alloc<216>();
+    cutlass::arch::warpgroup_reg_alloc<224>();
     using Tile = decltype(tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<Element>{},
                                         Shape<Int<TileM>, Int<kTileK>, Int<kStages>>{}));
     using WTile = decltype(tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<Element>{},

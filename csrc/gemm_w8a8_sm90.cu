@@ -167,7 +167,7 @@ const Choice kChoices[] = {
 #ifdef QUAMBA_TUNE  // candidates, never chosen by themselves
     choice<256, 128, 2, Cooperative, Persistent>(1e-3f, 0.f),
     choice<128, 256, 2, Cooperative, StreamK>(1e-3f, 0.f),
-    choice<128, 192, 2, Pingpong, Persistent>(1e-3f, 0.f),
+    choice<256, 160, 2, Cooperative, Persistent>(1e-3f, 0.f),
     choice<128, 256, 1, Cooperative, Persistent>(1e-3f, 0.f),
 #endif
 };
