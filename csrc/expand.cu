@@ -1,0 +1,118 @@
+// Packed int4 weights written out: two-level codes to int8, group-scaled codes to fp16 or bf16.
+//
+// Bound by memory, and what is written is read next, so stores stay in L2. A word holds the codes of eight neighbours
+// in K, low nibble first, stored with +8; groups are multiples of eight columns, so a word has one scale.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "linear.h"
+
+namespace {
+
+constexpr int kThreads = 256, kUnroll = 4;
+
+struct Shape {
+  unsigned words;        // words a row: K / 8
+  unsigned group_words;  // words a group: S / 8
+  unsigned groups;       // groups a row: K / S
+};
+
+// Position in the [O, K/S] tensor of scales of the group that word i lies in.
+__device__ __forceinline__ unsigned group_of(const Shape& s, unsigned i) {
+  unsigned row = i / s.words;
+  return row * s.groups + (i - row * s.words) / s.group_words;
+}
+
+// Eight int8 codes (n - 8) * m, n the nibbles of a word: n * m is at most 15 * 17 = 255, so four products fit a word.
+__device__ __forceinline__ uint2 scale_codes(unsigned word, unsigned m) {
+  unsigned offset = 8 * m * 0x01010101u;
+  unsigned even = __vsub4((word & 0x0f0f0f0fu) * m, offset), odd = __vsub4((word >> 4 & 0x0f0f0f0fu) * m, offset);
+  return make_uint2(__byte_perm(even, odd, 0x5140), __byte_perm(even, odd, 0x7362));
+}
+
+__global__ void __launch_bounds__(kThreads)
+    expand_int8(const uint2* __restrict__ packed, const unsigned char* __restrict__ multiplier, uint4* __restrict__ y,
+                Shape shape, unsigned count) {
+  unsigned first = blockIdx.x * (kThreads * kUnroll) + threadIdx.x;
+  uint2 words[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u)
+    if (unsigned i = first + u * kThreads; i < count) words[u] = __ldg(packed + i);
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u)
+    if (unsigned i = first + u * kThreads; i < count) {
+      uint2 low = scale_codes(words[u].x, __ldg(multiplier + group_of(shape, 2 * i)));
+      uint2 high = scale_codes(words[u].y, __ldg(multiplier + group_of(shape, 2 * i + 1)));
+      y[i] = make_uint4(low.x, low.y, high.x, high.y);
+    }
+}
+
+template <class T>
+__device__ __forceinline__ unsigned round_pair(float low, float high) {
+  if constexpr (std::is_same_v<T, __half2>) {
+    T pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<unsigned&>(pair);
+  } else {
+    T pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<unsigned&>(pair);
+  }
+}
+
+template <class Pair>
+__global__ void __launch_bounds__(kThreads)
+    expand_float(const unsigned* __restrict__ packed, const __half* __restrict__ scale, uint4* __restrict__ y,
+                 Shape shape, unsigned count) {
+  unsigned first = blockIdx.x * (kThreads * kUnroll) + threadIdx.x, words[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u)
+    if (unsigned i = first + u * kThreads; i < count) words[u] = __ldg(packed + i);
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u)
+    if (unsigned i = first + u * kThreads; i < count) {
+      float s = __half2float(__ldg(scale + group_of(shape, i)));
+      unsigned pairs[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        int low = static_cast<int>(words[u] >> (8 * j) & 15) - 8;
+        int high = static_cast<int>(words[u] >> (8 * j + 4) & 15) - 8;
+        pairs[j] = round_pair<Pair>(low * s, high * s);
+      }
+      y[i] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+}
+
+// Codes a thread takes at once are ``step``; what the kernels cannot serve gives zero blocks.
+unsigned blocks(const QuambaLinear& a, int step) {
+  if (a.O <= 0 || a.K <= 0 || a.S <= 0 || a.S % 8 || a.K % a.S || a.K % step) return 0;
+  long long items = static_cast<long long>(a.O) * a.K / step;
+  return items <= 0x7fffffffLL ? static_cast<unsigned>((items + kThreads * kUnroll - 1) / (kThreads * kUnroll)) : 0;
+}
+
+Shape shape_of(const QuambaLinear& a) {
+  return {static_cast<unsigned>(a.K / 8), static_cast<unsigned>(a.S / 8), static_cast<unsigned>(a.K / a.S)};
+}
+
+}  // namespace
+
+extern "C" int quamba_expand_w4a8(const QuambaLinear* a, void* stream) {
+  unsigned grid = blocks(*a, 16);
+  if (!grid || a->y_dtype != QUAMBA_I8) return QUAMBA_UNSUPPORTED;
+  expand_int8<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<const uint2*>(a->w), static_cast<const unsigned char*>(a->w_multiplier), static_cast<uint4*>(a->y),
+      shape_of(*a), static_cast<unsigned>(static_cast<long long>(a->O) * a->K / 16));
+  return cudaGetLastError();
+}
+
+extern "C" int quamba_expand_w4a16(const QuambaLinear* a, void* stream) {
+  unsigned grid = blocks(*a, 8);
+  bool half = a->y_dtype == QUAMBA_F16;
+  if (!grid || (!half && a->y_dtype != QUAMBA_BF16)) return QUAMBA_UNSUPPORTED;
+  auto kernel = half ? expand_float<__half2> : expand_float<__nv_bfloat162>;
+  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<const unsigned*>(a->w), static_cast<const __half*>(a->w_scale), static_cast<uint4*>(a->y),
+      shape_of(*a), static_cast<unsigned>(static_cast<long long>(a->O) * a->K / 8));
+  return cudaGetLastError();
+}
