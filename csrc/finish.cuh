@@ -4,6 +4,9 @@
 // Tensor cores leave a tile in registers so that lane 4 g + q of a warp holds columns 2 q, 2 q + 1 of each block of
 // eight, in rows g and g + 8. fp32 results and residuals are thus whole 32-byte sectors as they lie; 16-bit and int8
 // results are passed around within the four lanes of a row first, so that a lane stores eight neighbours at once.
+//
+// Accumulators live in registers, so all of this is unrolled over the tile, and code that does not fit the instruction
+// cache costs more than the arithmetic in it. Types are therefore told apart once a tile, not once an element.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -54,33 +57,27 @@ inline bool can_finish(const QuambaLinear& a) {
          (!a.residual || is_float(a.residual_dtype)) && (a.out_scale || is_float(a.y_dtype));
 }
 
-// Two neighbouring elements at an even index. Constant: nothing writes them meanwhile, so the load may move.
-template <bool Constant>
-__device__ __forceinline__ float2 load_pair(const void* data, int type, long long at) {
-  auto load = [](auto* p) { return Constant ? __ldg(p) : *p; };
-  if (type == QUAMBA_F32) return load(reinterpret_cast<const float2*>(static_cast<const float*>(data) + at));
-  if (type == QUAMBA_F16)
-    return __half22float2(load(reinterpret_cast<const __half2*>(static_cast<const __half*>(data) + at)));
-  return __bfloat1622float2(
-      load(reinterpret_cast<const __nv_bfloat162*>(static_cast<const __nv_bfloat16*>(data) + at)));
+// One element of a vector over the columns.
+__device__ __forceinline__ float load_one(const void* data, int type, int at) {
+  if (type == QUAMBA_F32) return __ldg(static_cast<const float*>(data) + at);
+  if (type == QUAMBA_F16) return __half2float(__ldg(static_cast<const __half*>(data) + at));
+  return __bfloat162float(__ldg(static_cast<const __nv_bfloat16*>(data) + at));
 }
 
 __device__ __forceinline__ unsigned pack_pair(float low, float high, bool half) {
-  if (half) {
-    __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<unsigned&>(pair);
-  }
-  __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<unsigned&>(pair);
+  __half2 halves = __floats2half2_rn(low, high);
+  __nv_bfloat162 brains = __floats2bfloat162_rn(low, high);
+  return half ? reinterpret_cast<unsigned&>(halves) : reinterpret_cast<unsigned&>(brains);
 }
 
-// rint(y / scale) in [-127, 127]: from the rounded inverse, one Newton step makes the quotient correctly rounded
-// (Markstein), where it is small enough to matter.
-__device__ __forceinline__ int to_code(float y, float scale) {
-  float inverse = __frcp_rn(scale), quotient = __fmul_rn(y, inverse);
+// rint(y / scale) in [-127, 127], as the low byte of a word: from the rounded inverse, one Newton step makes the
+// quotient correctly rounded (Markstein), where it is small enough to matter. Adding 3 * 2^22 leaves a sum whose last
+// place is 1, which rounds half to even.
+__device__ __forceinline__ unsigned to_code(float y, float scale, float inverse) {
+  float quotient = __fmul_rn(y, inverse);
   float exact = __fmaf_rn(__fmaf_rn(-quotient, scale, y), inverse, quotient);
   quotient = fabsf(quotient) < 1024.f ? exact : quotient;
-  return __float2int_rn(fminf(fmaxf(quotient, -127.f), 127.f));
+  return __float_as_uint(__fadd_rn(fminf(fmaxf(quotient, -127.f), 127.f), 12582912.f));
 }
 
 // The four lanes of a row each hold a word of four blocks; lane q leaves with the four words of block q.
@@ -111,113 +108,199 @@ __device__ __forceinline__ uint2 gather_bytes(unsigned blocks01, unsigned blocks
   return upper ? make_uint2(other, mine) : make_uint2(mine, other);
 }
 
-// Per-column parameters of 32 columns, as one lane needs them.
-struct Columns {
-  float2 w[kGroup], bias[kGroup];
+// Parameters of two neighbouring columns.
+struct Pair {
+  float2 w, bias, scale, inverse;
 };
 
+// Columns as they lie in global memory.
 template <bool Scaled>
-__device__ __forceinline__ Columns load_columns(const Finish& p, int first) {
-  Columns c;
-#pragma unroll
-  for (int j = 0; j < kGroup; ++j) {
-    int n = first + kBlock * j + 2 * (threadIdx.x & 3);
-    bool inside = n < p.O;
-    if (Scaled) c.w[j] = inside ? load_pair<true>(p.w_scale, QUAMBA_F32, n) : make_float2(0.f, 0.f);
-    c.bias[j] = inside && p.bias ? load_pair<true>(p.bias, p.bias_dtype, n) : make_float2(0.f, 0.f);
+struct GlobalColumns {
+  static constexpr bool kScaled = Scaled;
+  const Finish& p;
+  int first;
+
+  __device__ __forceinline__ void ready() const {}
+
+  template <bool Codes>
+  __device__ __forceinline__ Pair load(int column) const {
+    Pair c{};
+    int n = first + column;
+    if (n >= p.O) return c;
+    if (Scaled) c.w = __ldg(reinterpret_cast<const float2*>(p.w_scale + n));
+    if (p.bias) c.bias = make_float2(load_one(p.bias, p.bias_dtype, n), load_one(p.bias, p.bias_dtype, n + 1));
+    if (Codes) {
+      c.scale = make_float2(__ldg(p.out_scale + n * p.out_step), __ldg(p.out_scale + (n + 1) * p.out_step));
+      c.inverse = make_float2(__frcp_rn(c.scale.x), __frcp_rn(c.scale.y));
+    }
+    return c;
   }
-  return c;
-}
+};
+
+// Columns of a tile that a warp group has brought into shared memory as fp32, so that no type, bound or division is
+// left to what is unrolled.
+template <int Count>
+struct SharedColumns {
+  static constexpr bool kScaled = true;
+  struct Storage {
+    float w[Count], bias[Count], scale[Count], inverse[Count];
+  };
+  const Finish& p;
+  int first;
+  Storage& s;
+  int barrier;  // of these 128 threads alone
+
+  __device__ __forceinline__ void sync() const { asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory"); }
+
+  __device__ __forceinline__ void ready() const {
+    sync();  // the tile before has been read
+#pragma unroll 1
+    for (int i = threadIdx.x % 128; i < Count; i += 128) {
+      int n = min(first + i, p.O - 1);
+      s.w[i] = __ldg(p.w_scale + n);
+      s.bias[i] = p.bias ? load_one(p.bias, p.bias_dtype, n) : 0.f;
+      if (p.out_scale) {
+        float scale = __ldg(p.out_scale + n * p.out_step);
+        s.scale[i] = scale;
+        s.inverse[i] = __frcp_rn(scale);
+      }
+    }
+    sync();
+  }
+
+  template <bool Codes>
+  __device__ __forceinline__ Pair load(int column) const {
+    auto pair = [&](const float* a) { return *reinterpret_cast<const float2*>(a + column); };
+    Pair c{pair(s.w), pair(s.bias), {}, {}};
+    if (Codes) c.scale = pair(s.scale), c.inverse = pair(s.inverse);
+    return c;
+  }
+};
 
 // What is added to 32 columns of one row. The residual may be y itself: what is loaded ahead is stored later.
 __device__ __forceinline__ void load_residual(const Finish& p, int row, int first, float2 (&r)[kGroup]) {
-  if (!p.residual || row >= p.M) return;
+  if (row >= p.M) return;
   long long start = static_cast<long long>(row) * p.O + first + 2 * (threadIdx.x & 3);
-#pragma unroll
-  for (int j = 0; j < kGroup; ++j)
-    if (first + kBlock * j < p.O) r[j] = load_pair<false>(p.residual, p.residual_dtype, start + kBlock * j);
-}
-
-// Finish 32 columns of one row; all lanes of a warp take part, whether their row exists or not.
-template <bool Scaled>
-__device__ __forceinline__ void finish_group(const Finish& p, const Columns& c, int row, int first, float x_scale,
-                                             float2 (&v)[kGroup], const float2 (&residual)[kGroup]) {
-  int lane = threadIdx.x & 3;
-  long long start = static_cast<long long>(row) * p.O + first;
-  bool exists = row < p.M;
-#pragma unroll
-  for (int j = 0; j < kGroup; ++j) {
-    if (Scaled) v[j].x = __fmul_rn(__fmul_rn(v[j].x, x_scale), c.w[j].x);
-    if (Scaled) v[j].y = __fmul_rn(__fmul_rn(v[j].y, x_scale), c.w[j].y);
-    v[j] = make_float2(__fadd_rn(v[j].x, c.bias[j].x), __fadd_rn(v[j].y, c.bias[j].y));
-  }
-  if (p.residual) {
+  if (p.residual_dtype == QUAMBA_F32) {
+    auto from = reinterpret_cast<const float2*>(static_cast<const float*>(p.residual) + start);
 #pragma unroll
     for (int j = 0; j < kGroup; ++j)
-      v[j] = make_float2(__fadd_rn(v[j].x, residual[j].x), __fadd_rn(v[j].y, residual[j].y));
+      if (first + kBlock * j < p.O) r[j] = from[kBlock / 2 * j];
+  } else {
+    auto from = reinterpret_cast<const unsigned*>(static_cast<const short*>(p.residual) + start);
+    bool half = p.residual_dtype == QUAMBA_F16;
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      if (first + kBlock * j >= p.O) continue;
+      unsigned both = from[kBlock / 2 * j];
+      float2 halves = __half22float2(reinterpret_cast<__half2&>(both));
+      r[j].x = half ? halves.x : __uint_as_float(both << 16);
+      r[j].y = half ? halves.y : __uint_as_float(both & 0xffff0000u);
+    }
   }
-  bool stores = exists && first + kBlock * lane < p.O;
-  if (p.y_dtype == QUAMBA_F32) {
+}
+
+// Store 32 columns of one row; all lanes of a warp take part, whether their row exists or not. Y is QUAMBA_F16 for both
+// 16-bit types. y is larger than what is read, which is read again: it leaves L2 first.
+template <int Y>
+__device__ __forceinline__ void store_group(const Finish& p, const Pair (&c)[kGroup], int row, int first,
+                                            const float2 (&v)[kGroup]) {
+  int lane = threadIdx.x & 3;
+  long long start = static_cast<long long>(row) * p.O + first;
+  bool exists = row < p.M, stores = exists && first + kBlock * lane < p.O;
+  if constexpr (Y == QUAMBA_F32) {
 #pragma unroll
     for (int j = 0; j < kGroup; ++j)
       if (exists && first + kBlock * j < p.O)
-        *reinterpret_cast<float2*>(static_cast<float*>(p.y) + start + kBlock * j + 2 * lane) = v[j];
-  } else if (p.y_dtype == QUAMBA_I8) {
+        __stcs(reinterpret_cast<float2*>(static_cast<float*>(p.y) + start + kBlock * j + 2 * lane), v[j]);
+  } else if constexpr (Y == QUAMBA_I8) {
     unsigned codes[kGroup];
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-      float2 scale = make_float2(1.f, 1.f);
-      if (first + kBlock * j < p.O)
-        scale = p.out_step ? load_pair<true>(p.out_scale, QUAMBA_F32, first + kBlock * j + 2 * lane)
-                           : make_float2(__ldg(p.out_scale), __ldg(p.out_scale));
-      codes[j] = (to_code(v[j].x, scale.x) & 0xff) | (to_code(v[j].y, scale.y) & 0xff) << 8;
-    }
-    uint2 bytes = gather_bytes(codes[0] | codes[1] << 16, codes[2] | codes[3] << 16);
-    if (stores) *reinterpret_cast<uint2*>(static_cast<signed char*>(p.y) + start + kBlock * lane) = bytes;
+    for (int j = 0; j < kGroup; ++j)
+      codes[j] = __byte_perm(to_code(v[j].x, c[j].scale.x, c[j].inverse.x),
+                             to_code(v[j].y, c[j].scale.y, c[j].inverse.y), 0x0040);
+    uint2 bytes = gather_bytes(__byte_perm(codes[0], codes[1], 0x5410), __byte_perm(codes[2], codes[3], 0x5410));
+    if (stores) __stcs(reinterpret_cast<uint2*>(static_cast<signed char*>(p.y) + start + kBlock * lane), bytes);
   } else {
     unsigned words[kGroup];
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) words[j] = pack_pair(v[j].x, v[j].y, p.y_dtype == QUAMBA_F16);
     uint4 eight = gather_words(words);
-    if (stores) *reinterpret_cast<uint4*>(static_cast<unsigned short*>(p.y) + start + kBlock * lane) = eight;
+    if (stores) __stcs(reinterpret_cast<uint4*>(static_cast<unsigned short*>(p.y) + start + kBlock * lane), eight);
   }
 }
 
-// Finish what one warp holds of a tile: Rows rows a lane, Blocks blocks of eight columns from ``first`` on, loading
-// ahead of what is finished. value(r, b) returns the two accumulators of row r and block b as a float2; Scaled: x_scale
-// and w_scale multiply them.
-template <int Rows, int Blocks, bool Scaled = true, class Value>
-__device__ __forceinline__ void finish_tile(const Finish& p, const int (&row)[Rows], int first, Value value) {
-  static_assert(Blocks % kGroup == 0, "a tile is a multiple of 32 columns");
+template <int Y, bool Adds, int Rows, int Blocks, class Columns, class Value>
+__device__ __forceinline__ void finish_typed(const Finish& p, const int (&row)[Rows], int first,
+                                             const Columns& columns, Value value) {
+  constexpr bool kScaled = Columns::kScaled;
+  constexpr int kSteps = Blocks / kGroup * Rows;                           // (32 columns, row), rows first
+  constexpr int kAhead = !Adds ? 0 : Rows * Blocks <= 64 && Rows < 8 ? 2 : 1;  // steps whose residual is on its way
   float x_scale[Rows];
 #pragma unroll
-  for (int r = 0; r < Rows; ++r) x_scale[r] = Scaled && row[r] < p.M ? __ldg(p.x_scale + row[r] * p.x_step) : 1.f;
-  constexpr bool kAhead = Rows < 4;  // with more rows registers are short, and columns are loaded less often
-  Columns now = load_columns<Scaled>(p, first);
-  float2 residual[kGroup] = {};
-  load_residual(p, row[0], first, residual);
+  for (int r = 0; r < Rows; ++r) x_scale[r] = kScaled && row[r] < p.M ? __ldg(p.x_scale + row[r] * p.x_step) : 1.f;
+  float2 residual[kAhead + 1][kGroup] = {};
+  auto fetch = [&](int step) {
+    if (Adds && step < kSteps)
+      load_residual(p, row[step % Rows], first + kBlock * kGroup * (step / Rows), residual[step % (kAhead + 1)]);
+  };
+#pragma unroll
+  for (int s = 0; s < kAhead; ++s) fetch(s);
+  columns.ready();
 #pragma unroll
   for (int b = 0; b < Blocks; b += kGroup) {
     int n = first + kBlock * b;
     if (n >= p.O) break;
-    Columns next = now;
-    if (kAhead && b + kGroup < Blocks) next = load_columns<Scaled>(p, n + kBlock * kGroup);
+    Pair c[kGroup];
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j)
+      c[j] = columns.template load<Y == QUAMBA_I8>(kBlock * (b + j) + 2 * (threadIdx.x & 3));
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
-      float2 v[kGroup], ahead[kGroup] = {};
-      if (r + 1 < Rows)
-        load_residual(p, row[(r + 1) % Rows], n, ahead);
-      else if (b + kGroup < Blocks)
-        load_residual(p, row[0], n + kBlock * kGroup, ahead);
+      int step = b / kGroup * Rows + r;
+      fetch(step + kAhead);
+      float2 v[kGroup];
 #pragma unroll
-      for (int j = 0; j < kGroup; ++j) v[j] = value(r, b + j);
-      finish_group<Scaled>(p, now, row[r], n, x_scale[r], v, residual);
-#pragma unroll
-      for (int j = 0; j < kGroup; ++j) residual[j] = ahead[j];
+      for (int j = 0; j < kGroup; ++j) {
+        v[j] = value(r, b + j);
+        if (kScaled) v[j].x = __fmul_rn(__fmul_rn(v[j].x, x_scale[r]), c[j].w.x);
+        if (kScaled) v[j].y = __fmul_rn(__fmul_rn(v[j].y, x_scale[r]), c[j].w.y);
+        v[j] = make_float2(__fadd_rn(v[j].x, c[j].bias.x), __fadd_rn(v[j].y, c[j].bias.y));
+        float2 more = residual[step % (kAhead + 1)][j];
+        if (Adds) v[j] = make_float2(__fadd_rn(v[j].x, more.x), __fadd_rn(v[j].y, more.y));
+      }
+      store_group<Y>(p, c, row[r], n, v);
     }
-    now = next;
-    if (!kAhead && b + kGroup < Blocks) now = load_columns<Scaled>(p, n + kBlock * kGroup);
   }
+}
+
+template <int Y, int Rows, int Blocks, class Columns, class Value>
+__device__ __forceinline__ void finish_as(const Finish& p, const int (&row)[Rows], int first, const Columns& columns,
+                                          Value value) {
+  if (p.residual)
+    finish_typed<Y, true, Rows, Blocks>(p, row, first, columns, value);
+  else
+    finish_typed<Y, false, Rows, Blocks>(p, row, first, columns, value);
+}
+
+// Finish what one warp holds of a tile: Rows rows a lane, Blocks blocks of eight columns from ``first`` on, where
+// ``columns`` begin. value(r, b) returns the two accumulators of row r and block b as a float2.
+template <int Rows, int Blocks, class Columns, class Value>
+__device__ __forceinline__ void finish_columns(const Finish& p, const int (&row)[Rows], int first,
+                                               const Columns& columns, Value value) {
+  static_assert(Blocks % kGroup == 0, "a tile is a multiple of 32 columns");
+  if (p.y_dtype == QUAMBA_F32)
+    finish_as<QUAMBA_F32, Rows, Blocks>(p, row, first, columns, value);
+  else if (p.y_dtype == QUAMBA_I8)
+    finish_as<QUAMBA_I8, Rows, Blocks>(p, row, first, columns, value);
+  else
+    finish_as<QUAMBA_F16, Rows, Blocks>(p, row, first, columns, value);
+}
+
+// The same with columns from global memory; Scaled: x_scale and w_scale multiply the accumulators.
+template <int Rows, int Blocks, bool Scaled = true, class Value>
+__device__ __forceinline__ void finish_tile(const Finish& p, const int (&row)[Rows], int first, Value value) {
+  finish_columns<Rows, Blocks>(p, row, first, GlobalColumns<Scaled>{p, first}, value);
 }
 
 }  // namespace quamba
