@@ -35,7 +35,7 @@ KERNELS = (
     "quamba_linear_w8a8_skinny", "quamba_linear_w4a8_skinny", "quamba_linear_w4a16_skinny", "quamba_linear_w8a8_gemm",
     "quamba_expand_w4a8", "quamba_expand_w4a16",
 )  # fmt: skip
-HOPPER = ("quamba_linear_w4a16_gemm",)
+HOPPER = ("quamba_linear_w4a8_gemm", "quamba_linear_w4a16_gemm")
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, steps done, steps in all)"""

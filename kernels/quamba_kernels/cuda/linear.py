@@ -147,10 +147,13 @@ def linear_w8a8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *epilogu
 def linear_w4a8(
     x: Tensor, x_scale: Tensor, w: Tensor, w_multiplier: Tensor, w_scale: Tensor, *epilogue: Any
 ) -> Tensor:
-    """Many rows: the weight is expanded to int8 once per call, and the rest is linear_w8a8."""
+    """Many rows: a kernel that unpacks as it multiplies on sm_90a; elsewhere the weight is expanded to int8 once per
+    call, and the rest is linear_w8a8."""
     p = Problem(x, x_scale, w, w_scale, w_multiplier, *epilogue)
     if p.linear.M <= W4A8_SKINNY_ROWS:
         return p.run("quamba_linear_w4a8_skinny")
+    if library(x.device.index).arch == "sm_90a":
+        return p.run("quamba_linear_w4a8_gemm")
     weight = p.expand("quamba_expand_w4a8", torch.int8)
     p.linear.w, p.linear.w_multiplier, p.linear.S = weight.data_ptr(), None, p.linear.K
     return p.run("quamba_linear_w8a8_gemm")
