@@ -6,9 +6,9 @@
 // stored layout; the 64 bytes of the four lanes are 64 or 128 weights. x is laid out in shared memory so that each
 // lane finds the same stretch of K in 16-byte pieces.
 //
-// A warp has a ring of `D` steps of weights in registers. The ring is filled before the kernel waits for its
-// predecessor (weights are constants of the model, x is not), and is refilled across tiles, so that loads are
-// always in flight. Warps that share rows add their sums through shared memory, in a fixed order; so do the blocks of
+// Weights wait in a ring: one chunk of `D` steps in registers, or RING chunks in shared memory, where each thread reads
+// back what it copied itself. The ring is filled before the kernel waits for its predecessor (weights are constants of
+// the model, x is not), and is refilled across tiles, so that loads are always in flight. Warps that share rows add their sums through shared memory, in a fixed order; so do the blocks of
 // a cluster that share K.
 //
 // int4 weights take their group's scale in one of two ways. Where every step lies within a group, the step's own sum is
@@ -37,11 +37,13 @@ constexpr bool kInteger = KIND == Kind::kW8A8 || KIND == Kind::kW4A8;
 template <Kind KIND>
 constexpr int kXPieces = KIND == Kind::kW8A8 ? 1 : KIND == Kind::kW4A8 ? 2 : 4;
 
+constexpr int kMagicBits = 22, kMaxK = 32768;  // with 1,024 blocks of 32 weights the division by S / 32 is exact
+
 struct Params {
   QuambaLinear q;
   Plan plan;
   int row_bytes, scale_columns;  // of w; of w_scale or w_multiplier
-  unsigned group_magic;          // ceil(2^31 / (S / 32)): group = (k / 32 * magic) >> 31
+  unsigned group_magic;          // ceil(2^kMagicBits / (S / 32)): group = k / 32 * magic >> kMagicBits
   int wm_shift, rows_shift;      // log2 of warps along the rows and of rows a block
 };
 
@@ -89,7 +91,8 @@ __device__ __forceinline__ void load_scales(Step<R>& s, const Params& p, const R
                                             int lane) {
   if constexpr (KIND != Kind::kW8A8) {
     const unsigned block = FOLD ? min(step * 4 + lane % 4, p.q.K / 32 - 1) : step * 4;  // of 32 weights
-    const unsigned group = __umulhi(2 * block, p.group_magic);
+    // not __umulhi: ptxas 13.0 took two of its sums with different addends for one (tokens > 32, the fourth row)
+    const unsigned group = block * p.group_magic >> kMagicBits;
 #pragma unroll
     for (int r = 0; r < R; ++r)
 #pragma unroll
@@ -123,6 +126,32 @@ __device__ __forceinline__ void copy_x(char* to, const Params& p, int m0, int to
       copy_async(to + ((d * kPieces + piece) * p.plan.x_slots * 4 + slot) * 16,
                  x + (inside ? static_cast<int64_t>(token) * x_row_bytes + from : 0), inside);
     }
+  }
+}
+
+// The same for all chunks at once, through registers: the ring's copies are on their way and must not be waited for.
+template <Kind KIND, int D>
+__device__ __forceinline__ void load_x(char* stages, const Params& p, int m0, int tokens, int step, int wk, int wm,
+                                       int lane) {
+  constexpr int kPieces = kXPieces<KIND>, kRow = 4 * kPieces * D, kBatch = 8;
+  const int x_row_bytes = p.q.K * (kInteger<KIND> ? 1 : 2), token_pieces = p.plan.chunks * kRow;
+  const char* x = static_cast<const char*>(p.q.x) + static_cast<int64_t>(m0) * x_row_bytes;
+  const int count = tokens * token_pieces, stride = p.plan.wm * 32;
+  for (int i0 = wm * 32 + lane; i0 < count; i0 += kBatch * stride) {
+    uint4 v[kBatch];
+    char* to[kBatch];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const int i = min(i0 + u * stride, count - 1);
+      const int token = i / token_pieces, at = i - token * token_pieces, c = at / kRow, in_chunk = at % kRow;
+      const int d = in_chunk / (4 * kPieces), t = in_chunk / kPieces % 4, piece = in_chunk % kPieces;
+      const int from = (step * 4 * kPieces + at) * 16, slot = (token * 4 + t) ^ (piece * (8 / kPieces) % 8);
+      to[u] = stages + c * p.plan.stage_bytes + (((wk * D + d) * kPieces + piece) * p.plan.x_slots * 4 + slot) * 16;
+      v[u] = from < x_row_bytes ? load_through_l2(x + static_cast<int64_t>(token) * x_row_bytes + from) : uint4{};
+    }
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u)
+      if (i0 + u * stride < count) *reinterpret_cast<uint4*>(to[u]) = v[u];
   }
 }
 
@@ -341,7 +370,7 @@ __device__ __forceinline__ Acc sum(const uint32_t* from, int count, int by) {
 __device__ __forceinline__ uint32_t bits_of(int v) { return static_cast<uint32_t>(v); }
 __device__ __forceinline__ uint32_t bits_of(float v) { return __float_as_uint(v); }
 
-template <Kind KIND, int R, int NT>
+template <Kind KIND, int R, int NT, int RING>
 struct Config {
   static constexpr int kDepth = NT == 8 ? 2 : 4;
   // warps of a block, and blocks of that size on a multiprocessor, which leave 128, 168 or 255 registers
@@ -352,12 +381,12 @@ struct Config {
   static constexpr bool kStraight = NT <= 2 && !(KIND == Kind::kW4BF16 && R == 2);
 };
 
-template <Kind KIND, bool FOLD, int R, int NT>
-__global__ void __launch_bounds__(32 * Config<KIND, R, NT>::kWarps, Config<KIND, R, NT>::kBlocks)
+template <Kind KIND, bool FOLD, int R, int NT, int RING>
+__global__ void __launch_bounds__(32 * Config<KIND, R, NT, RING>::kWarps, Config<KIND, R, NT, RING>::kBlocks)
     linear_skinny(const __grid_constant__ Params p) {
   using Acc = std::conditional_t<kInteger<KIND>, int, float>;
   static_assert(R == 1 || R == 2, "the rows of a block are a power of two and divide its threads");
-  constexpr int D = Config<KIND, R, NT>::kDepth;
+  constexpr int D = Config<KIND, R, NT, RING>::kDepth;
   constexpr int kPieces = kXPieces<KIND>;
   extern __shared__ __align__(16) char shared[];
   const Plan& plan = p.plan;
@@ -375,8 +404,41 @@ __global__ void __launch_bounds__(32 * Config<KIND, R, NT>::kWarps, Config<KIND,
 
   Rows<R> next = rows_at<KIND, R>(p, tile * rows + warp_row, first, lane);
   Step<R> ring[D];
+  // where the next chunk of weights to be copied stands
+  Rows<R> feed = next;
+  int feed_tile = tile, feed_step = first;
+  char* const waiting = shared + kHeaderBytes + threadIdx.x * 16;
+  const int piece_bytes = blockDim.x * 16;
+  const auto copy_weights = [&](int chunk, int d) {
+    const bool inside = feed_tile < plan.tiles && feed_step + d < min(last, lane_last);
 #pragma unroll
-  for (int d = 0; d < D; ++d) load_step<R>(ring[d], next, d, first + d < min(last, lane_last));
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        copy_weights_async(waiting + (((chunk * D + d) * R + r) * 2 + h) * piece_bytes,
+                           feed.w[r][h] + d * kStepBytes, inside);
+  };
+  const auto end_copies = [&] {
+    copy_async_commit();
+    feed_step += D;
+#pragma unroll
+    for (int r = 0; r < R; ++r) feed.w[r][0] += D * kStepBytes, feed.w[r][1] += D * kStepBytes;
+    if (feed_step >= first + plan.chunks * D) {
+      feed_tile += plan.groups, feed_step = first;
+      feed = rows_at<KIND, R>(p, feed_tile * rows + warp_row, first, lane);
+    }
+  };
+  if constexpr (RING > 0) {
+#pragma unroll 1
+    for (int c = 0; c < RING; ++c) {
+#pragma unroll
+      for (int d = 0; d < D; ++d) copy_weights(c, d);
+      end_copies();
+    }
+  } else {
+#pragma unroll
+    for (int d = 0; d < D; ++d) load_step<R>(ring[d], next, d, first + d < min(last, lane_last));
+  }
 #pragma unroll
   for (int d = 0; d < D; ++d) load_scales<KIND, FOLD, R>(ring[d], p, next, first + d, first + d < last, lane);
 
@@ -390,22 +452,37 @@ __global__ void __launch_bounds__(32 * Config<KIND, R, NT>::kWarps, Config<KIND,
   }
 
   wait_for_previous_kernel();
+  float* const x_scales = reinterpret_cast<float*>(shared + kMailboxBytes);
+  if (kInteger<KIND>)
+    for (int i = threadIdx.x; i < tokens; i += blockDim.x)
+      x_scales[i] = __ldcg(q.x_scale + (q.x_scale_count > 1 ? m0 + i : 0));
   const int plane = NT > 1 ? 32 * NT : plan.x_slots * 4, step_pieces = kPieces * plane;
-  char* const stages = shared + kMailboxBytes;
+  char* const stages = shared + kHeaderBytes + piece_bytes * (2 * R * D * RING);
   const auto copy_chunk = [&](int slot, int c) {
     copy_x<KIND, D>(stages + slot * plan.stage_bytes + wk * D * step_pieces * 16, p, m0, tokens, first + c * D, wm, lane);
   };
-  for (int c = 0; c < (plan.resident ? plan.chunks : 1); ++c) copy_chunk(c, c);
-  if (plan.resident) {
+  int ahead = 0, ahead_left = plan.chunks * ((plan.tiles - tile + plan.groups - 1) / plan.groups);
+  const auto copy_ahead = [&](int stage) {
+    if (ahead_left-- > 0) copy_chunk(stage, ahead);
+    copy_async_commit();
+    if (++ahead == plan.chunks) ahead = 0;
+  };
+  if constexpr (RING > 0) {
+    load_x<KIND, D>(stages, p, m0, tokens, first, wk, wm, lane);
+    __syncthreads();
+  } else if (plan.resident) {
+    for (int c = 0; c < plan.chunks; ++c) copy_chunk(c, c);
     copy_async_wait();
     __syncthreads();
+  } else {
+    for (int c = 0; c < kStages - 1; ++c) copy_ahead(c);
   }
 
   // columns of absent tokens are dropped, so any data does for them
   const int slot = NT > 1 ? lane : min(lane / 4, tokens - 1) * 4 + lane % 4;
-  uint32_t* const sums = reinterpret_cast<uint32_t*>(stages + (plan.resident ? plan.chunks : 2) * plan.stage_bytes);
+  uint32_t* const sums = reinterpret_cast<uint32_t*>(stages + (plan.resident ? plan.chunks : kStages) * plan.stage_bytes);
   const int column = rows + 4, slice = tokens * column;  // padded: the lanes of a fragment meet in no bank
-  int turn = 0, parity = 0;
+  int turn = 0, parity = 0, waiting_chunk = 0;
 
   while (true) {
     const int following = tile + plan.groups;
@@ -424,25 +501,41 @@ __global__ void __launch_bounds__(32 * Config<KIND, R, NT>::kWarps, Config<KIND,
         for (int r = 0; r < R; ++r) next.w[r][0] += D * kStepBytes, next.w[r][1] += D * kStepBytes;
       }
       int stage = c;
-      if (!plan.resident) {
-        copy_async_wait();
+      if (RING == 0 && !plan.resident) {
+        copy_async_wait_but<kStages - 2>();
         __syncthreads();  // chunk c has come, and nobody reads the one before it
         stage = turn;
-        turn ^= 1;
-        if (!final || more) copy_chunk(turn, final ? 0 : c + 1);
+        copy_ahead((turn + kStages - 1) % kStages);
+        turn = (turn + 1) % kStages;
       }
+      if constexpr (RING > 0) copy_async_wait_but<RING - 1>();
       const uint4* x = reinterpret_cast<const uint4*>(stages + stage * plan.stage_bytes) + wk * D * step_pieces;
       const auto step = [&](int d, bool present) {
+        if constexpr (RING > 0) {
+#pragma unroll
+          for (int r = 0; r < R; ++r)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+              ring[d].w[r][h] = *reinterpret_cast<const uint4*>(
+                  waiting + (((waiting_chunk * D + d) * R + r) * 2 + h) * piece_bytes);
+        }
         if (present) multiply<KIND, FOLD, R, NT>(acc, ring[d], x + d * step_pieces, slot, plane);
-        load_step<R>(ring[d], next, d, refill + d < min(refill_last, lane_last));
+        if constexpr (RING > 0)
+          copy_weights(waiting_chunk, d);
+        else
+          load_step<R>(ring[d], next, d, refill + d < min(refill_last, lane_last));
         load_scales<KIND, FOLD, R>(ring[d], p, next, refill + d, refill + d < refill_last, lane);
       };
-      if (Config<KIND, R, NT>::kStraight && begin + D <= last) {
+      if (Config<KIND, R, NT, RING>::kStraight && begin + D <= last) {
 #pragma unroll
         for (int d = 0; d < D; ++d) step(d, true);
       } else {
 #pragma unroll
         for (int d = 0; d < D; ++d) step(d, begin + d < last);
+      }
+      if constexpr (RING > 0) {
+        end_copies();
+        waiting_chunk = (waiting_chunk + 1) % RING;
       }
     }
 
@@ -476,12 +569,24 @@ __global__ void __launch_bounds__(32 * Config<KIND, R, NT>::kWarps, Config<KIND,
       from = gathered + row, count = plan.splits, by = share * column, leap = plan.splits, offset = split;
     }
     const int channel_row = tile * rows + row;
-    for (int i = token0; i * leap + offset < tokens && channel_row < q.O; i += stride) {
-      const int token = m0 + i * leap + offset;
-      const int64_t at = static_cast<int64_t>(token) * q.O + channel_row;
-      const float residual = q.residual ? load_float(q.residual, at, q.residual_dtype) : -0.0f;
-      const float x_scale = kInteger<KIND> ? __ldcg(q.x_scale + (q.x_scale_count > 1 ? token : 0)) : 1.0f;
-      finish<KIND>(q, channel, static_cast<float>(sum<Acc>(from + i * column, count, by)), x_scale, residual, at);
+    constexpr int kBatch = 4;  // residuals are asked for together
+    for (int i0 = token0; i0 * leap + offset < tokens && channel_row < q.O; i0 += kBatch * stride) {
+      float residual[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int token = (i0 + u * stride) * leap + offset;
+        residual[u] = q.residual && token < tokens
+                          ? load_float(q.residual, static_cast<int64_t>(m0 + token) * q.O + channel_row, q.residual_dtype)
+                          : -0.0f;
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int i = i0 + u * stride, token = i * leap + offset;
+        if (token >= tokens) break;
+        finish<KIND>(q, channel, static_cast<float>(sum<Acc>(from + i * column, count, by)),
+                     kInteger<KIND> ? x_scales[token] : 1.0f, residual[u],
+                     static_cast<int64_t>(m0 + token) * q.O + channel_row);
+      }
     }
     if (!more) break;
     tile = following;

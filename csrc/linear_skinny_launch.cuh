@@ -11,12 +11,12 @@
 
 namespace quamba::skinny {
 
-// With QUAMBA_TUNE, QUAMBA_SKINNY_CONFIG="strips,wm,wk,splits,resident" narrows the choice; -1 leaves one free.
+// With QUAMBA_TUNE, QUAMBA_SKINNY_CONFIG="strips,wm,wk,splits,resident,ring,blocks" narrows the choice; -1 leaves one free.
 inline Forced forced_plan() {
   Forced f;
 #ifdef QUAMBA_TUNE
   if (const char* text = std::getenv("QUAMBA_SKINNY_CONFIG"))
-    std::sscanf(text, "%d,%d,%d,%d,%d", &f.strips, &f.wm, &f.wk, &f.splits, &f.resident);
+    std::sscanf(text, "%d,%d,%d,%d,%d,%d,%d", &f.strips, &f.wm, &f.wk, &f.splits, &f.resident, &f.ring, &f.blocks);
 #endif
   return f;
 }
@@ -28,16 +28,25 @@ struct Choice {
   Plan plan;
 };
 
-template <Kind KIND, bool FOLD, int R, int NT>
+template <Kind KIND, bool FOLD, int R, int NT, int RING>
 cudaError_t consider(const Shape& s, const Device& d, Choice& best) {
-  const Kernel kernel = linear_skinny<KIND, FOLD, R, NT>;
+  using Config = Config<KIND, R, NT, RING>;
+  const Kernel kernel = linear_skinny<KIND, FOLD, R, NT, RING>;
   cudaFuncAttributes attributes;
   cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) return error;
-  const Plan plan = choose(s, d, forced_plan(), {R, NT, Config<KIND, R, NT>::kDepth, attributes.numRegs, Config<KIND, R, NT>::kWarps});
+  const Variant variant{R, NT, Config::kDepth, RING, attributes.numRegs, Config::kWarps};
+  const Plan plan = choose(s, d, forced_plan(), variant);
   if (plan.cost < 0 || (best.kernel && best.plan.cost <= plan.cost)) return cudaSuccess;
   best = {kernel, plan};
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_per_block);
+}
+
+template <Kind KIND, bool FOLD, int R, int NT, int... RINGS>
+cudaError_t consider_rings(const Shape& s, const Device& d, Choice& best) {
+  cudaError_t error = cudaSuccess;
+  ((error = error == cudaSuccess ? consider<KIND, FOLD, R, NT, RINGS>(s, d, best) : error), ...);
+  return error;
 }
 
 template <Kind KIND, bool FOLD>
@@ -45,12 +54,12 @@ cudaError_t choose_kernel(const Shape& s, const Device& d, Choice& best) {
   if (s.M > 32) {
     // here the weight takes its scale whatever the group: there are no registers for a second set of sums
     constexpr bool kFold = KIND != Kind::kW8A8;
-    return consider<KIND, kFold, 2, 8>(s, d, best);
+    return consider<KIND, kFold, 2, 8, 0>(s, d, best);
   }
-  if (s.M > 16) return consider<KIND, FOLD, 2, 4>(s, d, best);
-  if (s.M > 8) return consider<KIND, FOLD, 2, 2>(s, d, best);
-  const cudaError_t error = consider<KIND, FOLD, 1, 1>(s, d, best);
-  return error == cudaSuccess ? consider<KIND, FOLD, 2, 1>(s, d, best) : error;
+  if (s.M > 16) return consider<KIND, FOLD, 2, 4, 0>(s, d, best);
+  if (s.M > 8) return consider_rings<KIND, FOLD, 2, 2, 0, 2, 3>(s, d, best);
+  const cudaError_t error = consider_rings<KIND, FOLD, 1, 1, 0, 2, 3>(s, d, best);
+  return error == cudaSuccess ? consider_rings<KIND, FOLD, 2, 1, 0, 2, 3>(s, d, best) : error;
 }
 
 inline cudaError_t describe(int ordinal, Device& d) {
@@ -104,7 +113,7 @@ inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 
 template <Kind KIND>
 int launch(const QuambaLinear& q, cudaStream_t stream) {
   constexpr bool kGroups = KIND != Kind::kW8A8;
-  if (q.M < 1 || q.M > 256 || q.O < 8 || q.O % 8 || q.K < 32 || q.K % 32) return QUAMBA_UNSUPPORTED;
+  if (q.M < 1 || q.M > 256 || q.O < 8 || q.O % 8 || q.K < 32 || q.K % 32 || q.K > kMaxK) return QUAMBA_UNSUPPORTED;
   if (kGroups && (q.S < 32 || q.S % 32 || q.K % q.S)) return QUAMBA_UNSUPPORTED;
   if (!aligned(q.x) || !aligned(q.w)) return QUAMBA_UNSUPPORTED;
 
@@ -124,7 +133,7 @@ int launch(const QuambaLinear& q, cudaStream_t stream) {
                       plan,
                       shape.row_bytes,
                       kGroups ? q.K / q.S : 1,
-                      (0x80000000u + per_group - 1) / per_group,
+                      ((1u << kMagicBits) + per_group - 1) / per_group,
                       wm_shift,
                       wm_shift + (plan.strips == 1 ? 4 : 5)};
 

@@ -11,6 +11,9 @@ namespace quamba::skinny {
 constexpr int kStepBytes = 64;
 constexpr int kMaxWarps = 8;
 constexpr int kMailboxBytes = 16;  // the first of shared memory: they count what other blocks send
+constexpr int kMaxTokens = 64;     // of a block
+constexpr int kHeaderBytes = kMailboxBytes + kMaxTokens * 4;  // and a scale of x for each token
+constexpr int kStages = 4;         // chunks of x in shared memory where it does not stay
 
 struct Shape {
   int M, O, K;
@@ -26,9 +29,12 @@ struct Device {
   bool clusters;
 };
 
-// What a compiled kernel fixes: strips a warp, tiles of 8 tokens, steps in flight, registers a thread, warps a block.
+// What a compiled kernel fixes: strips a warp, tiles of 8 tokens, steps a chunk, chunks of weights that wait in shared
+// memory (0: one chunk waits in registers), registers a thread, warps a block.
 struct Variant {
-  int strips, token_tiles, depth, registers, max_warps;
+  int strips, token_tiles, depth, ring, registers, max_warps;
+
+  int ring_bytes(int threads) const { return threads * 32 * strips * depth * ring; }
 };
 
 struct Plan {
@@ -37,10 +43,11 @@ struct Plan {
   int tiles;         // of 16 * strips * wm rows
   int token_blocks;  // of 8 * token_tiles tokens
   int steps, split_steps, warp_steps, chunks;  // of K, of a block, of a warp; chunks of `depth` steps of a warp
-  bool resident;     // x stays in shared memory; else two chunks take turns
+  int ring;          // of the variant
+  bool resident;     // x stays in shared memory; else kStages chunks take turns
   int x_slots;       // tokens that shared memory has room for
   int stage_bytes, shared_bytes;
-  int blocks_per_sm;
+  int blocks_per_sm;  // that run at a time; more may fit, which leaves room for the next kernel to prefetch
   double cost;       // bytes that a multiprocessor could have read in the time expected
 
   int threads() const { return 32 * wm * wk; }
@@ -49,11 +56,11 @@ struct Plan {
 
 // What a choice is narrowed to; -1 is free.
 struct Forced {
-  int strips = -1, wm = -1, wk = -1, splits = -1, resident = -1;
+  int strips = -1, wm = -1, wk = -1, splits = -1, resident = -1, ring = -1, blocks = -1;
 
-  bool allows(const Plan& p, int strips_) const {
+  bool allows(const Plan& p, const Variant& v) const {
     const auto fits = [](int wanted, int value) { return wanted < 0 || wanted == value; };
-    return fits(strips, strips_) && fits(wm, p.wm) && fits(wk, p.wk) && fits(splits, p.splits) &&
+    return fits(strips, v.strips) && fits(ring, v.ring) && fits(wm, p.wm) && fits(wk, p.wk) && fits(splits, p.splits) &&
            fits(resident, p.resident);
   }
 };
@@ -77,8 +84,9 @@ inline bool complete(Plan& p, const Shape& s, const Device& d, const Variant& v)
   p.stage_bytes = p.wk * v.depth * p.x_slots * k_step * s.x_bytes;
   const int gathered = p.splits > 1 ? p.splits * ceil_div(tokens, p.splits) : 0;
   const int sums = (p.wk * tokens + gathered) * (rows + 4) * 4;
-  p.shared_bytes = kMailboxBytes + (p.resident ? p.chunks : 2) * p.stage_bytes + sums;
-  if (!p.resident && p.chunks < 2) return false;
+  p.ring = v.ring;
+  p.shared_bytes = kHeaderBytes + v.ring_bytes(p.threads()) + (p.resident ? p.chunks : kStages) * p.stage_bytes + sums;
+  if (!p.resident && (v.ring || p.chunks < 2)) return false;
   if (p.shared_bytes > d.shared_per_block) return false;
   // registers are given out by quarters of a multiprocessor, eight a thread at a time
   const int warps = 4 * (d.registers_per_sm / 4 / (32 * ((v.registers + 7) / 8 * 8)));
@@ -101,7 +109,7 @@ inline double cost(const Plan& p, const Shape& s, const Device& d, const Variant
   const double mean = static_cast<double>(s.O) * s.row_bytes * p.token_blocks / d.sms;
   const double worst = tile * per_block * per_sm;
   const double ramp = std::min(per_sm, p.blocks_per_sm) * p.threads() / 32 *
-                      std::min(p.warp_steps, v.depth) * v.strips * 1024.0;
+                      std::min(p.warp_steps * per_block, v.depth * std::max(1, v.ring)) * v.strips * 1024.0;
   const double memory = (0.5 * mean + 0.5 * worst) * (1 + 10e3 / std::min(ramp, worst));
   // mma instructions a strip and step, at 2 clocks each, in bytes of one multiprocessor's share
   const double mma = (s.x_bytes == 2 ? 8 : s.row_bytes == s.K ? 2 : 4) * 2.0 * 13;
@@ -123,7 +131,8 @@ inline Plan choose(const Shape& s, const Device& d, const Forced& forced, const 
         for (int resident = 0; resident < 2; ++resident) {
           Plan p{};
           p.wm = wm, p.wk = wk, p.splits = splits, p.resident = resident;
-          if (!forced.allows(p, v.strips) || !complete(p, s, d, v)) continue;
+          if (!forced.allows(p, v) || !complete(p, s, d, v)) continue;
+          if (forced.blocks > 0) p.blocks_per_sm = std::min(p.blocks_per_sm, forced.blocks);
           spread(p, d);
           p.cost = cost(p, s, d, v);
           if (best.cost < 0 || p.cost < best.cost) best = p;

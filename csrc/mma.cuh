@@ -73,10 +73,31 @@ __device__ __forceinline__ void load_constant(uint32_t& v, const uint8_t* p, boo
                : "l"(p), "r"(static_cast<int>(inside)));
 }
 
+// 16 bytes of activations, through L2: L1 may hold what the buffer had before.
+__device__ __forceinline__ uint4 load_through_l2(const void* p) { return __ldcg(static_cast<const uint4*>(p)); }
+
 // 16 bytes from global to shared memory, through L2 only; zeros when `inside` is false (p must be valid all the same).
 __device__ __forceinline__ void copy_async(void* shared, const void* p, bool inside) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(p), "r"(inside ? 16 : 0) : "memory");
+}
+
+// The same for weights, which the thread that copies them reads back itself; nothing happens when `inside` is false.
+__device__ __forceinline__ void copy_weights_async(void* shared, const void* p, bool inside) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile(
+      "{.reg .pred inside; setp.ne.s32 inside, %2, 0;\n@inside cp.async.cg.shared.global.L2::128B [%0], [%1], 16;}" ::"r"(
+          to),
+      "l"(p), "r"(static_cast<int>(inside))
+      : "memory");
+}
+
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most N of the thread's latest groups are on their way.
+template <int N>
+__device__ __forceinline__ void copy_async_wait_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
