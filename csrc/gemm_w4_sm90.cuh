@@ -511,7 +511,7 @@ inline int choose_tile(const QuambaLinear& a, int sms) {
   double least = 1e30;
   for (int i = 0; i < 4; ++i) {
     long long tiles = static_cast<long long>((a.M + kTokens[i] - 1) / kTokens[i]) * ((a.O + kTileO - 1) / kTileO);
-    double cost = static_cast<double>((tiles + sms - 1) / sms) * (kTokens[i] + 16);
+    double cost = static_cast<double>((tiles + sms - 1) / sms) * (kTokens[i] + 120);
     if (cost < least) least = cost, best = i;
   }
   return tuned("QUAMBA_TILE", best);

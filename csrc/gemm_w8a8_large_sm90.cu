@@ -4,9 +4,9 @@
 namespace quamba::w8a8 {
 
 const Choice kTiles[] = {
-    choice<128, 256, 2, Cooperative, Persistent>(0.88f, 4500.f),
-    choice<128, 256, 1, Cooperative, Persistent>(0.90f, 4500.f),
-    choice<128, 192, 2, Cooperative, Persistent>(0.88f, 3800.f),
+    choice<128, 256, 2, Cooperative, Persistent>(0.80f, 10000.f),
+    choice<128, 256, 1, Cooperative, Persistent>(1.06f, 8800.f),
+    choice<128, 192, 2, Cooperative, Persistent>(0.93f, 6400.f),
 };
 
 Choices large_tiles() { return choices(kTiles); }

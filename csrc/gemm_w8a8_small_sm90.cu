@@ -5,9 +5,9 @@
 namespace quamba::w8a8 {
 
 const Choice kTiles[] = {
-    choice<128, 128, 2, Pingpong, Persistent>(0.88f, 600.f),
-    choice<64, 128, 1, Pingpong, Persistent>(0.55f, 500.f),
-    choice<128, 64, 1, Cooperative, StreamK>(0.45f, 2500.f),
+    choice<128, 128, 2, Pingpong, Persistent>(0.85f, 1220.f),
+    choice<64, 128, 1, Pingpong, Persistent>(0.47f, 400.f),
+    choice<128, 64, 1, Cooperative, StreamK>(0.64f, 4900.f),
 };
 
 Choices small_tiles() { return choices(kTiles); }

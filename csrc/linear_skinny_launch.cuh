@@ -8,17 +8,21 @@
 #include <cstdlib>
 
 #include "linear_skinny.cuh"
+#include "linear_skinny_measured.h"
 
 namespace quamba::skinny {
 
-// With QUAMBA_TUNE, QUAMBA_SKINNY_CONFIG="strips,wm,wk,splits,resident,ring,blocks" narrows the choice; -1 leaves one free.
-inline Forced forced_plan() {
-  Forced f;
+// What narrows the choice: a measured plan, or with QUAMBA_TUNE
+// QUAMBA_SKINNY_CONFIG="strips,wm,wk,splits,resident,ring,blocks", where -1 leaves one free.
+inline Forced forced_plan(const Shape& s, const Device& d) {
 #ifdef QUAMBA_TUNE
-  if (const char* text = std::getenv("QUAMBA_SKINNY_CONFIG"))
+  Forced f;
+  if (const char* text = std::getenv("QUAMBA_SKINNY_CONFIG")) {
     std::sscanf(text, "%d,%d,%d,%d,%d,%d,%d", &f.strips, &f.wm, &f.wk, &f.splits, &f.resident, &f.ring, &f.blocks);
+    return f;
+  }
 #endif
-  return f;
+  return measured_plan(s, d);
 }
 
 using Kernel = void (*)(Params);
@@ -29,37 +33,37 @@ struct Choice {
 };
 
 template <Kind KIND, bool FOLD, int R, int NT, int RING>
-cudaError_t consider(const Shape& s, const Device& d, Choice& best) {
+cudaError_t consider(const Shape& s, const Device& d, const Forced& forced, Choice& best) {
   using Config = Config<KIND, R, NT, RING>;
   const Kernel kernel = linear_skinny<KIND, FOLD, R, NT, RING>;
   cudaFuncAttributes attributes;
   cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) return error;
   const Variant variant{R, NT, Config::kDepth, RING, attributes.numRegs, Config::kWarps};
-  const Plan plan = choose(s, d, forced_plan(), variant);
+  const Plan plan = choose(s, d, forced, variant);
   if (plan.cost < 0 || (best.kernel && best.plan.cost <= plan.cost)) return cudaSuccess;
   best = {kernel, plan};
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_per_block);
 }
 
 template <Kind KIND, bool FOLD, int R, int NT, int... RINGS>
-cudaError_t consider_rings(const Shape& s, const Device& d, Choice& best) {
+cudaError_t consider_rings(const Shape& s, const Device& d, const Forced& forced, Choice& best) {
   cudaError_t error = cudaSuccess;
-  ((error = error == cudaSuccess ? consider<KIND, FOLD, R, NT, RINGS>(s, d, best) : error), ...);
+  ((error = error == cudaSuccess ? consider<KIND, FOLD, R, NT, RINGS>(s, d, forced, best) : error), ...);
   return error;
 }
 
 template <Kind KIND, bool FOLD>
-cudaError_t choose_kernel(const Shape& s, const Device& d, Choice& best) {
+cudaError_t choose_kernel(const Shape& s, const Device& d, const Forced& forced, Choice& best) {
   if (s.M > 32) {
     // here the weight takes its scale whatever the group: there are no registers for a second set of sums
     constexpr bool kFold = KIND != Kind::kW8A8;
-    return consider<KIND, kFold, 2, 8, 0>(s, d, best);
+    return consider<KIND, kFold, 2, 8, 0>(s, d, forced, best);
   }
-  if (s.M > 16) return consider<KIND, FOLD, 2, 4, 0>(s, d, best);
-  if (s.M > 8) return consider_rings<KIND, FOLD, 2, 2, 0, 2, 3>(s, d, best);
-  const cudaError_t error = consider_rings<KIND, FOLD, 1, 1, 0, 2, 3>(s, d, best);
-  return error == cudaSuccess ? consider_rings<KIND, FOLD, 2, 1, 0, 2, 3>(s, d, best) : error;
+  if (s.M > 16) return consider<KIND, FOLD, 2, 4, 0>(s, d, forced, best);
+  if (s.M > 8) return consider_rings<KIND, FOLD, 2, 2, 0, 2, 3>(s, d, forced, best);
+  const cudaError_t error = consider_rings<KIND, FOLD, 1, 1, 0, 2, 3>(s, d, forced, best);
+  return error == cudaSuccess ? consider_rings<KIND, FOLD, 2, 1, 0, 2, 3>(s, d, forced, best) : error;
 }
 
 inline cudaError_t describe(int ordinal, Device& d) {
@@ -100,7 +104,11 @@ cudaError_t cached_choice(const Shape& s, Choice& choice, bool& clusters) {
     Device d{};
     Choice best{};
     if ((error = describe(ordinal, d)) != cudaSuccess) return error;
-    if ((error = choose_kernel<KIND, FOLD>(s, d, best)) != cudaSuccess) return error;
+    if ((error = choose_kernel<KIND, FOLD>(s, d, forced_plan(s, d), best)) != cudaSuccess) return error;
+#ifndef QUAMBA_TUNE
+    // a plan that was measured for a near problem may not fit this one
+    if (!best.kernel && (error = choose_kernel<KIND, FOLD>(s, d, Forced{}, best)) != cudaSuccess) return error;
+#endif
     e = {ordinal, d.clusters, s, best};
   }
   choice = e.choice;

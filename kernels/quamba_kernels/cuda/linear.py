@@ -14,20 +14,27 @@ from torch import Tensor
 from quamba_kernels.cuda.library import DTYPES, QuambaLinear, library
 from quamba_kernels.ops.linear import NIBBLES, finish
 
-W8A8_SKINNY_ROWS = 64
-W4A8_SKINNY_ROWS = 128
-W4A16_SKINNY_ROWS = 64
+W8A8_SKINNY_ROWS = 32
+W4A8_SKINNY_ROWS = 64
+W4A16_SKINNY_ROWS = 48
 """Up to so many rows the bytes of the weights decide, which the skinny kernels read once and expand in registers."""
+WIDE, WIDE_SKINNY_ROWS = 8192, 16
+"""From so many out features on, Hopper's GEMM over int4 weights fills the GPU and wins beyond so many rows."""
+W4A8_GEMM_O, W4A8_GEMM_ROWS = 4096, 256
+"""Where that GEMM beats an expansion to int8 followed by the faster int8 GEMM: this wide, up to so many rows."""
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
 K_MULTIPLE, O_MULTIPLE, S_MULTIPLE, ALIGNMENT = 32, 8, 32, 16
+K_MAX = 32768
 
 
 def shape_why_not(K: int, O: int, S: int) -> str | None:  # noqa: E741
     """Why the kernels do not take a weight [O, K] with groups of S, in a sentence."""
     if K < 1 or O < 1 or K % K_MULTIPLE or O % O_MULTIPLE:
         return f"takes K a multiple of {K_MULTIPLE} and O a multiple of {O_MULTIPLE}, got K={K} and O={O}"
+    if K > K_MAX:
+        return f"takes K up to {K_MAX}, got K={K}"
     if S < 1 or S % S_MULTIPLE or K % S:
         return f"takes groups of a multiple of {S_MULTIPLE} that divide K={K}, got S={S}"
     return None
@@ -118,6 +125,15 @@ class Problem:
             a.out_scale_count = 1 if out_scale.numel() == 1 else O
             a.out_scale = _check("out_scale", out_scale, device, fp32, (a.out_scale_count,))
 
+    @property
+    def hopper(self) -> bool:
+        """Whether the object for this device has the GEMMs over int4 weights."""
+        return library(self.device.index).arch == "sm_90a"
+
+    def skinny_rows(self, rows: int) -> int:
+        """The rows up to which the skinny kernel is taken, ``rows`` where nothing else fits int4 weights."""
+        return min(rows, WIDE_SKINNY_ROWS) if self.linear.O >= WIDE and self.hopper else rows
+
     def run(self, kernel: str) -> Tensor:
         """y, from a kernel that does the whole linear."""
         y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -147,12 +163,12 @@ def linear_w8a8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *epilogu
 def linear_w4a8(
     x: Tensor, x_scale: Tensor, w: Tensor, w_multiplier: Tensor, w_scale: Tensor, *epilogue: Any
 ) -> Tensor:
-    """Many rows: a kernel that unpacks as it multiplies on sm_90a; elsewhere the weight is expanded to int8 once per
-    call, and the rest is linear_w8a8."""
+    """Many rows: the weight is expanded to int8 once per call, and the rest is linear_w8a8; in between, on sm_90a, a
+    kernel that unpacks as it multiplies."""
     p = Problem(x, x_scale, w, w_scale, w_multiplier, *epilogue)
-    if p.linear.M <= W4A8_SKINNY_ROWS:
+    if p.linear.M <= p.skinny_rows(W4A8_SKINNY_ROWS):
         return p.run("quamba_linear_w4a8_skinny")
-    if library(x.device.index).arch == "sm_90a":
+    if p.hopper and p.linear.O >= W4A8_GEMM_O and p.linear.M <= W4A8_GEMM_ROWS:
         return p.run("quamba_linear_w4a8_gemm")
     weight = p.expand("quamba_expand_w4a8", torch.int8)
     p.linear.w, p.linear.w_multiplier, p.linear.S = weight.data_ptr(), None, p.linear.K
@@ -162,9 +178,9 @@ def linear_w4a8(
 def linear_w4a16(x: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
     """Many rows: a mixed-input kernel on sm_90a; elsewhere the weight is expanded to x's type for torch's product."""
     p = Problem(x, None, w, w_scale, None, *epilogue)
-    if p.linear.M <= W4A16_SKINNY_ROWS:
+    if p.linear.M <= p.skinny_rows(W4A16_SKINNY_ROWS):
         return p.run("quamba_linear_w4a16_skinny")
-    if library(x.device.index).arch == "sm_90a":
+    if p.hopper:
         return p.run("quamba_linear_w4a16_gemm")
     weight = p.expand("quamba_expand_w4a16", x.dtype)
     y = torch.mm(p.x.view(-1, p.linear.K), weight.T, out_dtype=torch.float32)
