@@ -73,7 +73,7 @@ long long quamba_linear_w8a8_gemm_workspace(const QuambaLinear* a) { return 4 * 
 int quamba_linear_w8a8_gemm(const QuambaLinear* a, void* s) {
   last = "quamba_linear_w8a8_gemm";
   if (a->O == 24) return 700;
-  if (a->O == 40) return QUAMBA_UNSUPPORTED;
+  if (a->O == 456) return QUAMBA_UNSUPPORTED;
   if (!a->workspace || a->workspace_bytes != 4 * a->O) return 1;
   memset(a->workspace, 1, a->workspace_bytes);
   return run(a, 0);
@@ -146,6 +146,7 @@ def test_arguments_reach_the_kernels(
     library = kernels(arch)
     for constant in ("W8A8_SKINNY_ROWS", "W4A8_SKINNY_ROWS", "W4A16_SKINNY_ROWS"):
         monkeypatch.setattr(linear, constant, rows)
+    monkeypatch.setattr(linear, "W4A8_GEMM_O", 0)
     assert served(name)
     for case in served(name):
         want = OPS[name].reference(*case.args, **case.kwargs)
@@ -234,8 +235,8 @@ def test_a_status_is_a_sentence(kernels, monkeypatch: pytest.MonkeyPatch) -> Non
     kernels("sm_80")
     monkeypatch.setattr(linear, "W8A8_SKINNY_ROWS", 0)
     problem = "M=3 O={} K=64 S=64, x int8, y float32"
-    with pytest.raises(RuntimeError, match=f"w8a8_gemm on sm_80 does not serve {problem.format(40)}"):
-        run(*draw(outputs=40))
+    with pytest.raises(RuntimeError, match=f"w8a8_gemm on sm_80 does not serve {problem.format(456)}"):
+        run(*draw(outputs=456))
     with pytest.raises(RuntimeError, match=f"failed with {problem.format(24)}: CUDA error 700, an illegal address"):
         run(*draw(outputs=24))
 

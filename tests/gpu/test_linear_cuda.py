@@ -86,9 +86,10 @@ def check(name: str, given: list[Any], options: dict[str, Any], label: str, got:
     want = OPS[name].reference(*given, **options)
     got = backend(name)(*given, **options) if got is None else got
     if name == "linear_w4a16" and got.dtype == torch.int8:
-        # sums of 16-bit products differ in their last bits: more codes lie on a tie than with integers
-        gap = (got.int() - want.int()).abs()
-        assert gap.max() <= 1 and (gap > 0).float().mean() < 0.02, label
+        # a kernel may round q * scale to the type of x, 2^-9 or 2^-12 of the weight, and codes reach 40 or so: of a
+        # code's width that is several hundredths in bf16
+        gap, share = (got.int() - want.int()).abs(), {torch.bfloat16: 0.05, torch.float16: 0.02}[given[0].dtype]
+        assert gap.max() <= 1 and (gap > 0).float().mean() < share, label
         return
     difference = disagreement([got], [want], tolerance(name, given, options))
     assert difference is None, f"{name} {label}: {difference}"
@@ -123,8 +124,9 @@ def test_shapes_of_models(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_both_paths_agree_on_every_row_count(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     constant = {"linear_w8a8": "W8A8", "linear_w4a8": "W4A8", "linear_w4a16": "W4A16"}[name] + "_SKINNY_ROWS"
-    for limit, counts in ((0, (1, 2, 16, 63)), (256, (65, 128, 255, 256))):
+    for limit, counts, narrowest in ((0, (1, 2, 16, 63), 0), (0, (1, 63), 4096), (256, (65, 128, 255, 256), 0)):
         monkeypatch.setattr(linear, constant, limit)
+        monkeypatch.setattr(linear, "W4A8_GEMM_O", narrowest)
         for rows in counts:
             check(name, draw(name, rows, (1600, 264, 64)), {"out_dtype": torch.float32}, f"{rows} rows, limit {limit}")
 

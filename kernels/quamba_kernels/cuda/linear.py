@@ -130,9 +130,12 @@ class Problem:
         """Whether the object for this device has the GEMMs over int4 weights."""
         return library(self.device.index).arch == "sm_90a"
 
-    def skinny_rows(self, rows: int) -> int:
-        """The rows up to which the skinny kernel is taken, ``rows`` where nothing else fits int4 weights."""
-        return min(rows, WIDE_SKINNY_ROWS) if self.linear.O >= WIDE and self.hopper else rows
+    def few_rows(self, limit: int) -> bool:
+        """Whether int4 weights are better read by the skinny kernel; ``limit`` where no GEMM fits them better."""
+        if self.linear.O >= WIDE and self.hopper:
+            limit = min(limit, WIDE_SKINNY_ROWS)
+        rows = self.linear.M
+        return rows <= limit
 
     def run(self, kernel: str) -> Tensor:
         """y, from a kernel that does the whole linear."""
@@ -166,7 +169,7 @@ def linear_w4a8(
     """Many rows: the weight is expanded to int8 once per call, and the rest is linear_w8a8; in between, on sm_90a, a
     kernel that unpacks as it multiplies."""
     p = Problem(x, x_scale, w, w_scale, w_multiplier, *epilogue)
-    if p.linear.M <= p.skinny_rows(W4A8_SKINNY_ROWS):
+    if p.few_rows(W4A8_SKINNY_ROWS):
         return p.run("quamba_linear_w4a8_skinny")
     if p.hopper and p.linear.O >= W4A8_GEMM_O and p.linear.M <= W4A8_GEMM_ROWS:
         return p.run("quamba_linear_w4a8_gemm")
@@ -178,7 +181,7 @@ def linear_w4a8(
 def linear_w4a16(x: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
     """Many rows: a mixed-input kernel on sm_90a; elsewhere the weight is expanded to x's type for torch's product."""
     p = Problem(x, None, w, w_scale, None, *epilogue)
-    if p.linear.M <= p.skinny_rows(W4A16_SKINNY_ROWS):
+    if p.few_rows(W4A16_SKINNY_ROWS):
         return p.run("quamba_linear_w4a16_skinny")
     if p.hopper:
         return p.run("quamba_linear_w4a16_gemm")
