@@ -247,10 +247,7 @@ __device__ __forceinline__ void finish_tokens(const Finish& p, Acc& acc, char* b
     for (int r = 0; r < 2; ++r) {
       int n = min(channel + 16 * warp + 8 * r + g, p.O - 1);
       if (Scaled) w_scale[r] = __ldg(p.w_scale + n);
-      if (p.bias) {
-        float2 two = load_pair<true>(p.bias, p.bias_dtype, n & ~1);
-        bias[r] = n & 1 ? two.y : two.x;
-      }
+      if (p.bias) bias[r] = load_one(p.bias, p.bias_dtype, n);
     }
     // stmatrix: lane i gives the address of row i % 8 of matrix i / 8; matrices are channels g, g + 8 by two times
     // eight tokens. Rows of 128 bytes, their 16-byte pieces exchanged by row.
