@@ -154,7 +154,13 @@ def fake_nvcc(tmp_path, monkeypatch: pytest.MonkeyPatch):
     nvcc.chmod(0o755)
     version.write_text("#define CUTLASS_MAJOR 9\n#define CUTLASS_MINOR 8\n#define CUTLASS_PATCH 7\n")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
-    monkeypatch.setenv("CUTLASS_HOME", str(tmp_path / "cutlass"))
+    # a package comes before $CUTLASS_HOME, and one may be installed; child processes must find this one too
+    package = tmp_path / "site" / "cutlass_library"
+    (package / "source").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "source" / "include").symlink_to(tmp_path / "cutlass" / "include")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
     monkeypatch.setenv("QUAMBA_CACHE", str(tmp_path / "cache"))
     for name in ("QUAMBA_CUDA_LIBRARY", "QUAMBA_CUDA_ARCH_LIST", "NVCC_MOOD"):
         monkeypatch.delenv(name, raising=False)
