@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal
 
 from quamba.errors import UserError
@@ -43,16 +44,22 @@ class Param:
 
 @dataclass(frozen=True)
 class Output:
-    """A stretch of a projection's outputs. post: the elementwise or channel-wise steps before its consumer."""
+    """A stretch of a projection's outputs. post: the elementwise or channel-wise steps before its consumer; a step
+    "rms" is an RMS norm over the stretch, whose gain lies at ``gain`` below the mixer (None: it has none)."""
 
     name: str
     segment: Segment
     post: tuple[str, ...] = ()
+    gain: str | None = None
 
 
 @dataclass(frozen=True)
 class Proj:
-    """One linear, in the order of execution. reads: the name of what it consumes ("residual" or a scan input)."""
+    """One linear, in the order of execution. reads: the name of what it consumes ("residual" or a scan input).
+
+    stack: the axis of experts along the weight's first dimension; the path is the weight's own then. keep: small and
+    decisive (a router, the rate of a gate), so it stays in the checkpoint's type unless a recipe names its role.
+    """
 
     role: str
     path: str
@@ -60,6 +67,13 @@ class Proj:
     input: Segment
     outputs: tuple[Output, ...]
     bias: bool = False
+    stack: str | None = None
+    keep: bool = False
+
+    @property
+    def weight(self) -> str:
+        """Path of the weight below the mixer."""
+        return self.path if self.stack else f"{self.path}.weight"
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,8 @@ class ScanInput:
 
 @dataclass(frozen=True)
 class Scan:
-    """The recurrence. decay: one number per head, or one per channel and state ("diagonal")."""
+    """What mixes the tokens. decay: one number per head, or one per channel and state ("diagonal"). Softmax attention
+    forgets nothing: to rotations of its keys it is a scan with a scalar decay."""
 
     family: str
     decay: Literal["scalar", "diagonal"]
@@ -82,10 +97,11 @@ class Scan:
 
 @dataclass(frozen=True)
 class OutSite:
-    """Between scan and out_proj: gate, then norm (with its gain's path below the mixer), then the online rotation."""
+    """Before the projection back into the residual stream: gate, then norm (with its gain's path below the mixer), then
+    the online rotation."""
 
     gate: str | None
-    norm: Literal["rms"] | None
+    norm: str | None
     norm_groups: int = 0
     norm_weight: str | None = None
     role: str = "out_proj"
@@ -93,45 +109,87 @@ class OutSite:
 
 @dataclass(frozen=True)
 class MixerSpec:
-    """A recurrent mixer. sizes: by the letters of quamba_kernels.ops (D, I, H, P, G, N, W) and R for dt_rank."""
+    """What a sublayer does between its norm and the residual sum: a recurrent mixer, attention, an MLP, experts.
+
+    sizes: of a recurrent mixer, by the letters of quamba_kernels.ops (D, I, H, P, G, N, W) and R for dt_rank;
+    eps: of the norms inside the mixer, None for the model's.
+    """
 
     path: str
     axes: dict[str, Axis]
     params: tuple[Param, ...]
     projs: tuple[Proj, ...]
-    inputs: tuple[ScanInput, ...]
-    scan: Scan
-    out: OutSite
-    sizes: dict[str, int]
+    inputs: tuple[ScanInput, ...] = ()
+    scan: Scan | None = None
+    out: OutSite | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
     conv_bias: bool = True
     dt_limit: tuple[float, float] = (0.0, float("inf"))
+    eps: float | None = None
 
     def proj(self, role: str) -> Proj:
         """The projection of that role."""
         return next(p for p in self.projs if p.role == role)
 
+    def name(self, path: str) -> str:
+        """A path below the mixer as a path below the block."""
+        return f"{self.path}.{path}" if self.path else path
+
+    def size(self, segment: Segment) -> int:
+        """Channels of a segment."""
+        return prod(self.axes[name].size for name in segment)
+
+    @property
+    def out_proj(self) -> Proj | None:
+        """The projection whose input is rotated online, where there is one."""
+        return None if self.out is None else self.proj(self.out.role)
+
+    def shape(self, param: Param) -> tuple[int, ...]:
+        """The shape that a tensor must have."""
+        return tuple(sum(self.size(segment) for segment in segments) for segments in param.layout)
+
 
 @dataclass(frozen=True)
 class Sublayer:
-    """Residual + mixer(norm(residual)); norm is a path below the block."""
+    """Residual + mixer(norm(residual)). norm: a path below the block, None where the mixer reads the stream itself;
+    sublayers side by side share one norm.
 
-    norm: str
+    gain_offset: what is added to the stored gain; residual_weighted: something per channel stands between the mixer
+    and the sum (a norm with a gain, a learned weight).
+    """
+
+    norm: str | None
     mixer: MixerSpec
     norm_kind: Literal["rms", "layer"] = "rms"
+    gain_offset: float = 0.0
     residual_weighted: bool = False
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One block of the model: its path and its sublayers in order."""
+    """One block of the model: its path and its sublayers in order.
+
+    hosted: transformers' own layer runs, with quamba's norms, linears and recurrent mixers in the places of its parts.
+    params: tensors of the block that belong to no sublayer, left as they are.
+    """
 
     path: str
     sublayers: tuple[Sublayer, ...]
+    hosted: bool = False
+    params: tuple[str, ...] = ()
+
+    @property
+    def norms(self) -> dict[str, Sublayer]:
+        """The norms by their paths, each with a sublayer that reads it."""
+        return {sub.norm: sub for sub in self.sublayers if sub.norm is not None}
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A whole model: where the residual stream begins, its blocks, where it ends."""
+    """A whole model: where the residual stream begins, its blocks, where it ends.
+
+    returns: length of the tuple that a hosted layer returns, its hidden states first; 0 for the bare tensor.
+    """
 
     d_model: int
     vocab: int
@@ -141,6 +199,9 @@ class ModelSpec:
     final_norm: str
     head: str
     residual_fp32: bool = True
+    returns: int = 0
+    final_norm_kind: Literal["rms", "layer"] = "rms"
+    final_gain_offset: float = 0.0
 
 
 @dataclass(frozen=True)

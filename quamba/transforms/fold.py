@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from quamba.models.spec import Sublayer
@@ -9,16 +11,25 @@ from quamba.models.spec import Sublayer
 Tensors = dict[str, torch.Tensor]
 
 
-def fold_norm(tensors: Tensors, sublayer: Sublayer) -> Tensors:
-    """W <- W diag(g), g <- 1 for every projection that reads the residual stream.
+def folding_illegal(norm_kind: str) -> str | None:
+    """Why a norm's gain stays where it is, or None."""
+    return None if norm_kind == "rms" else f"a {norm_kind} norm has a shift beside its gain"
 
-    tensors: by path below the block, any float type; returns a new dict.
+
+def fold_norms(tensors: Tensors, sublayers: Iterable[Sublayer]) -> Tensors:
+    """W <- W diag(g), g <- 1 for every projection that reads the residual stream through an RMS norm.
+
+    tensors: of a block, by path below it, any float type; returns a new dict. Sublayers that share a norm must be given
+    together.
     """
-    gain = tensors[f"{sublayer.norm}.weight"]
     out = dict(tensors)
-    for proj in sublayer.mixer.projs:
-        if proj.reads == "residual":
-            name = f"{sublayer.mixer.path}.{proj.path}.weight"
-            out[name] = tensors[name] * gain
-    out[f"{sublayer.norm}.weight"] = torch.ones_like(gain)
+    for sub in sublayers:
+        if sub.norm is None or folding_illegal(sub.norm_kind):
+            continue
+        gain = tensors[f"{sub.norm}.weight"] + sub.gain_offset
+        for proj in sub.mixer.projs:
+            if proj.reads == "residual":
+                name = sub.mixer.name(proj.weight)
+                out[name] = out[name] * gain
+        out[f"{sub.norm}.weight"] = torch.full_like(gain, 1 - sub.gain_offset)
     return out

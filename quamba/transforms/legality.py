@@ -43,16 +43,20 @@ def _source(mixer: MixerSpec, name: str) -> Output:
 
 def _value_rotation_illegal(sublayer: Sublayer) -> str | None:
     mixer = sublayer.mixer
-    value = next(i for i in mixer.inputs if i.semantics == "value")
+    value = next((i for i in mixer.inputs if i.semantics == "value"), None)
+    if value is None or mixer.out is None:
+        return "there is no axis of values"
     if post := _source(mixer, value.name).post:
         return f"{value.name} passes through {' and '.join(post)}"
     if mixer.out.gate:
         return f"the output is gated by {mixer.out.gate}"
-    return None
+    return f"the output passes a {mixer.out.norm} norm" if mixer.out.norm else None
 
 
 def _key_rotation_illegal(sublayer: Sublayer) -> str | None:
     mixer = sublayer.mixer
+    if mixer.scan is None or not any(i.semantics == "key" for i in mixer.inputs):
+        return "there is no axis of keys"
     if mixer.scan.decay != "scalar":
         return f"the decay is {mixer.scan.decay}"
     for i in mixer.inputs:
@@ -67,9 +71,9 @@ def _rotate_outputs(tensors: Tensors, mixer: MixerSpec, name: str, rotation: tor
     for proj in mixer.projs:
         start = 0
         for output in proj.outputs:
-            rows = int(torch.tensor([mixer.axes[a].size for a in output.segment]).prod())
+            rows = mixer.size(output.segment)
             if output.name == name:
-                path = f"{mixer.path}.{proj.path}.weight"
+                path = mixer.name(proj.weight)
                 weight = out[path].clone()
                 part = weight[start : start + rows].unflatten(0, (-1, rotation.shape[0]))
                 weight[start : start + rows] = (rotation.to(weight).T @ part).flatten(0, 1)
@@ -84,16 +88,17 @@ def _rotate_value(tensors: Tensors, sublayer: Sublayer, generator: torch.Generat
     size = mixer.axes[value.axes[-1]].size
     rotation = hadamard.hadamard_matrix(hadamard.block_size(size))
     out = _rotate_outputs(tensors, mixer, value.name, rotation)
-    path = f"{mixer.path}.{mixer.proj(mixer.out.role).path}.weight"
+    assert mixer.out_proj is not None
+    path = mixer.name(mixer.out_proj.weight)
     weight = out[path].unflatten(1, (-1, rotation.shape[0]))
     return {**out, path: (weight @ rotation.to(weight)).flatten(1)}
 
 
 def _rotate_keys(tensors: Tensors, sublayer: Sublayer, generator: torch.Generator) -> Tensors:
     mixer = sublayer.mixer
-    rotation = hadamard.hadamard_matrix(hadamard.block_size(mixer.sizes["N"]))
     for i in mixer.inputs:
         if i.semantics in ("key", "query"):
+            rotation = hadamard.hadamard_matrix(hadamard.block_size(mixer.axes[i.axes[-1]].size))
             tensors = _rotate_outputs(tensors, mixer, i.name, rotation)
     return tensors
 
@@ -119,15 +124,15 @@ def _permute_axis(name: str) -> Transform:
 
 
 def _permute_one_tensor(tensors: Tensors, sublayer: Sublayer, generator: torch.Generator) -> Tensors:
-    """Reverse the value axis of the scan's skip path alone: what a permutation that forgets a tensor looks like."""
-    name = f"{sublayer.mixer.path}.conv1d.weight"
-    return {**tensors, name: tensors[name].flip(0)}
+    """Reverse what one projection reads, and nothing else: what a permutation that forgets a tensor looks like."""
+    name = sublayer.mixer.name(sublayer.mixer.projs[-1].weight)
+    return {**tensors, name: tensors[name].flip(-1)}
 
 
 TRANSFORMS = {
     t.name: t
     for t in (
-        *(_permute_axis(name) for name in ("channel", "head", "value", "state", "rank")),
+        *(_permute_axis(name) for name in ("channel", "head", "kv_head", "value", "state", "rank", "hidden", "expert")),
         Transform("rotate_value_offline", _value_rotation_illegal, _rotate_value),
         Transform("rotate_key_offline", _key_rotation_illegal, _rotate_keys),
         Transform("permute_one_tensor", lambda s: "the other tensors of the axis stay behind", _permute_one_tensor),

@@ -60,7 +60,7 @@ def permute(tensors: Tensors, sublayer: Sublayer, permutations: list[Permutation
         _check(mixer, p)
     out = dict(tensors)
     for param in mixer.params:
-        name = f"{mixer.path}.{param.path}"
+        name = mixer.name(param.path)
         for dim, segments in enumerate(param.layout):
             if any(p.axis in segment for p in permutations for segment in segments):
                 out[name] = out[name].index_select(dim, dimension_index(mixer, segments, permutations))

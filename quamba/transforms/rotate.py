@@ -27,8 +27,8 @@ class ResidualRotation:
         return hadamard.rotate(weight.double() * self.signs, self.block)
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
-        """R^T W for a weight [D, K] that writes into the stream; fp64."""
-        return self.columns(weight.double().T).T
+        """R^T W for a weight [..., D, K] that writes into the stream; fp64."""
+        return self.columns(weight.double().mT).mT
 
 
 def residual_rotation(size: int, seed: int) -> ResidualRotation:
@@ -41,32 +41,41 @@ def rotate_residual(tensors: Tensors, sublayer: Sublayer, rotation: ResidualRota
 
     The norm's gain must have been folded before.
     """
-    out = dict(tensors)
-    for proj in sublayer.mixer.projs:
-        name = f"{sublayer.mixer.path}.{proj.path}"
+    out, mixer = dict(tensors), sublayer.mixer
+    for proj in mixer.projs:
+        weight, bias = mixer.name(proj.weight), mixer.name(f"{proj.path}.bias")
         if proj.reads == "residual":
-            out[f"{name}.weight"] = rotation.columns(out[f"{name}.weight"])
+            out[weight] = rotation.columns(out[weight])
         if any(output.name == "residual" for output in proj.outputs):
-            out[f"{name}.weight"] = rotation.rows(out[f"{name}.weight"])
-            if f"{name}.bias" in out:
-                out[f"{name}.bias"] = rotation.columns(out[f"{name}.bias"])
+            out[weight] = rotation.rows(out[weight])
+            if bias in out:
+                out[bias] = rotation.columns(out[bias])
     return out
 
 
 def output_block(mixer: MixerSpec, asked: int | None) -> int:
-    """Size of the online Hadamard blocks before out_proj: the one asked for, else the largest that exists.
+    """Size of the online Hadamard blocks before out_proj: the one asked for, else the largest that exists; 0 where
+    nothing is projected back.
 
-    Raises UserError when the block asked for does not divide d_inner or has no Hadamard matrix.
+    Raises UserError when the block asked for does not divide the channels there or has no Hadamard matrix.
     """
-    inner = mixer.sizes["I"]
+    if mixer.out_proj is None:
+        return 0
+    inner = mixer.size(mixer.out_proj.input)
     if asked is None:
         return hadamard.block_size(inner)
     if inner % asked or hadamard.factor(asked) is None:
-        raise UserError(f"rotate.block {asked} must divide d_inner {inner} and be the order of a Hadamard matrix")
+        raise UserError(
+            f"rotate.block {asked} must divide the {inner} channels that {mixer.out_proj.role} reads and be the order of "
+            "a Hadamard matrix"
+        )
     return asked
 
 
 def rotate_output(tensors: Tensors, sublayer: Sublayer, block: int) -> Tensors:
     """W_out <- W_out H, to be fed with y H (Quamba, section 4.2). Returns a new dict."""
-    name = f"{sublayer.mixer.path}.{sublayer.mixer.proj(sublayer.mixer.out.role).path}.weight"
+    out_proj = sublayer.mixer.out_proj
+    if out_proj is None:
+        return tensors
+    name = sublayer.mixer.name(out_proj.weight)
     return {**tensors, name: hadamard.rotate(tensors[name].double(), block)}
