@@ -9,11 +9,21 @@ import torch
 
 from quamba.models.spec import Sublayer
 from quamba.modules.block import RecurrentBlock
+from quamba.modules.host import HostedBlock
 from quamba.modules.linear import Linear
 from quamba.modules.lowbit import LowBit
+from quamba.modules.mixer import Mixer
 from quamba.modules.site import Site
 from quamba.quantizers import Hessian
 from quamba_kernels.ops import Activation, dequantize
+
+
+Block = RecurrentBlock | HostedBlock
+Stage = list[list[Linear]]
+"""Linears that can be quantised once all before them are: each inner list reads one and the same input."""
+
+HESSIANS = 2**30
+"""Bytes of Hessians collected in one pass: experts beyond that take another one."""
 
 
 class _Seen(Exception):
@@ -35,12 +45,37 @@ class Samples:
         return Samples(self.hidden[:samples], self.batch_size, self.device)
 
 
-def sites(block: RecurrentBlock, sub: Sublayer) -> list[Site]:
+def sites(block: Block, sub: Sublayer) -> list[Site]:
     """Every site of a sublayer."""
-    return [m for m in block.parts(sub)[0].modules() if isinstance(m, Site)]
+    return [m for m in block.part(sub).modules() if isinstance(m, Site)]
 
 
-def collect_ranges(block: RecurrentBlock, sub: Sublayer, samples: Samples) -> None:
+def stages(block: Block, sub: Sublayer) -> list[Stage]:
+    """The linears of a sublayer in the order of execution; projections that read the same go together."""
+    out: list[Stage] = []
+    reads = ""
+    for proj in sub.mixer.projs:
+        linears = block.linears(sub, proj)
+        if proj.stack:
+            out += _affordable([[linear] for linear in linears])
+        elif linears and out and proj.reads == reads and len(out[-1]) == 1 and not _stacked(sub, reads):
+            out[-1][0] += linears
+        elif linears:
+            out.append([linears])
+        reads = proj.reads
+    return out
+
+
+def _stacked(sub: Sublayer, reads: str) -> bool:
+    return any(proj.stack and proj.reads == reads for proj in sub.mixer.projs)
+
+
+def _affordable(stage: Stage) -> list[Stage]:
+    count = max(1, HESSIANS // (8 * stage[0][0].features ** 2)) if stage else 1
+    return [stage[start : start + count] for start in range(0, len(stage), count)]
+
+
+def collect_ranges(block: Block, sub: Sublayer, samples: Samples) -> None:
     """Let the float sublayer run and set the scale of every static site from what passes it."""
     for site in sites(block, sub):
         site.observe()
@@ -52,9 +87,10 @@ def collect_ranges(block: RecurrentBlock, sub: Sublayer, samples: Samples) -> No
     rebind(block)
 
 
-def value_magnitude(block: RecurrentBlock, sub: Sublayer, samples: Samples) -> torch.Tensor:
+def value_magnitude(block: Block, sub: Sublayer, samples: Samples) -> torch.Tensor:
     """Largest magnitude of each channel of the scan's value input after the convolution, fp32 [C]."""
-    mixer = block.parts(sub)[0]
+    mixer = block.part(sub)
+    assert isinstance(mixer, Mixer)
     name = next(i.name for i in sub.mixer.inputs if i.semantics == "value")
     site = mixer.sites[name]
     peak = torch.zeros(site.channels, device=samples.device)
@@ -75,26 +111,41 @@ def value_magnitude(block: RecurrentBlock, sub: Sublayer, samples: Samples) -> t
 
 
 def collect_inputs(
-    block: RecurrentBlock, sub: Sublayer, linear: Linear, samples: Samples, keep: bool
-) -> tuple[Hessian, list[Activation]]:
-    """The Hessian of what a linear sees with everything before it quantised, and those inputs where ``keep`` asks."""
-    hessian, kept = Hessian(linear.features, samples.device), []
+    block: Block, sub: Sublayer, stage: Stage, samples: Samples, keep: bool
+) -> tuple[list[Hessian], list[Activation]]:
+    """The Hessian of what each input of a stage holds with everything before it quantised, and those inputs where
+    ``keep`` asks (of a stage with one)."""
+    hessians = [Hessian(linears[0].features, samples.device) for linears in stage]
+    kept: list[Activation] = []
 
-    def see(x: Activation) -> None:
-        hessian.update(dequantize(*x))
-        if keep:
-            kept.append(x)
-        raise _Seen
+    def watch(linear: Linear, hessian: Hessian) -> None:
+        def see(x: Activation) -> None:
+            hessian.update(dequantize(*x))
+            if keep:
+                kept.append(x)
+            if len(stage) == 1:
+                raise _Seen
 
-    linear.capture = see
+        linear.capture = see
+
+    for linears, hessian in zip(stage, hessians, strict=True):
+        watch(linears[0], hessian)
     for hidden in samples:
         with suppress(_Seen):
             block.run(sub, hidden)
-    linear.capture = None
-    return hessian, kept
+    for linears in stage:
+        linears[0].capture = None
+    return hessians, kept
 
 
-def rebind(block: RecurrentBlock) -> None:
+def advance(block: HostedBlock, sub: Sublayer, samples: Samples) -> None:
+    """Move the samples on to what the finished block gives."""
+    for start in range(0, len(samples.hidden), samples.batch_size):
+        part = samples.hidden[start : start + samples.batch_size]
+        part.copy_(block.run(sub, part.to(samples.device)))
+
+
+def rebind(block: Block) -> None:
     """Forget what was prepared for other scales."""
     for module in block.modules():
         if isinstance(module, LowBit):

@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from quamba import embedded
+from quamba.conversion import Conversion
 from quamba.errors import UserError
 from quamba.models import architecture
-from quamba.models.spec import Sublayer
+from quamba.models.spec import BlockSpec
+from quamba.skeleton import Skeleton
 
 SHARD_BYTES = 5 * 1024**3
 INDEX = "model.safetensors.index.json"
@@ -63,6 +65,9 @@ class Checkpoint:
         self.spec = self.architecture.describe(self.config)
         self._file = self._locate()
         self.quantised = getattr(self.config, "quantization_config", None) is not None
+        self._conversion: Conversion | None = None
+        if self.spec.hosted and not self.quantised:
+            self._conversion = Conversion(Skeleton(self.config, self.spec).model, self._file)
 
     def _locate(self) -> dict[str, tuple[Path, str]]:
         """Today's name -> (file, name in the file)."""
@@ -92,31 +97,37 @@ class Checkpoint:
 
         Raises UserError when it is missing or holds NaN or Inf.
         """
-        if name not in self._file and name == f"{self.spec.head}.weight" and self.config.tie_word_embeddings:
+        known = self._file if self._conversion is None else self._conversion.sources
+        if name not in known and name == f"{self.spec.head}.weight" and self.config.tie_word_embeddings:
             name = f"{self.spec.embedding}.weight"
-        if name not in self._file:
+        if name not in known:
             raise UserError(f"{self.path} lacks the tensor {name!r}, which a {self.config.model_type} model needs")
-        file, stored = self._file[name]
-        with safe_open(file, "pt") as opened:
-            tensor: torch.Tensor = opened.get_tensor(stored)
+        tensor = self._read(name) if self._conversion is None else self._conversion.tensor(name, self._read)
         if not torch.isfinite(tensor).all():
             raise UserError(f"tensor {name!r} of {self.path} holds NaN or Inf")
         return tensor
 
-    def sublayer(self, block: str, sub: Sublayer) -> dict[str, torch.Tensor]:
-        """The tensors of one sublayer, by path below the block. Raises UserError for a shape that does not fit."""
-        names: dict[str, tuple[int, ...]] = {f"{sub.norm}.weight": (sub.mixer.axes["resid"].size,)}
-        for param in sub.mixer.params:
-            shape = tuple(
-                sum(_product(sub.mixer.axes[a].size for a in segment) for segment in segments)
-                for segments in param.layout
-            )
-            names[f"{sub.mixer.path}.{param.path}"] = shape
-        tensors = {name: self.tensor(f"{block}.{name}") for name in names}
-        for name, shape in names.items():
-            if tuple(tensors[name].shape) != shape:
-                got = list(tensors[name].shape)
-                raise UserError(f"tensor {block}.{name} of {self.path} should be {list(shape)} by its config, is {got}")
+    def _read(self, name: str) -> torch.Tensor:
+        file, stored = self._file[name]
+        with safe_open(file, "pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(stored)
+        return tensor
+
+    def block(self, block: BlockSpec) -> dict[str, torch.Tensor]:
+        """The tensors of one block, by path below it. Raises UserError for a shape that does not fit."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path, sub in block.norms.items():
+            leaves = ("weight",) if sub.norm_kind == "rms" else ("weight", "bias")
+            shapes |= {f"{path}.{leaf}": (sub.mixer.axes["resid"].size,) for leaf in leaves}
+        for sub in block.sublayers:
+            shapes |= {sub.mixer.name(param.path): sub.mixer.shape(param) for param in sub.mixer.params}
+        tensors = {name: self.tensor(f"{block.path}.{name}") for name in (*shapes, *block.params)}
+        for name, shape in shapes.items():
+            got = tuple(tensors[name].shape)
+            if got != shape:
+                raise UserError(
+                    f"tensor {block.path}.{name} of {self.path} should be {list(shape)} by its config, is {list(got)}"
+                )
         return tensors
 
     def bytes(self) -> dict[str, int]:

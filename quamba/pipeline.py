@@ -16,16 +16,20 @@ from quamba.models import check_recipe
 from quamba.models.spec import BlockSpec, ModelSpec, Sublayer
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.embedding import Embedding
+from quamba.modules.host import HostedBlock, folds, rotates
 from quamba.modules.linear import Linear
+from quamba.modules.mixer import Mixer
 from quamba.modules.norm import Norm
 from quamba.quantizers import Hessian
 from quamba.recipe import Recipe, load_recipe
 from quamba.report import Report
+from quamba.skeleton import Arguments, Skeleton
 from quamba.transforms import (
-    fold_norm,
+    fold_norms,
     output_block,
     permute,
     residual_rotation,
+    residual_rotation_obstacle,
     rotate_output,
     rotate_residual,
     sort_and_cluster,
@@ -69,27 +73,36 @@ def quantize(
         samples or plan.samples, seqlen or plan.seqlen, seed,
     )  # fmt: skip
     memory.release()
+    obstacle = residual_rotation_obstacle(model) if recipe.rotate.residual else None
     with Writer(output, overwrite) as writer, memory.watch(where) as peak:
-        rotation = residual_rotation(model.d_model, recipe.rotate.seed) if recipe.rotate.residual else None
+        rotates_residual = recipe.rotate.residual and obstacle is None
+        rotation = residual_rotation(model.d_model, recipe.rotate.seed) if rotates_residual else None
         table = checkpoint.tensor(f"{model.embedding}.weight")
-        hidden = embed(writer, model, recipe, table, rotation, tokens)
+        embedding = embed(writer, model, recipe, table, rotation)
+        skeleton = Skeleton(checkpoint.config, model) if model.hosted else None
+        hidden, arguments = enter(embedding, tokens, skeleton, plan.batch_size)
         stream = calibrate.Samples(hidden, plan.batch_size, where)
         largest = 0
         for layer, block in enumerate(model.blocks):
             tell("layers", layer, len(model.blocks) + 1)
-            tensors = {k: v for sub in block.sublayers for k, v in checkpoint.sublayer(block.path, sub).items()}
+            tensors = checkpoint.block(block)
             largest = max(largest, sum(4 * t.numel() for t in tensors.values()))
+            kept_type = next(iter(tensors.values())).dtype
+            module = build(model, block, recipe, layer, kept_type, where, skeleton, arguments)
             try:
-                writer.add(quantise_block(model, block, recipe, layer, tensors, rotation, stream))
+                writer.add(quantise_block(module, recipe, tensors, kept_type, rotation, stream))
             except FloatingPointError as error:
                 raise UserError(f"layer {layer} ({block.path}): {error} in its activations or Hessian") from None
             memory.release()
         tell("layers", len(model.blocks), len(model.blocks) + 1)
-        head = checkpoint.tensor(f"{model.head}.weight"), checkpoint.tensor(f"{model.final_norm}.weight")
-        writer.add(quantise_head(model, recipe, *head, rotation, stream))
+        head = checkpoint.tensor(f"{model.head}.weight")
+        norm, gain = last_norm(model, recipe, checkpoint, skeleton, where)
+        writer.add(quantise_head(model, recipe, head, norm, gain, rotation, stream))
         tell("layers", len(model.blocks) + 1, len(model.blocks) + 1)
         writer.finish(card.files(checkpoint, recipe, tokens))
-    return Report(writer.output, writer.sizes, checkpoint, time.perf_counter() - start, peak.bytes, largest)
+    notes = [f"residual stream not rotated: {obstacle}"] if obstacle else []
+    seconds = time.perf_counter() - start
+    return Report(writer.output, writer.sizes, checkpoint, seconds, peak.bytes, largest, notes)
 
 
 def embed(
@@ -98,55 +111,89 @@ def embed(
     recipe: Recipe,
     table: torch.Tensor,
     rotation: ResidualRotation | None,
-    tokens: torch.Tensor,
-) -> torch.Tensor:
-    """Store the rotated, quantised embedding; return what the samples look like after it, fp32 [samples, T, D]."""
+) -> Embedding:
+    """Store the rotated, quantised embedding, and return it."""
     module = Embedding(model.vocab, model.d_model, recipe.embedding, dtype=table.dtype)
     for start in range(0, model.vocab, ROWS):
         part = table[start : start + ROWS]
         module.fill(rotation.columns(part) if rotation else part, start)
     writer.add(stored(module, model.embedding, table.dtype))
-    return module.to(torch.float32)(tokens)
+    embedding: Embedding = module.to(torch.float32)
+    return embedding
 
 
-def transform(
-    tensors: Tensors, sub: Sublayer, recipe: Recipe, rotation: ResidualRotation | None
-) -> Tensors:
-    """Fold the norm's gain, rotate the residual stream and the input of out_proj, in fp64."""
-    tensors = {name: tensor.double() for name, tensor in tensors.items()}
+def enter(
+    embedding: Embedding, tokens: torch.Tensor, skeleton: Skeleton | None, batch_size: int
+) -> tuple[torch.Tensor, dict[str, Arguments]]:
+    """What the samples look like before the first block, fp32 [samples, T, D]; what transformers passes its layers."""
+    return (embedding(tokens), {}) if skeleton is None else skeleton.record(embedding, tokens, batch_size)
+
+
+def build(
+    model: ModelSpec,
+    block: BlockSpec,
+    recipe: Recipe,
+    layer: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    skeleton: Skeleton | None,
+    arguments: dict[str, Arguments],
+) -> calibrate.Block:
+    """A block that computes in fp32 and will store what it keeps in ``dtype``."""
+    if skeleton is not None and block.hosted:
+        hosted, passed = skeleton.layer(block.path), arguments[block.path]
+        return HostedBlock(hosted, model, block, recipe, layer, passed, dtype=dtype, device=device)
+    return RecurrentBlock(model, block, recipe, layer, dtype=dtype, device=device).to(torch.float32)
+
+
+def transform(tensors: Tensors, sub: Sublayer, recipe: Recipe, rotation: ResidualRotation | None) -> Tensors:
+    """Fold the norm's gain and rotate the residual stream, in fp64; of the block's tensors those of one sublayer."""
+    own = {sub.mixer.name(param.path) for param in sub.mixer.params} | {f"{sub.norm}.weight"}
+    tensors = {name: tensor.double() for name, tensor in tensors.items() if name in own}
     if recipe.fold_norms:
-        tensors = fold_norm(tensors, sub)
+        tensors = fold_norms(tensors, [sub])
     if rotation is not None:
         tensors = rotate_residual(tensors, sub, rotation)
     return tensors
 
 
 def quantise_block(
-    model: ModelSpec,
-    block: BlockSpec,
+    block: calibrate.Block,
     recipe: Recipe,
-    layer: int,
     tensors: Tensors,
+    kept_type: torch.dtype,
     rotation: ResidualRotation | None,
     stream: calibrate.Samples,
 ) -> Tensors:
     """Transform, calibrate and quantise one block; ``stream`` moves on to what the quantised block gives."""
-    kept_type = next(iter(tensors.values())).dtype
-    module = RecurrentBlock(model, block, recipe, layer, dtype=kept_type, device=stream.device).to(torch.float32)
-    for sub in block.sublayers:
+    spec = block.block_spec
+    block.keep(tensors, kept_type)
+    for sub in spec.sublayers if isinstance(block, HostedBlock) else ():
+        # a hosted layer runs whole, so what comes later must be there in floats already
+        block.hold(sub, rotated(transform(tensors, sub, recipe, rotation), sub, recipe, block.layer_idx), kept_type)
+    for sub in spec.sublayers:
         exact = transform(tensors, sub, recipe, rotation)
-        exact = cluster(module, sub, recipe, exact, kept_type, stream)
-        if recipe.rotate.output:
-            exact = rotate_output(exact, sub, output_block(sub.mixer, recipe.rotate.block))
-        module.hold(sub, exact, kept_type)
-        calibrate.collect_ranges(module, sub, stream)
-        module.parts(sub)[0].conv1d.quantise()
-        quantise_linears(module, sub, stream)
-    return stored(module, block.path, kept_type)
+        exact = cluster(block, sub, recipe, exact, kept_type, stream)
+        block.hold(sub, rotated(exact, sub, recipe, block.layer_idx), kept_type)
+        calibrate.collect_ranges(block, sub, stream)
+        mixer = block.part(sub)
+        if isinstance(mixer, Mixer):
+            mixer.conv1d.quantise()
+        quantise_linears(block, sub, stream)
+    if isinstance(block, HostedBlock):
+        calibrate.advance(block, spec.sublayers[-1], stream)
+    return stored(block, spec.path, kept_type)
+
+
+def rotated(tensors: Tensors, sub: Sublayer, recipe: Recipe, layer: int) -> Tensors:
+    """Fold the inverse of the online rotation into out_proj where there is one."""
+    if not rotates(sub.mixer, recipe, layer):
+        return tensors
+    return rotate_output(tensors, sub, output_block(sub.mixer, recipe.rotate.block))
 
 
 def cluster(
-    module: RecurrentBlock,
+    block: calibrate.Block,
     sub: Sublayer,
     recipe: Recipe,
     tensors: Tensors,
@@ -155,12 +202,14 @@ def cluster(
 ) -> Tensors:
     """Sort and cluster the value channels where the recipe and the mixer have clusters; the order comes from few
     samples, the scales later from all."""
-    value = next(i.name for i in sub.mixer.inputs if i.semantics == "value")
-    site = module.parts(sub)[0].sites[value]
-    if recipe.cluster is None or site.clusters is None or not site.static or site.spec.granularity != "cluster":
+    mixer = block.part(sub)
+    if not isinstance(mixer, Mixer) or recipe.cluster is None:
         return tensors
-    module.hold(sub, tensors, kept_type)
-    magnitude = calibrate.value_magnitude(module, sub, stream.first(recipe.cluster.samples)).cpu()
+    site = mixer.sites[next(i.name for i in sub.mixer.inputs if i.semantics == "value")]
+    if site.clusters is None or not site.static or site.spec.granularity != "cluster":
+        return tensors
+    block.hold(sub, tensors, kept_type)
+    magnitude = calibrate.value_magnitude(block, sub, stream.first(recipe.cluster.samples)).cpu()
     heads, headdim, *wanted = site.clusters
     clusters = sort_and_cluster(magnitude.view(heads, headdim), sub.mixer.sizes["G"], *wanted)
     site.head_end.copy_(clusters.head_end)
@@ -168,37 +217,53 @@ def cluster(
     return permute(tensors, sub, clusters.permutations)
 
 
-def quantise_linears(module: RecurrentBlock, sub: Sublayer, stream: calibrate.Samples) -> None:
+def quantise_linears(block: calibrate.Block, sub: Sublayer, stream: calibrate.Samples) -> None:
     """Quantise the linears of a sublayer in the order of execution, each with the Hessian of what it sees once all
-    before it are quantised; the last one's inputs are kept to move the samples on."""
-    mixer = module.parts(sub)[0]
-    for proj in sub.mixer.projs:
-        linear, last = mixer.linear(proj.role), proj is sub.mixer.projs[-1]
-        hessian, kept = calibrate.collect_inputs(module, sub, linear, stream, keep=last)
-        linear.quantise(hessian)
-    calibrate.rebind(module)
-    for start, inputs in zip(range(0, len(stream.hidden), stream.batch_size), kept, strict=True):
+    before it are quantised. Of a block that is not hosted the last one's inputs are kept to move the samples on."""
+    apart = not isinstance(block, HostedBlock)
+    stages = calibrate.stages(block, sub)
+    for stage in stages:
+        hessians, kept = calibrate.collect_inputs(block, sub, stage, stream, keep=apart and stage is stages[-1])
+        for linears, hessian in zip(stage, hessians, strict=True):
+            for linear in linears:
+                linear.quantise(hessian)
+    calibrate.rebind(block)
+    for start, inputs in zip(range(0, len(stream.hidden), stream.batch_size), kept, strict=True) if apart else ():
         part = stream.hidden[start : start + stream.batch_size]
-        part.copy_(linear(inputs, part.to(stream.device), out_dtype=torch.float32))
+        part.copy_(stages[-1][0][0](inputs, part.to(stream.device), out_dtype=torch.float32))
+
+
+def last_norm(
+    model: ModelSpec, recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton | None, device: torch.device
+) -> tuple[torch.nn.Module, torch.Tensor]:
+    """The norm before the head, and the gain [D] that goes into the head: ones where the norm keeps its own."""
+    gain = checkpoint.tensor(f"{model.final_norm}.weight")
+    folded = folds(recipe, model.final_norm_kind)
+    if folded or skeleton is None:
+        norm = Norm(model.d_model, model.eps, folded=folded, dtype=gain.dtype, device=device).to(torch.float32)
+        if not folded:
+            norm.weight.copy_(gain)
+        return norm, gain.double() + model.final_gain_offset if folded else torch.ones_like(gain).double()
+    own = skeleton.layer(model.final_norm)
+    tensors = {name: checkpoint.tensor(f"{model.final_norm}.{name}") for name in own.state_dict()}
+    own.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    return own.to(device), torch.ones_like(gain).double()
 
 
 def quantise_head(
     model: ModelSpec,
     recipe: Recipe,
     head: torch.Tensor,
+    norm: torch.nn.Module,
     gain: torch.Tensor,
     rotation: ResidualRotation | None,
     stream: calibrate.Samples,
 ) -> Tensors:
-    """Fold the last norm into the head, rotate it, and quantise it on what the quantised model gives."""
-    norm = Norm(model.d_model, model.eps, folded=recipe.fold_norms, dtype=head.dtype, device=stream.device)
+    """Fold the last norm's gain into the head, rotate it, and quantise it on what the quantised model gives."""
     weight = torch.empty(head.shape, device=stream.device)
     for start in range(0, model.vocab, ROWS):
-        part = head[start : start + ROWS].double() * (gain.double() if recipe.fold_norms else 1)
+        part = head[start : start + ROWS].double() * gain
         weight[start : start + ROWS] = rotation.columns(part) if rotation is not None else part
-    if not recipe.fold_norms:
-        norm.weight.copy_(gain)
-    norm = norm.to(torch.float32)
     linear = Linear(
         model.d_model, model.vocab, bias=False, spec=recipe.linear("lm_head"), dtype=head.dtype, device=stream.device
     ).to(torch.float32)
@@ -215,7 +280,7 @@ def quantise_head(
     return {**stored(norm, model.final_norm, head.dtype), **stored(linear, model.head, head.dtype)}
 
 
-def stored(module: torch.nn.Module, prefix: str, kept_type: torch.dtype) -> Tensors:
+def stored(module: torch.nn.Module | HostedBlock, prefix: str, kept_type: torch.dtype) -> Tensors:
     """A module's tensors under their full names; whatever is neither code nor scale keeps the checkpoint's type."""
     tensors = {}
     for name, tensor in module.state_dict().items():

@@ -12,7 +12,7 @@ from quamba.checkpoint import Checkpoint, part_of
 class Report:
     """sizes in bytes: layers, embedding, lm_head, and the same of the original at 16 bits (``*_original``).
 
-    seconds of wall time; peak_memory in bytes above the start; largest_layer in bytes at fp32.
+    notes: what the recipe asked for and the architecture does not allow; seconds of wall time; peak_memory in bytes above the start; largest_layer in bytes at fp32.
     """
 
     output: Path
@@ -21,6 +21,7 @@ class Report:
     seconds: float
     peak_memory: int
     largest_layer: int
+    notes: list[str] = field(default_factory=list)
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -24,6 +24,7 @@ TOLERANCE: dict[str, dict[torch.dtype, float]] = {
     "embedding": {F32: 0.0, BF16: 0.0},  # one product and one rounding
     "rms_norm": {F32: 1e-6, BF16: 2e-3},
     "gate_output": {F32: 2e-6, BF16: 2e-3},
+    "rotate_input": {F32: 2e-6, BF16: 2e-3},
     "causal_conv1d": {F32: 1e-6, BF16: 2e-3},
     # a backend may round the sum and the output, the body rounds once
     "linear_w8a8": {F32: 1e-6, F16: 8e-4, BF16: 6e-3},
@@ -215,6 +216,15 @@ def _gate_output(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterato
             out = outs[(i + (0 if static is None else static.numel())) % 3]
             label = f"{batch}x{tokens} groups={groups} block={block} z={z.dtype} {next(iter(out), 'float')} {dtype}"
             yield Case(label, (y, z, weight, 1e-5), {**options, **out}, {"I": 192}, dtype)
+
+
+@_for("rotate_input")
+def _rotate_input(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[Case]:
+    for (batch, tokens), block in zip(TOKENS, (192, 64, 12, 1), strict=True):
+        x = _normal(rng, batch, tokens, 192, dtype=dtype)
+        for out in ({}, {"out_scale": torch.tensor([0.02])}, {"per_token": True}):
+            label = f"{batch}x{tokens} block={block} {next(iter(out), 'float')} {dtype}"
+            yield Case(label, (x, block), {"out_dtype": dtype, **out}, {"I": 192}, dtype)
 
 
 @_for("causal_conv1d")

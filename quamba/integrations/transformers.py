@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -14,6 +13,7 @@ from quamba.errors import UserError
 from quamba.models import ARCHITECTURES, describe
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.embedding import Embedding
+from quamba.modules.host import fit, folds, put
 from quamba.modules.linear import Linear
 from quamba.modules.lowbit import LowBit
 from quamba.modules.norm import Norm
@@ -70,20 +70,19 @@ def swap(model: Any, recipe: Recipe, dtype: torch.dtype, device: torch.device | 
     made: dict[str, Any] = {"dtype": dtype, "device": device}
     put(model, spec.embedding, Embedding(spec.vocab, spec.d_model, recipe.embedding, **made))
     for layer, block in enumerate(spec.blocks):
-        put(model, block.path, RecurrentBlock(spec, block, recipe, layer, **made))
-    put(model, spec.final_norm, Norm(spec.d_model, spec.eps, folded=recipe.fold_norms, **made))
+        if block.hosted:
+            fit(model.get_submodule(block.path), spec, block, recipe, layer, **made)
+        else:
+            put(model, block.path, RecurrentBlock(spec, block, recipe, layer, **made))
+    folded = folds(recipe, spec.final_norm_kind)
+    if folded or not spec.hosted:
+        put(model, spec.final_norm, Norm(spec.d_model, spec.eps, folded=folded, **made))
     head = Linear(spec.d_model, spec.vocab, bias=False, spec=recipe.linear("lm_head"), **made)
     put(model, spec.head, head)
     for module in model.modules():
         if isinstance(module, (LowBit, RecurrentBlock)):
             # transformers would otherwise initialise what it does not know
             module._is_hf_initialized = True
-
-
-def put(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Set a submodule by its dotted path."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
 
 
 def use_operators(model: Any) -> None:

@@ -203,6 +203,11 @@ class ModelSpec:
     final_norm_kind: Literal["rms", "layer"] = "rms"
     final_gain_offset: float = 0.0
 
+    @property
+    def hosted(self) -> bool:
+        """Whether transformers' own layers run somewhere."""
+        return any(block.hosted for block in self.blocks)
+
 
 @dataclass(frozen=True)
 class Architecture:

@@ -7,16 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from quamba.models.spec import BlockSpec, ModelSpec, Sublayer
-from quamba.modules.conv import Conv
-from quamba.modules.lowbit import LowBit
+from quamba.models.spec import BlockSpec, ModelSpec, Proj, Sublayer
+from quamba.modules.host import folds, mixer_class
+from quamba.modules.linear import Linear
 from quamba.modules.mixer import Mixer
 from quamba.modules.norm import Norm
-from quamba.modules.selective import SelectiveMixer
-from quamba.modules.ssd import SSDMixer
 from quamba.recipe import Recipe
-
-MIXERS: dict[str, type[Mixer]] = {"selective": SelectiveMixer, "ssd": SSDMixer}
 
 
 class RecurrentBlock(nn.Module):
@@ -39,9 +35,10 @@ class RecurrentBlock(nn.Module):
         self.residual_dtype = torch.float32 if model.residual_fp32 else None
         for sub in block.sublayers:
             made: dict[str, Any] = {"dtype": dtype, "device": device}
-            self.add_module(sub.norm, Norm(model.d_model, model.eps, folded=recipe.fold_norms, **made))
-            mixer = MIXERS[sub.mixer.scan.family](sub.mixer, recipe, layer, model.eps, **made)
-            self.add_module(sub.mixer.path, mixer)
+            self.add_module(str(sub.norm), Norm(model.d_model, model.eps, folded=folds(recipe, sub.norm_kind), **made))
+            own = mixer_class(sub.mixer)
+            assert own is not None, "a block of other parts than recurrent mixers must be hosted"
+            self.add_module(sub.mixer.path, own(sub.mixer, recipe, layer, model.eps, **made))
 
     def forward(
         self,
@@ -60,39 +57,28 @@ class RecurrentBlock(nn.Module):
         self, sub: Sublayer, hidden: torch.Tensor, cache: Any = None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """One sublayer: hidden [B, T, D] + mixer(norm(hidden))."""
-        mixer, norm = self.parts(sub)
+        mixer, norm = self.part(sub), getattr(self, str(sub.norm))
         site = mixer.linear(sub.mixer.projs[0].role).input
         return mixer(norm.into(hidden, site), cache, mask, hidden)
 
-    def parts(self, sub: Sublayer) -> tuple[Mixer, Norm]:
-        """The mixer and the norm of a sublayer."""
-        return getattr(self, sub.mixer.path), getattr(self, sub.norm)
+    def part(self, sub: Sublayer) -> Mixer:
+        """The mixer of a sublayer."""
+        found = getattr(self, sub.mixer.path)
+        assert isinstance(found, Mixer)
+        return found
+
+    def linears(self, sub: Sublayer, proj: Proj) -> list[Linear]:
+        """The linears of one projection: one."""
+        return [self.part(sub).linear(proj.role)]
 
     def hold(self, sub: Sublayer, tensors: dict[str, torch.Tensor], kept_type: torch.dtype) -> None:
-        """Take a sublayer's float tensors (by path below the block) to run on until they are quantised.
+        """Take a sublayer's float tensors (by path below the block) to run on until they are quantised."""
+        prefix = f"{sub.mixer.path}."
+        self.part(sub).hold({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}, kept_type)
 
-        What stays unquantised is rounded to the checkpoint's type now, so that what is calibrated is what is stored.
-        """
-        mixer, norm = self.parts(sub)
-        if not norm.folded:
-            norm.weight.copy_(tensors[f"{sub.norm}.weight"])
-        held, device = set(), next(mixer.parameters()).device
-        for proj in sub.mixer.projs:
-            path = f"{sub.mixer.path}.{proj.path}"
-            bias = tensors.get(f"{path}.bias")
-            mixer.linear(proj.role).hold(
-                tensors[f"{path}.weight"].to(device), None if bias is None else bias.to(device, kept_type)
-            )
-            held |= {f"{path}.weight", f"{path}.bias"}
-        for param in sub.mixer.params:
-            name = f"{sub.mixer.path}.{param.path}"
-            if name not in held:
-                owner, _, leaf = name.rpartition(".")
-                module = self.get_submodule(owner)
-                if leaf == "weight" and isinstance(module, Conv):
-                    module.hold(tensors[name].to(device, kept_type))
-                else:
-                    getattr(module, leaf).copy_(tensors[name].to(kept_type))
-        for module in self.modules():
-            if isinstance(module, LowBit):
-                module.unbind()
+    def keep(self, tensors: dict[str, torch.Tensor], kept_type: torch.dtype) -> None:
+        """Take the gains of the norms that are not folded."""
+        for path in self.block_spec.norms:
+            norm = getattr(self, path)
+            if not norm.folded:
+                norm.weight.copy_(tensors[f"{path}.weight"].to(kept_type))

@@ -19,7 +19,8 @@ SLAB = 2**21
 
 
 class Linear(LowBit):
-    """y = x W^T + bias; the format owns the stored tensors. K in features, O out features.
+    """y = x W^T + bias; the format owns the stored tensors. K in features, O out features. block: size of the Hadamard
+    blocks in which a float input is rotated, 0 for none.
 
     While quantising, ``hold`` keeps the float weight until ``quantise``, and ``capture`` is called with the input.
     """
@@ -35,6 +36,7 @@ class Linear(LowBit):
         *,
         bias: bool,
         spec: LinearSpec,
+        block: int = 0,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> None:
@@ -48,7 +50,7 @@ class Linear(LowBit):
         input_spec = spec.input if self.format.int8_input else ActivationSpec(bits=16)
         if input_spec.granularity != "tensor":
             input_spec = input_spec.model_copy(update={"granularity": "tensor"})
-        self.input = Site(input_spec, features, dtype=dtype, device=device)
+        self.input = Site(input_spec, features, block=block, dtype=dtype, device=device)
         if bias:
             self.plain("bias", outputs, device=device)
         else:

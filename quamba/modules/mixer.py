@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from quamba.models.spec import MixerSpec
 from quamba.modules.conv import Conv
 from quamba.modules.linear import Linear
 from quamba.modules.lowbit import LowBit
 from quamba.modules.site import Site
-from quamba.modules.state import RecurrentState
+from quamba.modules.state import HybridState, RecurrentState
 from quamba.recipe import Recipe
 from quamba.transforms.rotate import output_block
 from quamba_kernels import Setting, ops
@@ -35,14 +36,15 @@ class Mixer(LowBit):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(dtype)
-        self.mixer_spec, self.layer_idx, self.eps = spec, layer, eps
+        self.mixer_spec, self.layer_idx = spec, layer
+        self.eps = eps if spec.eps is None else spec.eps
         self.state_spec = recipe.state_of(layer)
         self.block = output_block(spec, recipe.rotate.block) if recipe.rotate.output else 0
         sizes = spec.sizes
         made: dict[str, Any] = {"dtype": dtype, "device": device}
         for proj in spec.projs:
-            features = _size(spec, proj.input)
-            outputs = sum(_size(spec, output.segment) for output in proj.outputs)
+            features = spec.size(proj.input)
+            outputs = sum(spec.size(output.segment) for output in proj.outputs)
             linear = Linear(features, outputs, bias=proj.bias, spec=recipe.linear(proj.role, layer), **made)
             self.add_module(proj.path, linear)
         channels = sum(self.conv_channels.values())
@@ -92,12 +94,39 @@ class Mixer(LowBit):
         assert isinstance(found, Linear)
         return found
 
-    def new_state(self, batch: int, device: torch.device) -> RecurrentState:
-        """Zeros for ``batch`` sequences."""
+    def hold(self, tensors: dict[str, torch.Tensor], kept_type: torch.dtype) -> None:
+        """Take float tensors (by path below the mixer) to run on until they are quantised.
+
+        What stays unquantised is rounded to the checkpoint's type now, so that what is calibrated is what is stored.
+        """
+        held, device = set(), next(self.parameters()).device
+        for proj in self.mixer_spec.projs:
+            bias = tensors.get(f"{proj.path}.bias")
+            weight = tensors[proj.weight].to(device)
+            self.linear(proj.role).hold(weight, None if bias is None else bias.to(device, kept_type))
+            held |= {proj.weight, f"{proj.path}.bias"}
+        for param in self.mixer_spec.params:
+            if param.path not in held:
+                owner, _, leaf = param.path.rpartition(".")
+                module = self.get_submodule(owner)
+                if leaf == "weight" and isinstance(module, Conv):
+                    module.hold(tensors[param.path].to(device, kept_type))
+                else:
+                    getattr(module, leaf).copy_(tensors[param.path].to(kept_type))
+        for child in self.modules():
+            if isinstance(child, LowBit):
+                child.unbind()
+
+    def new_state(self, batch: int, device: torch.device, beside: Any = None) -> RecurrentState:
+        """Zeros for ``batch`` sequences, in the place of what transformers keeps for the layer (``beside``)."""
         width = self.mixer_spec.sizes["W"]
         dtype = torch.int8 if self.conv_input.ready else self.dtype
         conv = torch.zeros(batch, width - 1, sum(self.conv_channels.values()), dtype=dtype, device=device)
-        return RecurrentState(conv, (batch, *self.state_shape), self.state_spec, self.layer_idx, device)
+        kind = HybridState if isinstance(beside, DynamicLayer) else RecurrentState
+        state = kind(conv, (batch, *self.state_shape), self.state_spec, self.layer_idx, device)
+        if isinstance(state, HybridState):
+            state.adopt(beside)
+        return state
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -110,7 +139,7 @@ class Mixer(LowBit):
             return None
         state = cache.layers[self.layer_idx]
         if not isinstance(state, RecurrentState):
-            state = cache.layers[self.layer_idx] = self.new_state(batch, device)
+            state = cache.layers[self.layer_idx] = self.new_state(batch, device, beside=state)
         return state
 
     def convolve(self, x: torch.Tensor, state: RecurrentState | None, mask: torch.Tensor | None) -> torch.Tensor:
@@ -136,20 +165,15 @@ class Mixer(LowBit):
     def leave(self, y: torch.Tensor, z: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """Gate, norm, rotate and project y [B, T, I] back into the residual stream."""
         gate = self.gate(z)
-        out_proj = self.linear(self.mixer_spec.out.role)
+        out = self.mixer_spec.out
+        assert out is not None
+        out_proj = self.linear(out.role)
         site = out_proj.input
         norm = getattr(self, "norm", None)
         u = self._gate_output(
             y, gate.data, None if norm is None else norm.weight, self.eps, z_scale=gate.scale,
-            norm_groups=self.mixer_spec.out.norm_groups, block=self.block, out_scale=site.shared_scale,
+            norm_groups=out.norm_groups, block=self.block, out_scale=site.shared_scale,
             per_token=site.per_token, out_dtype=self.dtype,
         )  # fmt: skip
         site.watch(u.data)
         return out_proj(u, residual, out_dtype=self.dtype if residual is None else residual.dtype)
-
-
-def _size(spec: MixerSpec, segment: tuple[str, ...]) -> int:
-    size = 1
-    for name in segment:
-        size *= spec.axes[name].size
-    return size

@@ -16,6 +16,7 @@ class Norm(LowBit):
     folded: the gain lives in the linears that read y, and no tensor is stored.
     """
 
+    answers_weight = True
     weight: torch.Tensor
 
     def __init__(
@@ -29,6 +30,7 @@ class Norm(LowBit):
     ) -> None:
         super().__init__(dtype)
         self.eps, self.folded = eps, folded
+        self.register_buffer("anchor", torch.empty(0, device=device), persistent=False)
         if not folded:
             self.plain("weight", size, device=device)
 

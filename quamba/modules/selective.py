@@ -9,6 +9,7 @@ import torch
 from quamba.errors import UserError
 from quamba.models.spec import MixerSpec
 from quamba.modules.mixer import Mixer
+from quamba.modules.norm import Norm
 from quamba.recipe import Recipe
 from quamba_kernels import Setting, ops
 from quamba_kernels.ops import Activation
@@ -33,6 +34,13 @@ class SelectiveMixer(Mixer):
         inner, d_state = spec.sizes["I"], spec.sizes["N"]
         self.plain("A_log", inner, d_state, device=device)
         self.plain("D", inner, device=device)
+        self.norms: dict[str, Norm] = {}
+        for output in spec.proj("x_proj").outputs:
+            if "rms" in output.post:
+                size, gain = spec.size(output.segment), output.gain
+                self.norms[output.name] = Norm(size, self.eps, folded=gain is None, dtype=dtype, device=device)
+                path = f"{output.name}_norm" if gain is None else gain.removesuffix(".weight")
+                self.add_module(path, self.norms[output.name])
 
     @property
     def conv_channels(self) -> dict[str, int]:
@@ -58,21 +66,25 @@ class SelectiveMixer(Mixer):
 
     def forward(
         self,
-        hidden: torch.Tensor | Activation,
-        cache: Any = None,
-        mask: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | Activation,
+        cache_params: Any = None,
+        attention_mask: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """hidden [B, T, D] -> [B, T, D], with the residual added when given."""
+        """hidden_states [B, T, D] -> [B, T, D], with the residual added when given; attention_mask [B, T], 0 for
+        padding on the left."""
         self.bind()
         s = self.mixer_spec.sizes
-        x, z = self.linear("in_proj")(hidden).chunk(2, -1)
+        x, z = self.linear("in_proj")(hidden_states).chunk(2, -1)
         batch, tokens, _ = x.shape
-        state = self.state_of(cache, batch, x.device)
-        x = self.convolve(x, state, mask)
+        state = self.state_of(cache_params, batch, x.device)
+        x = self.convolve(x, state, attention_mask)
         x = self.quantise_part("x", x)
         x_in = Activation(x, self.sites["x"].shared_scale) if x.dtype == torch.int8 else x
         rank, B, C = self.x_proj(x_in).split([s["R"], s["N"], s["N"]], -1)
+        if self.norms:
+            rank, B, C = (self.norms[name](part) for name, part in (("dt", rank), ("B", B), ("C", C)))
         B, C = self.quantise_part("B", B), self.quantise_part("C", C)
         dt = self.dt_proj(rank.contiguous())
         A, D = self._rates

@@ -21,6 +21,7 @@ class Site(LowBit):
 
     Buffers by granularity: scale fp32 [1], [C] or [G]; "cluster" holds scale [G, h, c] with head_end [G, h] and
     channel_end [G, h, c]. clusters = (heads, headdim, h, c). The scale of a site not yet calibrated is 0.
+    block: size of the Hadamard blocks in which floats that enter are rotated first, 0 for none.
     """
 
     scale: torch.Tensor
@@ -34,6 +35,7 @@ class Site(LowBit):
         *,
         groups: int = 1,
         clusters: tuple[int, int, int, int] | None = None,
+        block: int = 0,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> None:
@@ -42,6 +44,7 @@ class Site(LowBit):
             # without a value axis to cluster, the state groups are the finest shared scales
             spec = spec.model_copy(update={"granularity": "state_group"})
         self.spec, self.channels, self.groups, self.clusters = spec, channels, groups, clusters
+        self.block = block
         self.histogram: Histogram | None = None
         self.peek: Callable[[torch.Tensor], None] | None = None
         if self.static:
@@ -53,6 +56,9 @@ class Site(LowBit):
                 for name, size in (("head_end", shape[:2]), ("channel_end", shape)):
                     self.register_buffer(name, torch.zeros(size, dtype=torch.int32, device=device))
             self.register_buffer("scale", torch.zeros(shape, dtype=torch.float32, device=device))
+        else:
+            # nothing is stored, but the operators are bound for the device where the model lies
+            self.register_buffer("anchor", torch.empty(0, device=device), persistent=False)
 
     @property
     def quantised(self) -> bool:
@@ -120,7 +126,13 @@ class Site(LowBit):
         return self.scale.flatten()[self.label()[0]] if self.ready else None
 
     def forward(self, x: torch.Tensor) -> Activation:
-        """x [..., C] as codes with their scale; as it is when 16 bits are asked for or while calibrating."""
+        """x [..., C] as codes with their scale; as floats when 16 bits are asked for or while calibrating."""
+        if self.block:
+            self.bind()
+            scale = self.shared_scale
+            out: Activation = self._rotate(x, self.block, out_scale=scale, per_token=self.per_token, out_dtype=x.dtype)
+            self.watch(out.data)
+            return out
         self.watch(x)
         if not (self.ready or self.per_token):
             return Activation(x)
@@ -128,6 +140,7 @@ class Site(LowBit):
         return self._quantize(x, None if self.per_token else self._scale)
 
     def _bind(self) -> None:
-        self._quantize = ops.quantize.bind(Setting(self._any_device().type, self.dtype))
+        setting = Setting(self._any_device().type, self.dtype)
+        self._quantize, self._rotate = ops.quantize.bind(setting), ops.rotate_input.bind(setting)
         scale = self.per_channel()
         self._scale = self.scale if scale is not None and self.scale.numel() == 1 else scale

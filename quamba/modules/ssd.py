@@ -39,7 +39,7 @@ class SSDMixer(Mixer):
         heads = spec.sizes["H"]
         for name in ("A_log", "D", "dt_bias"):
             self.plain(name, heads, device=device)
-        self.norm = Gain(spec.sizes["I"], dtype, device) if spec.out.norm_weight else None
+        self.norm = Gain(spec.sizes["I"], dtype, device) if spec.out and spec.out.norm_weight else None
 
     @property
     def conv_channels(self) -> dict[str, int]:
@@ -75,19 +75,21 @@ class SSDMixer(Mixer):
 
     def forward(
         self,
-        hidden: torch.Tensor | Activation,
-        cache: Any = None,
-        mask: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | Activation,
+        cache_params: Any = None,
+        attention_mask: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """hidden [B, T, D] -> [B, T, D], with the residual added when given."""
+        """hidden_states [B, T, D] -> [B, T, D], with the residual added when given; attention_mask [B, T], 0 for
+        padding on the left."""
         self.bind()
         s = self.mixer_spec.sizes
-        projected = self.linear("in_proj")(hidden)
+        projected = self.linear("in_proj")(hidden_states)
         batch, tokens, _ = projected.shape
         z, mixed, dt = projected.split([s["I"], sum(self.conv_channels.values()), s["H"]], -1)
-        state = self.state_of(cache, batch, projected.device)
-        mixed = self.convolve(mixed, state, mask)
+        state = self.state_of(cache_params, batch, projected.device)
+        mixed = self.convolve(mixed, state, attention_mask)
         parts = mixed.split(list(self.conv_channels.values()), -1)
         x, B, C = (self.quantise_part(name, part) for name, part in zip(self.conv_channels, parts, strict=True))
         A, D, dt_bias = self._rates

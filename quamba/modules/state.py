@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from quamba.recipe import StateSpec
 from quamba_kernels.ops.state import load_state
@@ -84,3 +84,13 @@ class RecurrentState(LinearAttentionLayer):
     def value(self) -> torch.Tensor:
         """The recurrent state in fp32."""
         return load_state(self.recurrent, self.scale)
+
+
+class HybridState(RecurrentState, LinearAttentionAndFullAttentionLayer):
+    """The state of a layer that has attention beside its recurrence: keys and values lie here too."""
+
+    def adopt(self, layer: DynamicLayer) -> None:
+        """Take over keys and values that attention has written already."""
+        if layer.is_initialized:
+            DynamicLayer.lazy_initialization(self, layer.keys, layer.values)
+            self.keys, self.values = layer.keys, layer.values

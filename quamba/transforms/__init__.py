@@ -2,11 +2,11 @@
 
 from quamba.transforms.cluster import Clusters, sort_and_cluster
 from quamba.transforms.fold import fold_norms, folding_illegal
-from quamba.transforms.legality import TRANSFORMS, Transform, legal, residual_rotation_illegal
+from quamba.transforms.legality import TRANSFORMS, Transform, legal, residual_rotation_obstacle
 from quamba.transforms.permute import Permutation, permute
 from quamba.transforms.rotate import output_block, residual_rotation, rotate_output, rotate_residual
 
 __all__ = [
     "TRANSFORMS", "Clusters", "Permutation", "Transform", "fold_norms", "folding_illegal", "legal", "output_block", "permute",
-    "residual_rotation", "residual_rotation_illegal", "rotate_output", "rotate_residual", "sort_and_cluster",
+    "residual_rotation", "residual_rotation_obstacle", "rotate_output", "rotate_residual", "sort_and_cluster",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quamba.models.spec import MixerSpec, Output, Sublayer
+from quamba.models.spec import MixerSpec, ModelSpec, Output, Sublayer
 from quamba.transforms.permute import Permutation, permute
 from quamba_kernels import hadamard
 
@@ -35,6 +35,15 @@ def residual_rotation_illegal(sublayer: Sublayer) -> str | None:
     if sublayer.norm_kind != "rms":
         return f"a {sublayer.norm_kind} norm does not commute with a rotation"
     return "the residual sum is weighted per channel" if sublayer.residual_weighted else None
+
+
+def residual_rotation_obstacle(model: ModelSpec) -> str | None:
+    """Why the residual stream of a whole model cannot be rotated, or None."""
+    for block in model.blocks:
+        for sub in block.sublayers:
+            if reason := residual_rotation_illegal(sub):
+                return f"in {block.path}, {reason}"
+    return None if model.final_norm_kind == "rms" else f"the last norm is a {model.final_norm_kind} norm"
 
 
 def _source(mixer: MixerSpec, name: str) -> Output:

@@ -8,13 +8,13 @@ Every quantisation is symmetric, saturating, round half to even: value = scale *
 
 from quamba_kernels.ops.conv import causal_conv1d
 from quamba_kernels.ops.linear import embedding, linear_w4a8, linear_w4a16, linear_w8a8
-from quamba_kernels.ops.rowwise import Activation, dequantize, gate_output, quantize, rms_norm
+from quamba_kernels.ops.rowwise import Activation, dequantize, gate_output, quantize, rms_norm, rotate_input
 from quamba_kernels.ops.selective import selective_scan, selective_update
 from quamba_kernels.ops.ssd import ssd_scan, ssd_update
 from quamba_kernels.ops.state import quantize_state
 
 __all__ = [
     "Activation", "causal_conv1d", "dequantize", "embedding", "gate_output", "linear_w4a16", "linear_w4a8",
-    "linear_w8a8", "quantize", "quantize_state", "rms_norm", "selective_scan", "selective_update", "ssd_scan",
+    "linear_w8a8", "quantize", "quantize_state", "rms_norm", "rotate_input", "selective_scan", "selective_update", "ssd_scan",
     "ssd_update",
 ]

@@ -79,6 +79,22 @@ def rms_norm(
 
 
 @op
+def rotate_input(
+    x: torch.Tensor,
+    block: int,
+    *,
+    out_scale: torch.Tensor | None = None,
+    per_token: bool = False,
+    out_dtype: torch.dtype = torch.float32,
+) -> Activation:
+    """y = x H in blocks of ``block`` channels, quantised on the way out if asked for (Quamba, section 4.2).
+
+    x [..., C] float; out_scale fp32 [1].
+    """
+    return emit(rotate(x.float(), block), out_scale, per_token, out_dtype)
+
+
+@op
 def gate_output(
     y: torch.Tensor,
     z: torch.Tensor,

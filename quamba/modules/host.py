@@ -1,0 +1,171 @@
+"""transformers' own layers with quamba's parts inside: attention, routers and masks stay transformers' code, norms,
+linears, experts and recurrent mixers become quamba's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from quamba.models.spec import BlockSpec, MixerSpec, ModelSpec, Proj, Sublayer
+from quamba.modules.experts import Experts
+from quamba.modules.linear import Linear
+from quamba.modules.mixer import Mixer
+from quamba.modules.norm import Norm
+from quamba.modules.selective import SelectiveMixer
+from quamba.modules.ssd import SSDMixer
+from quamba.recipe import LinearSpec, Recipe
+from quamba.transforms.fold import folding_illegal
+from quamba.transforms.rotate import output_block
+
+MIXERS: dict[str, type[Mixer]] = {"selective": SelectiveMixer, "ssd": SSDMixer}
+
+
+def mixer_class(spec: MixerSpec) -> type[Mixer] | None:
+    """The module that runs a recurrence itself; None for a part that stays transformers'."""
+    return None if spec.scan is None else MIXERS.get(spec.scan.family)
+
+
+def folds(recipe: Recipe, norm_kind: str) -> bool:
+    """Whether the gain of a norm of that kind lives in the linears that read it."""
+    return recipe.fold_norms and folding_illegal(norm_kind) is None
+
+
+def linear_spec(recipe: Recipe, proj: Proj, layer: int) -> LinearSpec:
+    """How a projection is stored: one that should be kept is floats, unless the recipe names its role."""
+    named = proj.role in recipe.linears or any(proj.role in o.linears for o in recipe.layers if o.covers(layer))
+    return LinearSpec() if proj.keep and not named else recipe.linear(proj.role, layer)
+
+
+def fit(
+    layer: nn.Module,
+    model: ModelSpec,
+    block: BlockSpec,
+    recipe: Recipe,
+    index: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> None:
+    """Put quamba's modules, with empty tensors, in the places of a transformers layer's parts; what the recipe leaves
+    in floats and unrotated stays transformers'."""
+    made: dict[str, Any] = {"dtype": dtype, "device": device}
+    for path, sub in block.norms.items():
+        if folds(recipe, sub.norm_kind):
+            put(layer, path, Norm(model.d_model, model.eps, folded=True, **made))
+    for sub in block.sublayers:
+        spec = sub.mixer
+        own = mixer_class(spec)
+        if own is not None:
+            put(layer, spec.path, own(spec, recipe, index, model.eps, **made))
+            continue
+        rotated = output_block(spec, recipe.rotate.block) if recipe.rotate.output else 0
+        if any(proj.stack and recipe.linear(proj.role, index).format != "float" for proj in spec.projs):
+            path = next(spec.name(proj.path).rpartition(".")[0] for proj in spec.projs if proj.stack)
+            act = getattr(layer.get_submodule(path), "act_fn")
+            put(layer, path, Experts(spec, recipe, index, act, rotated, **made))
+        for proj in spec.projs:
+            chosen, size = linear_spec(recipe, proj, index), rotated if proj is spec.out_proj else 0
+            if proj.stack is None and (chosen.format != "float" or size):
+                outputs = sum(spec.size(output.segment) for output in proj.outputs)
+                linear = Linear(spec.size(proj.input), outputs, bias=proj.bias, spec=chosen, block=size, **made)
+                put(layer, spec.name(proj.path), linear)
+
+
+def rotates(spec: MixerSpec, recipe: Recipe, layer: int) -> bool:
+    """Whether something rotates the input of out_proj at run time: stacked weights in floats stay transformers'."""
+    proj = spec.out_proj
+    if proj is None or not recipe.rotate.output:
+        return False
+    stacked = [p for p in spec.projs if p.stack]
+    return proj.stack is None or any(recipe.linear(p.role, layer).format != "float" for p in stacked)
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Set a submodule by its dotted path."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+class HostedBlock:
+    """A transformers layer on its way from floats to codes. arguments: what its model passes it beside the hidden
+    states, for each batch size."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        model: ModelSpec,
+        block: BlockSpec,
+        recipe: Recipe,
+        index: int,
+        arguments: dict[int, dict[str, Any]],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_spec, self.layer_idx, self.arguments = block, index, arguments
+        fit(layer, model, block, recipe, index, dtype=dtype, device=device)
+        for module in layer.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+                    module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+        self.layer = layer.to(device=device, dtype=torch.float32).eval()
+
+    def modules(self) -> Any:
+        """Every module of the layer."""
+        return self.layer.modules()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The layer's tensors, by path below it."""
+        return self.layer.state_dict()
+
+    def run(self, sub: Sublayer, hidden: torch.Tensor) -> torch.Tensor:
+        """The whole layer: hidden [B, T, D] -> [B, T, D]; its sublayers cannot run apart."""
+        out = self.layer(hidden, **self.arguments[len(hidden)])
+        return out[0] if isinstance(out, tuple) else out
+
+    def part(self, sub: Sublayer) -> nn.Module:
+        """The module of a sublayer."""
+        return self.layer.get_submodule(sub.mixer.path)
+
+    def linears(self, sub: Sublayer, proj: Proj) -> list[Linear]:
+        """The low-bit linears of one projection: one, or one for each expert; none where it stays transformers'."""
+        if proj.stack:
+            module = self.layer.get_submodule(sub.mixer.name(proj.path).rpartition(".")[0])
+            return module.linears(proj.role) if isinstance(module, Experts) else []
+        linear = self.layer.get_submodule(sub.mixer.name(proj.path))
+        return [linear] if isinstance(linear, Linear) else []
+
+    def hold(self, sub: Sublayer, tensors: dict[str, torch.Tensor], kept_type: torch.dtype) -> None:
+        """Take a sublayer's float tensors (by path below the block) to run on until they are quantised."""
+        mixer, held = sub.mixer, set()
+        own = self.part(sub)
+        if isinstance(own, Mixer):
+            own.hold({name.removeprefix(f"{mixer.path}."): t for name, t in tensors.items()}, kept_type)
+            return
+        for proj in mixer.projs:
+            linears = self.linears(sub, proj)
+            weight, bias = tensors[mixer.name(proj.weight)], tensors.get(mixer.name(f"{proj.path}.bias"))
+            for i, linear in enumerate(linears):
+                part, device = weight[i] if proj.stack else weight, linear._any_device()
+                linear.hold(part.to(device), None if bias is None else bias.to(device, kept_type))
+            if linears:
+                held |= {mixer.name(proj.weight), mixer.name(f"{proj.path}.bias")}
+        names = [mixer.name(param.path) for param in mixer.params]
+        self._copy({name: tensors[name].to(kept_type) for name in names if name not in held})
+
+    def keep(self, tensors: dict[str, torch.Tensor], kept_type: torch.dtype) -> None:
+        """Take what belongs to no mixer: norms that stay, and the block's other tensors."""
+        names = [f"{path}.{leaf}" for path in self.block_spec.norms for leaf in ("weight", "bias")]
+        own = self.layer.state_dict()
+        self._copy({n: tensors[n].to(kept_type) for n in (*names, *self.block_spec.params) if n in own})
+
+    def _copy(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            getattr(self.layer.get_submodule(owner), leaf).copy_(tensor)
