@@ -17,7 +17,6 @@ from quamba.modules.site import Site
 from quamba.quantizers import Hessian
 from quamba_kernels.ops import Activation, dequantize
 
-
 Block = RecurrentBlock | HostedBlock
 Stage = list[list[Linear]]
 """Linears that can be quantised once all before them are: each inner list reads one and the same input."""

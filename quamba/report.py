@@ -12,7 +12,8 @@ from quamba.checkpoint import Checkpoint, part_of
 class Report:
     """sizes in bytes: layers, embedding, lm_head, and the same of the original at 16 bits (``*_original``).
 
-    notes: what the recipe asked for and the architecture does not allow; seconds of wall time; peak_memory in bytes above the start; largest_layer in bytes at fp32.
+    seconds of wall time; peak_memory in bytes above the start; largest_layer in bytes at fp32; notes: what the recipe
+    asks for and the architecture does not allow.
     """
 
     output: Path

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import quamba
+from architectures import OWN
 from quamba import calibration, embedded, quantizers
 from quamba.errors import UserError
 from quamba.models import ARCHITECTURES
@@ -67,7 +68,7 @@ def test_rounding_is_to_nearest_and_scales_are_of_magnitudes() -> None:
 CHOICES = list(itertools.product(("float", "w8a8", "w4a8", "w4a16"), (8, 16), (True, False), (True, False)))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("head, embedding, cluster, fold", CHOICES)
 def test_every_combination_reloads(name, head, embedding, cluster, fold, tiny_checkpoint, quantise) -> None:
     """A model saved with an unquantised head or without clusters could not be opened again."""
@@ -123,7 +124,7 @@ def test_an_old_output_is_never_taken_for_the_new(tiny_checkpoint, quantise) -> 
     assert [p.name for p in old.parent.iterdir()] == [old.name]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", OWN)
 def test_the_head_honours_its_format_and_sees_the_quantised_model(name, tiny_checkpoint, quantise, monkeypatch) -> None:
     """The head's bits were ignored, and its Hessian was that of a fixed corpus through the float model."""
     heads, original = [], quantizers.gptq
@@ -162,7 +163,7 @@ KEPT = ("A_log", "D", "dt_bias", "conv1d.bias", "dt_proj.bias", "in_proj.bias", 
 
 
 @pytest.mark.parametrize("recipe", stock_recipes())
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", OWN)
 def test_small_tensors_are_not_quantised(name, recipe, tiny_checkpoint, quantise) -> None:
     """A_log, D and biases were quantised for no gain."""
     folder, model = tiny_checkpoint(name, (("use_bias", True),))
@@ -187,7 +188,7 @@ def test_a_scale_covers_the_loudest_head() -> None:
     assert set(loudness[order][label == label[0]].tolist()) == set(loudness[loudness < 2].tolist())
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", OWN)
 def test_nothing_but_weights_and_scales_is_saved(name, stock) -> None:
     """Workspaces and scratch memory were part of the checkpoint."""
     known = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import quamba
-from quamba.models import ARCHITECTURES
+from architectures import OWN
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.lowbit import LowBit
 from quamba.modules.state import RecurrentState
@@ -14,7 +14,7 @@ from quamba.recipe import parse_recipe, stock_recipes
 from quamba_kernels import ops
 from quamba_kernels.ops.state import load_state
 
-PAIRS = [(recipe, name) for recipe in stock_recipes() for name in ARCHITECTURES]
+PAIRS = [(recipe, name) for recipe in stock_recipes() for name in OWN]
 IDS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(0))
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -135,7 +135,7 @@ def test_beams_and_resets(model) -> None:
 
 @pytest.mark.parametrize("state", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("recipe", ["float", "w8a8"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", OWN)
 def test_prefill_in_pieces_equals_the_whole(name: str, recipe: str, state: str, tiny_checkpoint, quantise) -> None:
     policy = {"state": {"dtype": state}, "conv": {"bits": 8 if recipe == "w8a8" else 16}}
     if recipe != "float":
@@ -182,7 +182,7 @@ def test_stochastic_rounding_is_unbiased_and_seeded() -> None:
     assert ((rounded(h, None) - h).abs() <= 0.5001 * scale).all()
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", OWN)
 def test_runs_with_one_seed_agree(name: str, stock) -> None:
     drawn = []
     for _ in range(2):

@@ -98,4 +98,6 @@ def show(report: Report) -> None:
         f"peak memory above the start: {console.megabytes(report.peak_memory)} MB "
         f"(largest layer: {console.megabytes(report.largest_layer)} MB)"
     )
+    for note in report.notes:
+        console.out.print(note)
     console.out.print(f"written to {report.output}")

@@ -1,4 +1,4 @@
-"""A mixture of experts: the MLPs whose weights transformers stacks in one parameter, each a low-bit linear of its own."""
+"""A mixture of experts: MLPs whose weights transformers stacks in one parameter, each of low-bit linears of its own."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def fit(
         rotated = output_block(spec, recipe.rotate.block) if recipe.rotate.output else 0
         if any(proj.stack and recipe.linear(proj.role, index).format != "float" for proj in spec.projs):
             path = next(spec.name(proj.path).rpartition(".")[0] for proj in spec.projs if proj.stack)
-            act = getattr(layer.get_submodule(path), "act_fn")
+            act: Any = layer.get_submodule(path).act_fn
             put(layer, path, Experts(spec, recipe, index, act, rotated, **made))
         for proj in spec.projs:
             chosen, size = linear_spec(recipe, proj, index), rotated if proj is spec.out_proj else 0

@@ -86,11 +86,11 @@ class RecurrentState(LinearAttentionLayer):
         return load_state(self.recurrent, self.scale)
 
 
-class HybridState(RecurrentState, LinearAttentionAndFullAttentionLayer):
+class HybridState(RecurrentState, LinearAttentionAndFullAttentionLayer):  # type: ignore[override]
     """The state of a layer that has attention beside its recurrence: keys and values lie here too."""
 
     def adopt(self, layer: DynamicLayer) -> None:
         """Take over keys and values that attention has written already."""
-        if layer.is_initialized:
+        if layer.keys is not None and layer.values is not None:
             DynamicLayer.lazy_initialization(self, layer.keys, layer.values)
             self.keys, self.values = layer.keys, layer.values

@@ -66,8 +66,8 @@ def output_block(mixer: MixerSpec, asked: int | None) -> int:
         return hadamard.block_size(inner)
     if inner % asked or hadamard.factor(asked) is None:
         raise UserError(
-            f"rotate.block {asked} must divide the {inner} channels that {mixer.out_proj.role} reads and be the order of "
-            "a Hadamard matrix"
+            f"rotate.block {asked} must divide the {inner} channels that {mixer.out_proj.role} reads and be the order "
+            "of a Hadamard matrix"
         )
     return asked
 

@@ -15,6 +15,6 @@ from quamba_kernels.ops.state import quantize_state
 
 __all__ = [
     "Activation", "causal_conv1d", "dequantize", "embedding", "gate_output", "linear_w4a16", "linear_w4a8",
-    "linear_w8a8", "quantize", "quantize_state", "rms_norm", "rotate_input", "selective_scan", "selective_update", "ssd_scan",
-    "ssd_update",
+    "linear_w8a8", "quantize", "quantize_state", "rms_norm", "rotate_input", "selective_scan", "selective_update",
+    "ssd_scan", "ssd_update",
 ]

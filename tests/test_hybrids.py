@@ -1,0 +1,81 @@
+"""Architectures whose layers stay transformers': quantised, saved, reloaded, generated from and evaluated."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import quamba
+from architectures import HOSTED
+from quamba import embedded
+from quamba.evaluate import perplexity
+from quamba.models import ARCHITECTURES, describe
+from quamba.modules.linear import Linear
+from quamba.recipe import Recipe, parse_recipe, stock_recipes
+
+EXACT = parse_recipe({"rotate": {"residual": True, "output": True}, "cluster": {}}, "exact")
+CASES = [(name, i) for name in HOSTED for i in range(len(ARCHITECTURES[name].tiny))]
+IDS = torch.randint(1, 2048, (2, 23), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def original(request, build, tmp_path_factory):
+    """(directory, transformers' model) of a tiny random checkpoint."""
+    name, i = request.param
+    model = build(name, {**ARCHITECTURES[name].tiny[i], "vocab_size": 2048})
+    folder = tmp_path_factory.mktemp(f"{name}{i}")
+    model.save_pretrained(folder, max_shard_size="300KB")
+    AutoTokenizer.from_pretrained(embedded.checkpoint(embedded.names()[0])).save_pretrained(folder)
+    return folder, model
+
+
+def logits(model, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(ids, use_cache=False).logits
+
+
+def change(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+def made(original, recipe: str | Recipe, tmp_path: Path):
+    report = quamba.quantize(original[0], recipe, tmp_path / "q", device="cpu", samples=5, seqlen=32)
+    return report, *quamba.load(tmp_path / "q", device="cpu")
+
+
+def test_floats_are_transformers_own(original, tmp_path) -> None:
+    folder, model = original
+    assert change(logits(quamba.load(folder, device="cpu")[0]), logits(model)) < 1e-5
+    report, rotated, _ = made(original, EXACT, tmp_path)
+    assert change(logits(rotated), logits(model)) < 1e-5
+    assert bool(report.notes) == any("not rotated" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("recipe", stock_recipes())
+def test_every_recipe(original, recipe: str, tmp_path) -> None:
+    folder, model = original
+    report, quantised, tokenizer = made(original, recipe, tmp_path)
+    assert report.sizes["layers"] < 0.9 * report.sizes["layers_original"]
+    linears = [m for m in quantised.modules() if isinstance(m, Linear)]
+    spec = describe(model.config)
+    wanted = sum(
+        sub.mixer.axes[proj.stack].size if proj.stack else 1
+        for block in spec.blocks for sub in block.sublayers for proj in sub.mixer.projs if not proj.keep
+    )  # fmt: skip
+    assert len(linears) == wanted + 1 and all(m.format.name != "float" for m in linears)
+    full = logits(quantised)
+    # random weights have no redundancy, and a router that flips takes another expert
+    assert change(full, logits(model)) < (0.35 if recipe == "w8a8" else 0.9)
+    with torch.inference_mode():
+        cache, steps = {}, []
+        for part in (IDS[:, :9], *IDS[:, 9:].split(1, 1)):
+            out = quantised(part, use_cache=True, **cache)
+            cache = {k: out[k] for k in ("cache_params", "past_key_values") if out.get(k) is not None}
+            steps.append(out.logits)
+    assert cache and change(torch.cat(steps, 1), full) < (1e-2 if recipe == "w4a16" else 0.35)
+    written = quantised.generate(IDS[:, :5], max_new_tokens=3, do_sample=False, attention_mask=torch.ones(2, 5))
+    assert written.shape == (2, 8)
+    text = tmp_path / "text.txt"
+    text.write_text(embedded.calibration_text().read_text(encoding="utf-8")[:600], encoding="utf-8")
+    assert perplexity(quantised, tokenizer, text, window=32, max_windows=2)["value"] > 1
