@@ -174,6 +174,7 @@ def test_quantize_passes_its_options_and_prints_the_report(monkeypatch, tmp_path
         seconds=1.25,
         peak_memory=12 * 10**6,
         largest_layer=3 * 10**6,
+        notes=["residual stream not rotated: a layer norm"],
         output=tmp_path / "out",
     )
 
@@ -203,7 +204,7 @@ def test_quantize_passes_its_options_and_prints_the_report(monkeypatch, tmp_path
     assert ["layers", "4.00", "1.00", "0.250"] in cells
     assert ["total", "6.00", "2.00", "0.333"] in cells
     assert "lm_head" not in result.stdout
-    assert "12.00 MB" in result.stdout
+    assert "12.00 MB" in result.stdout and "not rotated" in result.stdout
     assert "1.2 s" in result.stdout
 
 
