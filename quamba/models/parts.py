@@ -199,21 +199,35 @@ def experts(
     gated: bool = True,
     router: str = "gate",
     router_params: tuple[str, ...] = (),
+    ordered: bool = False,
+    latent: int | None = None,
 ) -> MixerSpec:
     """A router and ``count`` MLPs whose weights are stacked: experts.gate_up_proj [E, 2 F, D] (experts.up_proj
-    [E, F, D] where nothing is gated) and experts.down_proj [E, D, F]. router_params: tensors [E] beside its weight."""
+    [E, F, D] where nothing is gated) and experts.down_proj [E, D, F].
+
+    router_params: tensors [E] beside its weight; ordered: the router knows experts by their place; latent: width of the
+    stream between fc1_latent_proj and fc2_latent_proj in which the experts work, None for the residual stream itself.
+    """
     expert, channel = ("expert",), ("hidden",)
+    inner = RESID if latent is None else ("latent",)
     name = "experts.gate_up_proj" if gated else "experts.up_proj"
     up = (Output("gate", channel, ("act",)), Output("up", channel)) if gated else (Output("up", channel, ("act",)),)
     projs = (
         Proj("router", router, "residual", RESID, (Output("router", expert, ("softmax",)),), keep=True),
-        Proj("expert_up_proj", name, "residual", RESID, up, stack="expert"),
-        Proj("expert_down_proj", "experts.down_proj", "hidden", channel, (Output("residual", RESID),), stack="expert"),
-    )
+        Proj("expert_up_proj", name, "residual" if latent is None else "latent", inner, up, stack="expert"),
+        Proj("expert_down_proj", "experts.down_proj", "hidden", channel,
+             (Output("residual" if latent is None else "mixture", inner),), stack="expert"),
+    )  # fmt: skip
+    if latent is not None:
+        down = Proj("latent_down_proj", "fc1_latent_proj", "residual", RESID, (Output("latent", inner),))
+        back = Proj("latent_up_proj", "fc2_latent_proj", "mixture", inner, (Output("residual", RESID),))
+        projs = (projs[0], down, *projs[1:], back)
     params = [_weight(proj, False) for proj in projs]
     params += [Param(p, ((expert,),)) for p in router_params]
-    axes = {a.name: a for a in (Axis("resid", width), Axis("hidden", hidden), Axis("expert", count))}
-    return MixerSpec(path, axes, tuple(params), projs, out=OutSite(None, None, role="expert_down_proj"))
+    axes = [Axis("resid", width), Axis("hidden", hidden), Axis("expert", count, fixed=ordered)]
+    axes += [Axis("latent", latent)] if latent is not None else []
+    out = OutSite(None, None, role="expert_down_proj")
+    return MixerSpec(path, {a.name: a for a in axes}, tuple(params), projs, out=out)
 
 
 def _weight(proj: Proj, bias: bool) -> Param:

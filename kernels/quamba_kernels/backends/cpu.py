@@ -170,13 +170,13 @@ def ssd_update(
     batch, heads, headdim, d_state = state.shape
     groups = batch * B.shape[1]
     x = dequantize(x, x_scale)
-    B = dequantize(B, ssd.group_scale(B_scale)).view(groups, d_state)
-    C = dequantize(C, ssd.group_scale(C_scale)).view(groups, d_state, 1)
+    B = dequantize(B, ssd.group_scale(B_scale)).reshape(groups, d_state)
+    C = dequantize(C, ssd.group_scale(C_scale)).reshape(groups, d_state, 1)
     dt = ssd.timestep(dt, dt_bias, dt_limit)
     flat = state.view(groups, -1, d_state)
     scale = None if state_scale is None else state_scale.view(groups, -1)
     decay = torch.exp(dt * A).unsqueeze(-1).expand(-1, -1, headdim).reshape(groups, -1, 1)
-    h = _advance(flat, scale, decay, (dt.unsqueeze(-1) * x).view(groups, -1), B)
+    h = _advance(flat, scale, decay, (dt.unsqueeze(-1) * x).reshape(groups, -1), B)
     y = torch.bmm(h, C).view(batch, heads, headdim)
     _store(h, flat, scale, rng)
     return y.addcmul_(x, D.float().unsqueeze(-1)).to(out_dtype)
