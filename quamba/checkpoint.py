@@ -133,10 +133,12 @@ class Checkpoint:
     def bytes(self) -> dict[str, int]:
         """Size of the parts at 16 bits per value: layers, embedding, lm_head (0 when tied)."""
         parts = {"layers": 0, "embedding": 0, "lm_head": 0}
-        for name, (file, stored) in self._file.items():
-            with safe_open(file, "pt") as opened:
-                count = _product(opened.get_slice(stored).get_shape())
-            parts[part_of(name, self.spec.embedding, self.spec.head)] += 2 * count
+        known = {n: [(n, None)] for n in self._file} if self._conversion is None else self._conversion.sources
+        for name, sources in known.items():
+            for file, stored in (self._file[source] for source, _ in sources):
+                with safe_open(file, "pt") as opened:
+                    count = _product(opened.get_slice(stored).get_shape())
+                parts[part_of(name, self.spec.embedding, self.spec.head)] += 2 * count
         return parts
 
     def tokenizer(self) -> Any:

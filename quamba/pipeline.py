@@ -16,7 +16,7 @@ from quamba.models import check_recipe
 from quamba.models.spec import BlockSpec, ModelSpec, Sublayer
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.embedding import Embedding
-from quamba.modules.host import HostedBlock, folds, rotates
+from quamba.modules.host import HostedBlock, folds, mixer_class, rotates
 from quamba.modules.linear import Linear
 from quamba.modules.mixer import Mixer
 from quamba.modules.norm import Norm
@@ -25,6 +25,7 @@ from quamba.recipe import Recipe, load_recipe
 from quamba.report import Report
 from quamba.skeleton import Arguments, Skeleton
 from quamba.transforms import (
+    fold_factors,
     fold_norms,
     output_block,
     permute,
@@ -150,6 +151,8 @@ def transform(tensors: Tensors, sub: Sublayer, recipe: Recipe, rotation: Residua
     """Fold the norm's gain and rotate the residual stream, in fp64; of the block's tensors those of one sublayer."""
     own = {sub.mixer.name(param.path) for param in sub.mixer.params} | {f"{sub.norm}.weight"}
     tensors = {name: tensor.double() for name, tensor in tensors.items() if name in own}
+    if mixer_class(sub.mixer) is not None:
+        tensors = fold_factors(tensors, sub.mixer, f"{sub.mixer.path}.")
     if recipe.fold_norms:
         tensors = fold_norms(tensors, [sub])
     if rotation is not None:

@@ -13,11 +13,12 @@ from quamba.errors import UserError
 from quamba.models import ARCHITECTURES, describe
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.embedding import Embedding
-from quamba.modules.host import fit, folds, put
+from quamba.modules.host import fit, folds, mixer_class, put
 from quamba.modules.linear import Linear
 from quamba.modules.lowbit import LowBit
 from quamba.modules.norm import Norm
 from quamba.recipe import FLOAT, FORMAT_VERSION, Recipe, parse_recipe
+from quamba.transforms import fold_factors
 
 NAME = "quamba"
 
@@ -90,6 +91,10 @@ def use_operators(model: Any) -> None:
     if model.config.model_type not in ARCHITECTURES:
         return
     weights = model.state_dict()
+    for block in describe(model.config).blocks:
+        for sub in block.sublayers:
+            if mixer_class(sub.mixer) is not None:
+                weights = fold_factors(weights, sub.mixer, f"{block.path}.{sub.mixer.path}.")
     swap(model, FLOAT, model.dtype, model.device)
     model.load_state_dict(weights)
 

@@ -13,13 +13,17 @@ def ssd(
     *,
     bias: bool,
     conv_bias: bool,
+    out_bias: bool | None = None,
     norm: bool = True,
     norm_groups: int | None = None,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
+    factors: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0),
     eps: float | None = None,
 ) -> MixerSpec:
     """Mamba2's mixer (Dao and Gu, 2405.21060): sizes D, H, P, G, N, W; norm: a gated RMS norm within ``norm_groups``
-    groups (None: the state groups) stands before out_proj."""
+    groups (None: the state groups) stands before out_proj; out_bias None: as ``bias``; factors: constants that multiply
+    z, x, B, C and dt."""
+    out_bias = bias if out_bias is None else out_bias
     sizes = {**sizes, "I": sizes["H"] * sizes["P"]}
     value, state, head = ("head", "value"), ("group", "state"), ("head",)
     axes = [
@@ -38,14 +42,15 @@ def ssd(
     ]
     params += [Param("norm.weight", ((value,),))] if norm else []
     params += [Param("conv1d.bias", (mixed,))] if conv_bias else []
-    params += [Param("in_proj.bias", (rows,)), Param("out_proj.bias", ((RESID,),))] if bias else []
-    post = ("conv", "silu")
+    params += [Param("in_proj.bias", (rows,))] if bias else []
+    params += [Param("out_proj.bias", ((RESID,),))] if out_bias else []
+    posts = (("silu",), *[("conv", "silu")] * 3, ("softplus",))
+    parts = zip(("z", "x", "B", "C", "rate"), rows, posts, factors, strict=True)
+    outputs = tuple(Output(name, segment, post, factor=factor) for name, segment, post, factor in parts)
     projs = (
-        Proj("in_proj", "in_proj", "residual", RESID,
-             (Output("z", value, ("silu",)), Output("x", value, post), Output("B", state, post),
-              Output("C", state, post), Output("rate", head, ("softplus",))), bias),
-        Proj("out_proj", "out_proj", "y", value, (Output("residual", RESID),), bias),
-    )  # fmt: skip
+        Proj("in_proj", "in_proj", "residual", RESID, outputs, bias),
+        Proj("out_proj", "out_proj", "y", value, (Output("residual", RESID),), out_bias),
+    )
     inputs = (
         ScanInput("x", "scan_x", value, "value"),
         ScanInput("B", "scan_b", state, "key"),

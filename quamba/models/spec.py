@@ -45,12 +45,14 @@ class Param:
 @dataclass(frozen=True)
 class Output:
     """A stretch of a projection's outputs. post: the elementwise or channel-wise steps before its consumer; a step
-    "rms" is an RMS norm over the stretch, whose gain lies at ``gain`` below the mixer (None: it has none)."""
+    "rms" is an RMS norm over the stretch, whose gain lies at ``gain`` below the mixer (None: it has none). factor: a
+    constant that multiplies the stretch in the original; quamba's own mixers have it in the weight."""
 
     name: str
     segment: Segment
     post: tuple[str, ...] = ()
     gain: str | None = None
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,11 @@ def fit(
         spec = sub.mixer
         own = mixer_class(spec)
         if own is not None:
-            put(layer, spec.path, own(spec, recipe, index, model.eps, **made))
+            mixer, old = own(spec, recipe, index, model.eps, **made), layer.get_submodule(spec.path)
+            for name in old._non_persistent_buffers_set:
+                # some models fill in what they compute from the config when weights have been loaded
+                mixer.register_buffer(name, old._buffers[name], persistent=False)
+            put(layer, spec.path, mixer)
             continue
         rotated = output_block(spec, recipe.rotate.block) if recipe.rotate.output else 0
         if any(proj.stack and recipe.linear(proj.role, index).format != "float" for proj in spec.projs):

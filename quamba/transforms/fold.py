@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from quamba.models.spec import Sublayer
+from quamba.models.spec import MixerSpec, Sublayer
 
 Tensors = dict[str, torch.Tensor]
 
@@ -14,6 +14,21 @@ Tensors = dict[str, torch.Tensor]
 def folding_illegal(norm_kind: str) -> str | None:
     """Why a norm's gain stays where it is, or None."""
     return None if norm_kind == "rms" else f"a {norm_kind} norm has a shift beside its gain"
+
+
+def fold_factors(tensors: Tensors, mixer: MixerSpec, prefix: str = "") -> Tensors:
+    """Rows of the projections times the constants that the architecture multiplies their outputs with. tensors: by
+    prefix and path below the mixer; returns a new dict."""
+    out = dict(tensors)
+    for proj in mixer.projs:
+        if all(output.factor == 1 for output in proj.outputs):
+            continue
+        factor = torch.cat([torch.full((mixer.size(o.segment),), o.factor) for o in proj.outputs])
+        weight, bias = f"{prefix}{proj.weight}", f"{prefix}{proj.path}.bias"
+        out[weight] = out[weight] * factor.to(out[weight]).unsqueeze(-1)
+        if bias in out:
+            out[bias] = out[bias] * factor.to(out[bias])
+    return out
 
 
 def fold_norms(tensors: Tensors, sublayers: Iterable[Sublayer]) -> Tensors:
