@@ -45,8 +45,11 @@ class Samples:
 
 
 def sites(block: Block, sub: Sublayer) -> list[Site]:
-    """Every site of a sublayer."""
-    return [m for m in block.part(sub).modules() if isinstance(m, Site)]
+    """Every site of a sublayer; a part that stays transformers' has those of its linears, and may hold other parts."""
+    part = block.part(sub)
+    if isinstance(part, Mixer):
+        return [m for m in part.modules() if isinstance(m, Site)]
+    return [linear.input for proj in sub.mixer.projs for linear in block.linears(sub, proj)]
 
 
 def stages(block: Block, sub: Sublayer) -> list[Stage]:

@@ -131,11 +131,12 @@ def attention(
     out_bias: bool | None = None,
     gate: bool = False,
     norms: tuple[str, ...] = (),
+    whole: bool = False,
 ) -> MixerSpec:
     """Softmax attention with q_proj, k_proj, v_proj and o_proj over [kv head, query heads that share it, head_dim].
 
-    gate: q_proj gives each head a gate of the output beside its query; norms: gains of the norms of q and k, below the
-    mixer, one for all heads; out_bias None: as ``bias``.
+    gate: q_proj gives each head a gate of the output beside its query; norms: gains of the norms of q and of k, below the
+    mixer, one for all heads, or with ``whole`` over all heads at once; out_bias None: as ``bias``.
     """
     out_bias = bias if out_bias is None else out_bias
     axes = [
@@ -156,7 +157,8 @@ def attention(
         Proj("o_proj", "o_proj", "o", seen, (Output("residual", RESID),), out_bias),
     )
     params = [_weight(proj, with_bias) for proj in projs for with_bias in ([False, True] if proj.bias else [False])]
-    params += [Param(name, ((("key",),),)) for name in norms]
+    spans = (("kv_head", "repeat", "key"), key) if whole else (("key",), ("key",))
+    params += [Param(name, ((span,),)) for name, span in zip(norms, spans, strict=bool(norms))]
     inputs = (
         ScanInput("v", "attn_v", value, "value"),
         ScanInput("k", "attn_k", key, "key"),
@@ -165,6 +167,49 @@ def attention(
     out = OutSite(gate="q" if gate else None, norm=None, role="o_proj")
     return MixerSpec(
         path, {a.name: a for a in axes}, tuple(params), projs, inputs, Scan("softmax", "scalar"), out
+    )  # fmt: skip
+
+
+def delta_net(
+    path: str,
+    sizes: dict[str, int],
+    projs: tuple[tuple[str, str], ...],
+    *,
+    out: str = "out_proj",
+    norm: str = "norm.weight",
+) -> MixerSpec:
+    """A gated delta rule (Yang et al., 2412.06464) of transformers' own: sizes D, W, K and V heads, k and v channels of a
+    head. projs: (path, what it gives: of q, k, v, z, b, a, one letter each) in the order of execution; b and a, the rates of
+    writing and forgetting, stay floats. norm: gain [v] of the gated norm of every head."""
+    heads, repeat = sizes["K"], sizes["V"] // sizes["K"]
+    axes = [
+        Axis("resid", sizes["D"]), Axis("kv_head", heads), Axis("repeat", repeat), Axis("key", sizes["k"]),
+        Axis("value", sizes["v"]), Axis("width", sizes["W"], fixed=True), Axis("one", 1, fixed=True),
+    ]  # fmt: skip
+    key, value, rate = ("kv_head", "key"), ("kv_head", "repeat", "value"), ("kv_head", "repeat")
+    post = ("conv", "silu")
+    gives = {
+        "q": Output("q", key, (*post, "l2")), "k": Output("k", key, (*post, "l2")), "v": Output("v", value, post),
+        "z": Output("z", value, ("silu",)), "b": Output("beta", rate, ("sigmoid",)),
+        "a": Output("rate", rate, ("softplus",)),
+    }  # fmt: skip
+    made = [
+        Proj(name, name, "residual", RESID, tuple(gives[letter] for letter in letters), keep=letters in ("b", "a"))
+        for name, letters in projs
+    ]
+    made.append(Proj(out, out, "y", value, (Output("residual", RESID),)))
+    params = [_weight(proj, False) for proj in made]
+    params += [Param("conv1d.weight", ((key, key, value), (ONE,), (WIDTH,)))]
+    params += [Param("A_log", ((rate,),)), Param("dt_bias", ((rate,),)), Param(norm, ((("value",),),))]
+    inputs = (
+        ScanInput("v", "scan_v", value, "value"),
+        ScanInput("k", "scan_k", key, "key"),
+        ScanInput("q", "scan_q", key, "query"),
+        ScanInput("rate", "scan_dt", rate, "rate"),
+    )
+    site = OutSite("z", "rms", 0, norm, role=out)
+    return MixerSpec(
+        path, {a.name: a for a in axes}, tuple(params), tuple(made), inputs, Scan("delta", "scalar"), site
     )  # fmt: skip
 
 
@@ -206,12 +251,14 @@ def experts(
     router_params: tuple[str, ...] = (),
     ordered: bool = False,
     latent: int | None = None,
+    shared_gate: str | None = None,
 ) -> MixerSpec:
     """A router and ``count`` MLPs whose weights are stacked: experts.gate_up_proj [E, 2 F, D] (experts.up_proj
     [E, F, D] where nothing is gated) and experts.down_proj [E, D, F].
 
     router_params: tensors [E] beside its weight; ordered: the router knows experts by their place; latent: width of the
-    stream between fc1_latent_proj and fc2_latent_proj in which the experts work, None for the residual stream itself.
+    stream between fc1_latent_proj and fc2_latent_proj in which the experts work, None for the residual stream itself;
+    shared_gate: the linear that weighs an expert that every token sees.
     """
     expert, channel = ("expert",), ("hidden",)
     inner = RESID if latent is None else ("latent",)
@@ -223,13 +270,17 @@ def experts(
         Proj("expert_down_proj", "experts.down_proj", "hidden", channel,
              (Output("residual" if latent is None else "mixture", inner),), stack="expert"),
     )  # fmt: skip
+    if shared_gate is not None:
+        projs = (Proj("shared_gate", shared_gate, "residual", RESID, (Output("shared", ONE),), keep=True), *projs)
     if latent is not None:
         down = Proj("latent_down_proj", "fc1_latent_proj", "residual", RESID, (Output("latent", inner),))
         back = Proj("latent_up_proj", "fc2_latent_proj", "mixture", inner, (Output("residual", RESID),))
-        projs = (projs[0], down, *projs[1:], back)
+        projs = (*projs[:-2], down, *projs[-2:], back)
     params = [_weight(proj, False) for proj in projs]
     params += [Param(p, ((expert,),)) for p in router_params]
-    axes = [Axis("resid", width), Axis("hidden", hidden), Axis("expert", count, fixed=ordered)]
+    axes = [
+        Axis("resid", width), Axis("hidden", hidden), Axis("expert", count, fixed=ordered), Axis("one", 1, fixed=True)
+    ]  # fmt: skip
     axes += [Axis("latent", latent)] if latent is not None else []
     out = OutSite(None, None, role="expert_down_proj")
     return MixerSpec(path, {a.name: a for a in axes}, tuple(params), projs, out=out)
