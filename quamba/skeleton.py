@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from quamba.models.spec import ModelSpec
 from quamba.modules.host import put
 
-Arguments = dict[int, dict[str, Any]]
-"""What a model passes a layer by keyword beside the hidden states, for each batch size."""
+Arguments = dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+"""What a model passes a layer beside the hidden states, by place and by keyword, for each batch size."""
 
 
 class Skeleton:
@@ -73,9 +73,9 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["stood"][0], name)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.hidden = hidden_states
-        self.arguments.setdefault(len(hidden_states), kwargs)
+        self.arguments.setdefault(len(hidden_states), (args, kwargs))
         return (hidden_states, *[None] * (self.returns - 1)) if self.returns else hidden_states
 
 

@@ -7,7 +7,18 @@ from dataclasses import replace
 from typing import Any
 
 from quamba.models.parts import RESID, attention, delta_net, experts, mlp
-from quamba.models.spec import Architecture, Axis, BlockSpec, MixerSpec, ModelSpec, Output, Param, Proj, Sublayer, require
+from quamba.models.spec import (
+    Architecture,
+    Axis,
+    BlockSpec,
+    MixerSpec,
+    ModelSpec,
+    Output,
+    Param,
+    Proj,
+    Sublayer,
+    require,
+)
 
 
 def _recurrent(config: Any) -> MixerSpec:

@@ -103,7 +103,7 @@ class HostedBlock:
         block: BlockSpec,
         recipe: Recipe,
         index: int,
-        arguments: dict[int, dict[str, Any]],
+        arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]],
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -130,7 +130,8 @@ class HostedBlock:
 
     def run(self, sub: Sublayer, hidden: torch.Tensor) -> torch.Tensor:
         """The whole layer: hidden [B, T, D] -> [B, T, D]; its sublayers cannot run apart."""
-        out = self.layer(hidden, **self.arguments[len(hidden)])
+        args, kwargs = self.arguments[len(hidden)]
+        out = self.layer(hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def part(self, sub: Sublayer) -> nn.Module:
