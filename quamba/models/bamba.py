@@ -19,10 +19,10 @@ def _mixer(config: Any, kind: str) -> MixerSpec:
         "D": width, "H": config.mamba_n_heads, "P": config.mamba_d_head, "G": config.mamba_n_groups,
         "N": config.mamba_d_state, "W": config.mamba_d_conv,
     }  # fmt: skip
-    low, high = config.time_step_limit
+    low, high = (float(limit) for limit in config.time_step_limit)
     return ssd(
-        "mamba", sizes, bias=config.mamba_proj_bias, conv_bias=config.mamba_conv_bias, dt_limit=(float(low), float(high))
-    )
+        "mamba", sizes, bias=config.mamba_proj_bias, conv_bias=config.mamba_conv_bias, dt_limit=(low, high)
+    )  # fmt: skip
 
 
 def describe(config: Any) -> ModelSpec:

@@ -1,5 +1,5 @@
-"""OLMo Hybrid (transformers' ``olmo_hybrid``): gated delta rule with norms before, attention with norms after each part;
-a norm that weighs what is added keeps the residual stream from being rotated. AI2, 2025."""
+"""OLMo Hybrid (transformers' ``olmo_hybrid``): gated delta rule with norms before, attention with norms after each
+part; a norm that weighs what is added keeps the residual stream from being rotated. AI2, 2025."""
 
 from __future__ import annotations
 

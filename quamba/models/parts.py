@@ -135,8 +135,8 @@ def attention(
 ) -> MixerSpec:
     """Softmax attention with q_proj, k_proj, v_proj and o_proj over [kv head, query heads that share it, head_dim].
 
-    gate: q_proj gives each head a gate of the output beside its query; norms: gains of the norms of q and of k, below the
-    mixer, one for all heads, or with ``whole`` over all heads at once; out_bias None: as ``bias``.
+    gate: q_proj gives each head a gate of the output beside its query; norms: gains of the norms of q and of k, below
+    the mixer, one for all heads, or with ``whole`` over all heads at once; out_bias None: as ``bias``.
     """
     out_bias = bias if out_bias is None else out_bias
     axes = [
@@ -178,9 +178,12 @@ def delta_net(
     out: str = "out_proj",
     norm: str = "norm.weight",
 ) -> MixerSpec:
-    """A gated delta rule (Yang et al., 2412.06464) of transformers' own: sizes D, W, K and V heads, k and v channels of a
-    head. projs: (path, what it gives: of q, k, v, z, b, a, one letter each) in the order of execution; b and a, the rates of
-    writing and forgetting, stay floats. norm: gain [v] of the gated norm of every head."""
+    """A gated delta rule (Yang et al., 2412.06464) of transformers' own: sizes D, W, K and V heads, k and v channels of
+    a head.
+
+    projs: (path, what it gives: of q, k, v, z, b, a, one letter each) in the order of execution; b and a, the rates of
+    writing and forgetting, stay floats. norm: gain [v] of the gated norm of every head.
+    """
     heads, repeat = sizes["K"], sizes["V"] // sizes["K"]
     axes = [
         Axis("resid", sizes["D"]), Axis("kv_head", heads), Axis("repeat", repeat), Axis("key", sizes["k"]),
@@ -264,7 +267,7 @@ def experts(
     inner = RESID if latent is None else ("latent",)
     name = "experts.gate_up_proj" if gated else "experts.up_proj"
     up = (Output("gate", channel, ("act",)), Output("up", channel)) if gated else (Output("up", channel, ("act",)),)
-    projs = (
+    projs: tuple[Proj, ...] = (
         Proj("router", router, "residual", RESID, (Output("router", expert, ("softmax",)),), keep=True),
         Proj("expert_up_proj", name, "residual" if latent is None else "latent", inner, up, stack="expert"),
         Proj("expert_down_proj", "experts.down_proj", "hidden", channel,

@@ -1,4 +1,5 @@
-"""Qwen3.5's language model (transformers' ``qwen3_5_text``): gated delta rule and gated attention, an MLP after each."""
+"""Qwen3.5's language model (transformers' ``qwen3_5_text``): gated delta rule and gated attention, an MLP after
+each."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def _mixer(config: Any, kind: str) -> MixerSpec:
 def describe(config: Any) -> ModelSpec:
     """Raises UserError for an activation other than SiLU."""
     require(config, "hidden_act", "silu")
-    dense = Sublayer("post_attention_layernorm", mlp("mlp", config.hidden_size, config.intermediate_size), gain_offset=1)
+    width = config.hidden_size
+    dense = Sublayer("post_attention_layernorm", mlp("mlp", width, config.intermediate_size), gain_offset=1)
     blocks = tuple(
         BlockSpec(
             f"model.layers.{i}", (Sublayer("input_layernorm", _mixer(config, kind), gain_offset=1), dense), hosted=True
@@ -35,7 +37,7 @@ def describe(config: Any) -> ModelSpec:
         for i, kind in enumerate(config.layer_types)
     )
     return ModelSpec(
-        config.hidden_size, config.vocab_size, config.rms_norm_eps, "model.embed_tokens", blocks, "model.norm",
+        width, config.vocab_size, config.rms_norm_eps, "model.embed_tokens", blocks, "model.norm",
         "lm_head", residual_fp32=False, final_gain_offset=1,
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ from quamba.transforms.permute import Permutation, permute
 from quamba.transforms.rotate import output_block, residual_rotation, rotate_output, rotate_residual
 
 __all__ = [
-    "TRANSFORMS", "Clusters", "Permutation", "Transform", "fold_factors", "fold_norms", "folding_illegal", "legal", "output_block",
-    "permute", "residual_rotation", "residual_rotation_obstacle", "rotate_output", "rotate_residual",
+    "TRANSFORMS", "Clusters", "Permutation", "Transform", "fold_factors", "fold_norms", "folding_illegal", "legal",
+    "output_block", "permute", "residual_rotation", "residual_rotation_obstacle", "rotate_output", "rotate_residual",
     "sort_and_cluster",
 ]  # fmt: skip
