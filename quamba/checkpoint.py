@@ -1,8 +1,9 @@
-"""Read a Hugging Face checkpoint lazily; write a quantised one so that a killed run leaves the old one or none."""
+"""Read a checkpoint lazily, whatever its layout; write a quantised one so that a killed run leaves the old or none."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -11,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
-from quamba import embedded
+from quamba import embedded, layouts
 from quamba.conversion import Conversion
 from quamba.errors import UserError
 from quamba.models import architecture
@@ -37,8 +37,6 @@ def resolve(source: str | Path) -> Path:
         return embedded.checkpoint(str(source))
     path = Path(source)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{path} holds no config.json, so it is not a Hugging Face model directory")
         return path
     if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         names = ", ".join(embedded.names())
@@ -57,35 +55,15 @@ class Checkpoint:
 
     def __init__(self, source: str | Path) -> None:
         self.source, self.path = str(source), resolve(source)
-        try:
-            self.config: Any = AutoConfig.from_pretrained(self.path)
-        except (ValueError, KeyError, OSError) as error:
-            raise UserError(f"{self.path}/config.json cannot be read: {str(error).splitlines()[0]}") from None
+        self.layout = layouts.find(self.path)
+        self.config: Any = self.layout.config(self.path)
         self.architecture = architecture(self.config)
         self.spec = self.architecture.describe(self.config)
-        self._file = self._locate()
+        self._stored = {self._today(name): stored for name, stored in self.layout.index(self.path).items()}
         self.quantised = getattr(self.config, "quantization_config", None) is not None
         self._conversion: Conversion | None = None
         if self.spec.hosted and not self.quantised:
-            self._conversion = Conversion(Skeleton(self.config, self.spec).model, self._file)
-
-    def _locate(self) -> dict[str, tuple[Path, str]]:
-        """Today's name -> (file, name in the file)."""
-        index = self.path / INDEX
-        if index.is_file():
-            files = sorted({self.path / f for f in json.loads(index.read_text())["weight_map"].values()})
-        else:
-            files = [self.path / SINGLE]
-        found: dict[str, tuple[Path, str]] = {}
-        for file in files:
-            if not file.is_file():
-                raise UserError(f"{self.path} has no {file.name}; only safetensors checkpoints are read")
-            try:
-                with safe_open(file, "pt") as opened:
-                    found |= {self._today(name): (file, name) for name in opened.keys()}  # noqa: SIM118
-            except SafetensorError as error:
-                raise UserError(f"{file} is not a readable safetensors file: {error}") from None
-        return found
+            self._conversion = Conversion(Skeleton(self.config, self.spec).model, self._stored)
 
     def _today(self, name: str) -> str:
         for old, new in self.architecture.renames:
@@ -97,7 +75,7 @@ class Checkpoint:
 
         Raises UserError when it is missing or holds NaN or Inf.
         """
-        known = self._file if self._conversion is None else self._conversion.sources
+        known = self._stored if self._conversion is None else self._conversion.sources
         if name not in known and name == f"{self.spec.head}.weight" and self.config.tie_word_embeddings:
             name = f"{self.spec.embedding}.weight"
         if name not in known:
@@ -108,10 +86,7 @@ class Checkpoint:
         return tensor
 
     def _read(self, name: str) -> torch.Tensor:
-        file, stored = self._file[name]
-        with safe_open(file, "pt") as opened:
-            tensor: torch.Tensor = opened.get_tensor(stored)
-        return tensor
+        return self._stored[name].read()
 
     def block(self, block: BlockSpec) -> dict[str, torch.Tensor]:
         """The tensors of one block, by path below it. Raises UserError for a shape that does not fit."""
@@ -133,10 +108,8 @@ class Checkpoint:
     def bytes(self) -> dict[str, int]:
         """Size of the parts at 16 bits per value: layers, embedding, lm_head (0 when tied)."""
         parts = {"layers": 0, "embedding": 0, "lm_head": 0}
-        for name, (file, stored) in self._file.items():
-            with safe_open(file, "pt") as opened:
-                count = _product(opened.get_slice(stored).get_shape())
-            parts[part_of(name, self.spec.embedding, self.spec.head)] += 2 * count
+        for name, stored in self._stored.items():
+            parts[part_of(name, self.spec.embedding, self.spec.head)] += 2 * math.prod(stored.shape)
         return parts
 
     def tokenizer(self) -> Any:
@@ -152,13 +125,6 @@ def part_of(name: str, embedding: str, head: str) -> str:
     if name.startswith(embedding + "."):
         return "embedding"
     return "lm_head" if name.startswith(head + ".") else "layers"
-
-
-def _product(values: Any) -> int:
-    total = 1
-    for value in values:
-        total *= value
-    return total
 
 
 class Writer:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from quamba import layouts
 from quamba.checkpoint import resolve
 from quamba.errors import UserError
 from quamba.integrations import transformers as integration
@@ -33,9 +34,9 @@ def load(source: str | Path, *, device: str = "auto", dtype: torch.dtype | None 
     architecture runs on the same operators, in floats. Raises UserError for what cannot be opened.
     """
     path, where = resolve(source), pick_device(device)
+    config = layouts.find(path).config(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        config = AutoConfig.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype or "auto")
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be opened: {str(error).splitlines()[0]}") from None

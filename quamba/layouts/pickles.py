@@ -1,0 +1,51 @@
+"""Files of torch.save, opened without running anything that they ask for, and without reading their tensors."""
+
+from __future__ import annotations
+
+import pickle
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quamba.errors import UserError
+from quamba.layouts.layout import Index, Stored
+
+
+def open_pickle(file: Path) -> Any:
+    """What the file holds; its tensors are mapped, and unmapped when the last of them is dropped.
+
+    Raises UserError for a file that is no archive of torch.save, and for one that wants code to run.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{file} was not opened: {_wanted(file, error)}, and only plain tensors are read") from None
+    except Exception as error:  # a broken or hostile pickle raises whatever its opcodes lead to
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{file} is no archive of torch.save that can be read: {reason}") from None
+
+
+def _wanted(file: Path, error: Exception) -> str:
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # the scan meets the same broken pickle
+        names = []
+    return f"it asks to run {', '.join(names)}" if names else f"its pickle is refused ({str(error).splitlines()[0]})"
+
+
+def index(file: Path) -> Index:
+    """The tensors of a state dict. Raises UserError as open_pickle does, and when the file holds none."""
+    held = open_pickle(file)
+    if not isinstance(held, dict):
+        raise UserError(f"{file} should hold a dict of tensors, and holds a {type(held).__name__}")
+    for name, tensor in held.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            raise UserError(f"{file} should hold plain tensors, and {name!r} is none")
+    return {str(name): Stored(tuple(tensor.shape), partial(_read, file, name)) for name, tensor in held.items()}
+
+
+def _read(file: Path, name: str) -> torch.Tensor:
+    tensor: torch.Tensor = open_pickle(file)[name]
+    return tensor.detach()
