@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from quamba import embedded, layouts
 from quamba.conversion import Conversion
@@ -21,11 +21,14 @@ from quamba.errors import UserError
 from quamba.models import architecture
 from quamba.models.spec import BlockSpec
 from quamba.skeleton import Skeleton
+from quamba.tokenizer import adopt, open_tokenizer
 
 SHARD_BYTES = 5 * 1024**3
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+HUB_PICKLES = ["pytorch_model*.bin", "*model_optim_rng.pt"]
+"""Downloaded only where a repository has no safetensors."""
 
 
 def resolve(source: str | Path) -> Path:
@@ -45,7 +48,10 @@ def resolve(source: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
+        path = Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
+        if not any(path.glob("*.safetensors")):
+            path = Path(snapshot_download(str(source), allow_patterns=HUB_FILES + HUB_PICKLES))
+        return path
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"model {str(source)!r} is no directory here and the Hub did not give it: {error}") from None
 
@@ -53,7 +59,8 @@ def resolve(source: str | Path) -> Path:
 class Checkpoint:
     """A model directory whose tensors are read one by one, under the names that its architecture uses today."""
 
-    def __init__(self, source: str | Path) -> None:
+    def __init__(self, source: str | Path, tokenizer: str | Path | None = None) -> None:
+        """tokenizer: as quamba.tokenizer.open_tokenizer takes it; None for the checkpoint's own."""
         self.source, self.path = str(source), resolve(source)
         self.layout = layouts.find(self.path)
         self.config: Any = self.layout.config(self.path)
@@ -64,6 +71,7 @@ class Checkpoint:
         self._conversion: Conversion | None = None
         if self.spec.hosted and not self.quantised:
             self._conversion = Conversion(Skeleton(self.config, self.spec).model, self._stored)
+        self._given, self._tokenizer = tokenizer, None
 
     def _today(self, name: str) -> str:
         for old, new in self.architecture.renames:
@@ -113,11 +121,13 @@ class Checkpoint:
         return parts
 
     def tokenizer(self) -> Any:
-        """Raises UserError when the directory has none."""
-        try:
-            return AutoTokenizer.from_pretrained(self.path)
-        except (ValueError, OSError) as error:
-            raise UserError(f"{self.path} has no tokenizer that can be read: {str(error).splitlines()[0]}") from None
+        """Raises UserError as quamba.tokenizer.open_tokenizer does. A layout whose config knows no special tokens
+        learns them from it."""
+        if self._tokenizer is None:
+            self._tokenizer = open_tokenizer(self.path, self.layout, self._given)
+            if not self.layout.native:
+                adopt(self.config, self._tokenizer)
+        return self._tokenizer
 
 
 def part_of(name: str, embedding: str, head: str) -> str:

@@ -26,7 +26,7 @@ def matches(path: Path) -> bool:
 def config(path: Path) -> Any:
     """As transformers reads it."""
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"{path}/config.json cannot be read: {str(error).splitlines()[0]}") from None
 

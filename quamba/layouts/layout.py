@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quamba.errors import UserError
 
@@ -42,6 +44,20 @@ class Layout:
     index: Callable[[Path], Index]
     native: bool = False
     tokenizer: str | None = None
+
+
+def made(kind: Callable[..., Any], origin: Path, **values: Any) -> Any:
+    """A transformers config of a causal language model, without special tokens, as only the tokenizer knows them.
+
+    Raises UserError for values that the config refuses.
+    """
+    try:
+        config = kind(**values, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{origin} describes a model that transformers refuses: {reason}") from None
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    return config
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,26 @@ from quamba.errors import UserError
 from quamba.layouts.layout import Index, Stored
 
 
-def open_pickle(file: Path) -> Any:
+class Ignored:
+    """Stands in for an object of some other program, of which nothing is imported, called or kept."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def open_pickle(file: Path, allowed: Sequence[type] = (), ignored: tuple[str, ...] = ()) -> Any:
     """What the file holds; its tensors are mapped, and unmapped when the last of them is dropped.
 
-    Raises UserError for a file that is no archive of torch.save, and for one that wants code to run.
+    allowed: plain classes that may be made beside tensors; ignored: how the full names begin of those for which
+    ``Ignored`` stands in. Raises UserError for a file that is no archive of torch.save, and for one that wants
+    anything else to run.
     """
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if ignored else []
+        inert = [(Ignored, name) for name in names if name.startswith(ignored)]
+        with torch.serialization.safe_globals([*allowed, *inert]):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{file} was not opened: {_wanted(file, error)}, and only plain tensors are read") from None
     except Exception as error:  # a broken or hostile pickle raises whatever its opcodes lead to
