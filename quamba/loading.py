@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from quamba import layouts
 from quamba.checkpoint import resolve
 from quamba.errors import UserError
 from quamba.integrations import transformers as integration
-from quamba.layouts import Layout
+from quamba.layouts import Index
 from quamba.tokenizer import adopt, open_tokenizer
 
 
@@ -45,8 +44,9 @@ def load(
     """
     path, where = resolve(source), pick_device(device)
     layout = layouts.find(path)
-    config, opened = layout.config(path), open_tokenizer(path, layout, tokenizer)
-    model = native(path, config, dtype) if layout.native else converted(path, layout, config, opened, dtype)
+    config, index = layout.config(path), layout.index(path)
+    opened = open_tokenizer(path, layout, tokenizer)
+    model = native(path, config, dtype) if layout.native else converted(path, index, config, opened, dtype)
     if getattr(config, "quantization_config", None) is None:
         integration.use_operators(model)
     return model.to(where).eval(), opened
@@ -56,18 +56,18 @@ def native(path: Path, config: Any, dtype: torch.dtype | None) -> Any:
     """A directory that transformers opens itself. Raises UserError when it does not."""
     try:
         return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype or "auto")
-    except (ValueError, OSError, pickle.UnpicklingError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be opened: {str(error).splitlines()[0]}") from None
 
 
-def converted(path: Path, layout: Layout, config: Any, tokenizer: Any, dtype: torch.dtype | None) -> Any:
+def converted(path: Path, index: Index, config: Any, tokenizer: Any, dtype: torch.dtype | None) -> Any:
     """transformers' model of the config that another layout stands for, with its tensors.
 
     Raises UserError when the tensors are not those that the model needs.
     """
     adopt(config, tokenizer)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    state = {name: stored.read() for name, stored in layout.index(path).items()}
+    state = {name: stored.read() for name, stored in index.items()}
     model, info = kind.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype or config.dtype, output_loading_info=True,
         ignore_mismatched_sizes=True,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import enum
+import io
 import json
+import os
 import pickle
+import re
 import sys
 import types
 from pathlib import Path
@@ -13,16 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from huggingface_hub import split_torch_state_dict_into_shards
+from transformers import AutoConfig, AutoTokenizer
 from typer.testing import CliRunner
 
 import quamba
-from quamba import embedded, layouts
+from quamba import embedded, layouts, memory
 from quamba.checkpoint import Checkpoint
 from quamba.cli import app
 from quamba.errors import UserError
 from quamba.layouts import pickles
+from quamba.models import ARCHITECTURES
 
 TOKENIZER = str(embedded.checkpoint("mamba2-tiny"))
 IDS = torch.arange(40)[None]
@@ -81,3 +85,308 @@ def test_mamba_ssm_gives_the_same_bytes(pair, quantise):
         assert torch.equal(model(IDS).logits, quamba.load(theirs, device="cpu")[0](IDS).logits)
     written = json.loads((ours / "config.json").read_text())
     assert written["architectures"] == [type(pair[1]).__name__] and written["eos_token_id"] == tokenizer.eos_token_id
+
+
+def test_mamba_ssm_in_the_default_types_of_its_makers(pair, tmp_path):
+    """A_log and D stay in 32 bits where the rest has 16."""
+    folder, model, _ = pair
+    half = {n: t if n.endswith(("A_log", ".D")) else t.half() for n, t in model.state_dict().items()}
+    settings = json.loads((pair[2] / "config.json").read_text())
+    original = write_mamba_ssm(tmp_path / "half", types.SimpleNamespace(state_dict=lambda: half), settings)
+    assert quamba.load(original, tokenizer=TOKENIZER, device="cpu")[0].dtype == torch.float16
+
+
+@pytest.fixture
+def original(tiny_checkpoint, tmp_path):
+    """A small mamba_ssm directory that a test may spoil."""
+    changes, settings = CASES["mamba2"]
+    return write_mamba_ssm(tmp_path / "original", tiny_checkpoint("mamba2", tuple(sorted(changes.items())))[1], settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"ssm_cfg": {"layer": "Mamba3"}}, "ssm_cfg cannot be {'layer': 'Mamba3'}"),
+        ({"ssm_cfg": {"layer": "Mamba2", "rope": 1}}, "unknown key 'ssm_cfg.rope'"),
+        ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, "ssm_cfg.D_has_hdim cannot be True"),
+        ({"ssm_cfg": {"layer": "Mamba2", "d_ssm": 64}}, "ssm_cfg.d_ssm cannot be 64"),
+        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 16, "ngroups": 3}}, "ngroups cannot be 3"),
+        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 48}}, "transformers refuses"),
+        ({"ssm_cfg": {"dt_rank": "few"}}, "ssm_cfg.dt_rank cannot be 'few'"),
+        ({"attn_layer_idx": [1]}, "attn_layer_idx cannot be [1]"),
+        ({"d_intermediate": 256}, "d_intermediate cannot be 256"),
+        ({"rms_norm": False}, "rms_norm cannot be False"),
+        ({"d_model": "64"}, "d_model cannot be '64'"),
+        ({"moe": 8}, "unknown key 'moe'"),
+    ],
+)
+def test_settings_that_cannot_be_represented_are_refused(original, changes, sentence):
+    held = json.loads((original / "config.json").read_text())
+    (original / "config.json").write_text(json.dumps({**held, **changes}))
+    with pytest.raises(UserError) as error:
+        Checkpoint(original, TOKENIZER)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_tensors_that_do_not_fit_the_config_are_refused(original):
+    held = json.loads((original / "config.json").read_text())
+    for changes, sentence in (({"n_layer": 3}, "lacks 'backbone.layers.2"), ({"n_layer": 1}, "unknown tensor"),
+                              ({"d_model": 32}, "should be [2048, 32]")):  # fmt: skip
+        (original / "config.json").write_text(json.dumps({**held, **changes}))
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            quamba.load(original, tokenizer=TOKENIZER, device="cpu")
+
+
+def test_a_directory_of_no_layout_lists_what_each_would_need(tmp_path):
+    with pytest.raises(UserError) as error:
+        quamba.load(tmp_path, device="cpu")
+    assert all(layout.sign in str(error.value) for layout in layouts.LAYOUTS.values())
+    assert len(layouts.LAYOUTS) == len(list(Path(layouts.__file__).parent.glob("*.py"))) - 3
+
+
+def test_without_a_tokenizer_the_usual_one_is_looked_for_and_named(original, monkeypatch):
+    asked = []
+
+    def nothing(source, **options):
+        asked.append(source)
+        raise OSError("offline")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", nothing)
+    with pytest.raises(UserError, match="EleutherAI/gpt-neox-20b, .* by --tokenizer"):
+        quamba.load(original, device="cpu")
+    assert asked == ["EleutherAI/gpt-neox-20b"]
+
+
+def test_a_tokenizer_beside_the_weights_is_used_and_a_larger_one_refused(original):
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(original)
+    assert len(Checkpoint(original).tokenizer()) == 2048
+    held = json.loads((original / "config.json").read_text())
+    (original / "config.json").write_text(json.dumps({**held, "vocab_size": 1024}))
+    with pytest.raises(UserError, match="has 2048 tokens, the model 1024"):
+        Checkpoint(original).tokenizer()
+
+
+def test_the_commands_take_a_tokenizer(original, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(embedded.validation_text().read_text(encoding="utf-8")[:400], encoding="utf-8")
+    out = tmp_path / "out"
+    for arguments in (
+        ["eval", original, "--tokenizer", "mamba1-tiny", "--perplexity", text, "--window", 16, "--max-windows", 1],
+        ["generate", original, "--tokenizer", TOKENIZER, "--prompt", "The", "--max-new-tokens", 2],
+        ["quantize", original, "--tokenizer", "mamba1-tiny", "--recipe", "w8a8", "--output", out, "--samples", 1,
+         "--seqlen", 16],
+        ["generate", out, "--prompt", "The", "--max-new-tokens", 2],
+    ):  # fmt: skip
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("shards", ["5GB", "200KB"])
+def test_hugging_face_pickles_give_the_same_bytes(tiny_checkpoint, quantise, tmp_path, shards):
+    folder, model = tiny_checkpoint("mamba2")
+    pickled = tmp_path / "pickled"
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        pickled.mkdir(exist_ok=True)
+        (pickled / name).write_bytes((folder / name).read_bytes())
+    split = split_torch_state_dict_into_shards(
+        model.state_dict(), max_shard_size=shards, filename_pattern="pytorch_model{suffix}.bin"
+    )
+    assert split.is_sharded == (shards == "200KB")
+    for name, held in split.filename_to_tensors.items():
+        torch.save({tensor: model.state_dict()[tensor] for tensor in held}, pickled / name)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (pickled / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert same_bytes(quantise(folder, "w8a8", "a"), quantise(pickled, "w8a8", "b"))
+    with torch.inference_mode():
+        assert torch.equal(quamba.load(pickled, device="cpu")[0](IDS).logits, quamba.load(folder, device="cpu")[0](IDS).logits)
+
+
+class ModelType(enum.Enum):
+    """As the training's own class of that name, of which a file keeps a value."""
+
+    encoder_or_decoder = 1
+
+
+def shared(name: str, tensor: torch.Tensor, count: int, pieces: list[int]) -> list[torch.Tensor]:
+    """What each of ``count`` tensor-parallel ranks holds of a tensor, as Megatron-LM's layers split it."""
+    if name.endswith((".norm.weight", "norm_f.weight")) and "mixer" not in name:
+        return [tensor] * count
+    if name.endswith("out_proj.weight"):
+        return [part.clone() for part in tensor.chunk(count, 1)]
+    if "in_proj" in name or "conv1d" in name:
+        parts = tensor.split(pieces if "in_proj" in name else pieces[1:4])
+        return [torch.cat([part.chunk(count)[rank] for part in parts]) for rank in range(count)]
+    return [part.clone() for part in tensor.chunk(count)]
+
+
+def write_megatron(folder: Path, model, ranks: int, stages: int, arguments: dict, fused: bool = False) -> Path:
+    """A checkpoint of Megatron-LM with the state of a transformers model, and what training leaves beside it."""
+    c = model.config
+    inner, key = c.num_heads * c.head_dim, c.n_groups * c.state_size
+    pieces = [inner, inner, key, key, c.num_heads]
+    outside = {"backbone.embeddings.weight": (0, "embedding.word_embeddings.weight"),
+               "backbone.norm_f.weight": (-1, "decoder.final_norm.weight"), "lm_head.weight": (-1, "output_layer.weight")}
+    states: dict[tuple[int, int], dict] = {(r, s): {} for r in range(ranks) for s in range(stages)}
+    depth = c.num_hidden_layers // stages
+    for name, tensor in model.state_dict().items():
+        if name in outside:
+            stage, there = outside[name][0] % stages, outside[name][1]
+        else:
+            layer, _, below = name.removeprefix("backbone.layers.").partition(".")
+            stage = int(layer) // depth
+            below = "mixer.in_proj.layer_norm_weight" if fused and below == "norm.weight" else below
+            there = f"decoder.layers.{int(layer) % depth}.{below}"
+        for rank, part in enumerate(shared(name, tensor, ranks, pieces)):
+            states[rank, stage][there] = part
+    for (rank, stage), state in states.items():
+        where = folder / "release" / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if stages > 1 else ""))
+        where.mkdir(parents=True)
+        state["decoder.layers.0.mixer.in_proj._extra_state"] = io.BytesIO(b"scales")
+        torch.save(
+            {"model": state, "checkpoint_version": 3.0, "iteration": 7, "rng_state": [np.random.RandomState(0).get_state()],
+             "args": argparse.Namespace(model_type=ModelType.encoder_or_decoder, bf16=True, **arguments)},
+            where / "model_optim_rng.pt",
+        )
+    (folder / "latest_checkpointed_iteration.txt").write_text("release\n")
+    return folder
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """The module of the training, there while a checkpoint is written and gone when it is read."""
+    module = types.ModuleType("megatron.core.enums")
+    module.ModelType = ModelType
+    monkeypatch.setattr(ModelType, "__module__", module.__name__)
+    for name in ("megatron", "megatron.core", "megatron.core.enums"):
+        monkeypatch.setitem(sys.modules, name, module)
+    return lambda: [sys.modules.pop(name, None) for name in ("megatron", "megatron.core", "megatron.core.enums")]
+
+
+MEGATRON = {
+    "one": ({"n_groups": 8}, 1, 1, {}, False),
+    "four-ranks": ({"n_groups": 4}, 4, 1, {"mamba_num_groups": 4, "normalization": "RMSNorm"}, True),
+    "stages": ({"n_groups": 8, "num_hidden_layers": 4}, 2, 2, {"norm_epsilon": 1e-5}, False),
+}
+
+
+@pytest.mark.parametrize("case", sorted(MEGATRON))
+def test_megatron_gives_the_same_logits_and_bytes(case, tiny_checkpoint, training, quantise, tmp_path):
+    changes, *written = MEGATRON[case]
+    changes = {**changes, "tie_word_embeddings": False, "residual_in_fp32": False}
+    folder, model = tiny_checkpoint("mamba2", tuple(sorted(changes.items())), torch.bfloat16)
+    original = write_megatron(tmp_path / "megatron", model, *written)
+    training()
+    ours, _ = quamba.load(original, tokenizer=TOKENIZER, device="cpu")
+    theirs, _ = quamba.load(folder, device="cpu")
+    assert ours.dtype == torch.bfloat16 and ours.config.n_groups == changes["n_groups"]
+    with torch.inference_mode():
+        assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+    assert same_bytes(quantise(folder, "w4a8", "theirs"), quantise(original, "w4a8", "ours", tokenizer=TOKENIZER))
+    assert "megatron" not in sys.modules
+
+
+def test_megatron_tells_what_it_cannot_read(tiny_checkpoint, training, tmp_path):
+    _, model = tiny_checkpoint("mamba2", (("n_groups", 8),))
+    folder = write_megatron(tmp_path / "megatron", model, 2, 1, {})
+    file = folder / "release" / "mp_rank_01" / "model_optim_rng.pt"
+    held = torch.load(file, weights_only=False)
+    training()
+
+    def refused(sentence: str) -> None:
+        with pytest.raises(UserError) as error:
+            layouts.find(folder).config(folder)
+        assert sentence in str(error.value)
+
+    with pytest.raises(UserError, match="has no tokenizer; give one by --tokenizer"):
+        Checkpoint(folder).tokenizer()
+    held["model"]["decoder.layers.1.mlp.linear_fc1.weight"] = torch.ones(2, 2)
+    held.pop("args")
+    torch.save(held, file)
+    refused("names and shapes of")
+    torch.save(held, folder / "release" / "mp_rank_00" / "model_optim_rng.pt")
+    refused("linear_fc1.weight', which is no part of a Mamba2 model")
+    file.unlink()
+    held["model"].pop("decoder.layers.1.mlp.linear_fc1.weight")
+    for name, value, sentence in (
+        ("apply_layernorm_1p", True, "apply_layernorm_1p=True"), ("normalization", "LayerNorm", "only 'RMSNorm'"),
+        ("norm_epsilon", 1e-6, "only 1e-05"), ("mamba_num_groups", 3, "do not fit 3 state groups"),
+    ):  # fmt: skip
+        held["args"] = argparse.Namespace(**{name: value})
+        torch.save(held, folder / "release" / "mp_rank_00" / "model_optim_rng.pt")
+        refused(sentence)
+    (folder / "release" / "mp_rank_02").mkdir()
+    torch.save(held, folder / "release" / "mp_rank_02" / "model_optim_rng.pt")
+    refused("2 of the 3 ranks")
+    (folder / "latest_checkpointed_iteration.txt").write_text("20")
+    refused("iter_0000020 has no mp_rank_00/model_optim_rng.pt")
+    (folder / "latest_checkpointed_iteration.txt").write_text("../..")
+    refused("should hold an iteration")
+
+
+class Hostile:
+    """Makes a file when it is unpickled by someone who trusts it."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def spoil(layout: str, folder: Path, trace: Path) -> None:
+    """Write a directory of a layout whose pickle wants code."""
+    if layout == "megatron":
+        file = folder / "release" / "mp_rank_00" / "model_optim_rng.pt"
+        file.parent.mkdir(parents=True)
+        (folder / "latest_checkpointed_iteration.txt").write_text("release")
+        torch.save({"model": {}, "args": argparse.Namespace(numpy=Hostile(trace))}, file)
+        return
+    config = {"d_model": 64, "n_layer": 2, "vocab_size": 96}
+    if layout == "huggingface":
+        config = AutoConfig.for_model("mamba2", **ARCHITECTURES["mamba2"].tiny[0]).to_dict()
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save({"backbone.norm_f.weight": torch.ones(64), "extra": Hostile(trace)}, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("layout", sorted(layouts.LAYOUTS))
+def test_a_pickle_that_wants_code_is_refused_and_never_runs(layout, tmp_path):
+    trace, folder = tmp_path / "trace", tmp_path / "hostile"
+    folder.mkdir()
+    spoil(layout, folder, trace)
+    torch.load(next(folder.rglob("*.[pb][ti]*")), weights_only=False)
+    assert trace.exists()
+    trace.rmdir()
+    for attempt in (lambda: quamba.load(folder, device="cpu", tokenizer=TOKENIZER), lambda: Checkpoint(folder, TOKENIZER)):
+        with pytest.raises(UserError) as error:
+            attempt()
+        assert "asks to run posix.mkdir, and" in str(error.value) and "\n" not in str(error.value)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", pickle.dumps({"a": 1}), b"x" * 4096])
+def test_what_is_no_archive_of_torch_is_refused(tmp_path, content):
+    (tmp_path / "file.bin").write_bytes(content)
+    with pytest.raises(UserError, match="is no archive of torch.save"):
+        pickles.open_pickle(tmp_path / "file.bin")
+
+
+@pytest.mark.parametrize("value", [3, [torch.ones(1)], {"a": 3}, {"a": torch.ones(2, 2).to_sparse()},
+                                   {"a": torch.ones(2, device="meta")}])  # fmt: skip
+def test_what_is_no_state_dict_is_refused(tmp_path, value):
+    torch.save(value, tmp_path / "file.bin")
+    with pytest.raises(UserError, match="should hold"):
+        pickles.index(tmp_path / "file.bin")
+
+
+def test_what_was_read_does_not_stay_in_memory(tmp_path, monkeypatch):
+    file, size = tmp_path / "file.bin", 8 * 1024**2
+    torch.save({str(i): torch.full((size // 4,), float(i)) for i in range(16)}, file)
+    monkeypatch.setattr(pickles, "BUDGET", 2 * size)
+    index = pickles.index(file)
+    before, most = memory.resident(), 0
+    for i in range(16):
+        tensor = index[str(i)].read()
+        assert tensor.shape == index[str(i)].shape and tensor.mean() == i
+        most = max(most, memory.resident())
+    assert 0 < most - before < 5 * size

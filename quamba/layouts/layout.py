@@ -17,7 +17,7 @@ from quamba.errors import UserError
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file. read maps it, so that nothing is in memory before, and nothing once it is dropped."""
+    """One tensor in a file, of which read gives a view that is not to be written to; nothing is in memory before."""
 
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]

@@ -20,6 +20,7 @@ from transformers import Mamba2Config
 from quamba.errors import UserError
 from quamba.layouts import pickles
 from quamba.layouts.layout import Index, Layout, Stored, made
+from quamba.layouts.pickles import Mapped
 
 LATEST, SHARD = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
 GROUPS = 8
@@ -55,23 +56,26 @@ OUTSIDE = {
 class Shares:
     """A tensor as the ranks of one stage hold it, all under one name and in one shape."""
 
-    files: list[Path]
+    ranks: list[Mapped]
     name: str
     how: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one share."""
+        return self.ranks[0].shapes[self.name]
 
     @property
     def whole(self) -> tuple[int, ...]:
         """The shape of the merged tensor."""
         shape, axis = list(self.shape), {WHOLE: None, COLUMNS: 1}.get(self.how, 0)
         if axis is not None:
-            shape[axis] *= len(self.files)
+            shape[axis] *= len(self.ranks)
         return tuple(shape)
 
     def merged(self, sizes: Sizes) -> torch.Tensor:
         """The whole tensor: mapped where one rank has it, else copied."""
-        parts = [opened(file)[0][self.name].detach() for file in self.files[: 1 if self.how == WHOLE else None]]
+        parts = [rank.tensor(self.name) for rank in self.ranks[: 1 if self.how == WHOLE else None]]
         if len(parts) == 1:
             return parts[0]
         if self.how == COLUMNS:
@@ -83,8 +87,10 @@ class Shares:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a whole layer: d_inner, heads, state groups, d_state, convolution width."""
+    """Of the whole model: vocabulary, d_model; of a layer: d_inner, heads, state groups, d_state, convolution width."""
 
+    vocab: int
+    hidden: int
     inner: int
     heads: int
     groups: int
@@ -128,13 +134,22 @@ def ranks(path: Path) -> list[list[Path]]:
     return [[found[stage, share] for share in range(shares)] for stage in range(stages)]
 
 
-def opened(file: Path) -> tuple[dict[str, Any], argparse.Namespace]:
-    """The state dict of a rank, mapped, and the arguments. Raises UserError when the file holds something else."""
+def opened(file: Path) -> dict[str, Any]:
+    """What a rank's file holds, mapped. Raises UserError when there are no weights in it."""
     held = pickles.open_pickle(file, [argparse.Namespace], FOREIGN)
     if not isinstance(held, dict) or not isinstance(held.get("model"), dict):
         raise UserError(f"{file} should hold a dict with the weights under 'model'")
-    arguments = held.get("args")
-    return held["model"], arguments if isinstance(arguments, argparse.Namespace) else argparse.Namespace()
+    return held
+
+
+def weights(held: dict[str, Any]) -> dict[str, Any]:
+    """The state dict without what Transformer Engine adds to it."""
+    return {name: tensor for name, tensor in held["model"].items() if not str(name).endswith("_extra_state")}
+
+
+def reopened(file: Path) -> dict[str, Any]:
+    """The state dict of a rank, mapped anew."""
+    return weights(opened(file))
 
 
 def scan(path: Path) -> tuple[dict[str, Shares], Sizes, argparse.Namespace]:
@@ -143,18 +158,23 @@ def scan(path: Path) -> tuple[dict[str, Shares], Sizes, argparse.Namespace]:
     Raises UserError for what is broken, and for what transformers' mamba2 cannot represent.
     """
     found: dict[str, Shares] = {}
-    layers = 0
+    layers, arguments = 0, None
     for files in ranks(path):
-        states = [{k: v for k, v in opened(file)[0].items() if "_extra_state" not in k} for file in files]
-        for name, tensor in states[0].items():
+        stage = []
+        for file in files:
+            held = opened(file)
+            arguments = arguments or held.get("args")
+            stage.append(Mapped(file, weights(held), partial(reopened, file)))
+            if stage[-1].shapes != stage[0].shapes:
+                raise UserError(f"{file} should hold tensors of the names and shapes of {files[0]}, and does not")
+        for name, shape in stage[0].shapes.items():
             today, how = _today(files[0], name, layers)
-            for file, state in zip(files, states, strict=True):
-                same = state.get(name)
-                if not isinstance(same, torch.Tensor) or same.shape != tensor.shape or state.keys() != states[0].keys():
-                    raise UserError(f"{file} should hold {name!r} as {files[0]} does, and what it holds is different")
-            found[today] = Shares(files, name, how, tuple(tensor.shape), tensor.dtype)
+            if len(shape) < {WHOLE: 0, COLUMNS: 2}.get(how, 1):
+                raise UserError(f"tensor {name!r} of {files[0]} has {len(shape)} axes, which are too few")
+            found[today] = Shares(stage, name, how)
         layers = len({name for name in found if name.endswith(".A_log")})
-    arguments = opened(ranks(path)[0][0])[1]
+    if not isinstance(arguments, argparse.Namespace):
+        arguments = argparse.Namespace()
     for name, wanted in (
         ("normalization", "RMSNorm"), ("norm_epsilon", EPS), ("layernorm_epsilon", EPS), ("apply_layernorm_1p", False),
     ):  # fmt: skip
@@ -181,37 +201,36 @@ def _sizes(path: Path, found: dict[str, Shares], arguments: argparse.Namespace) 
             raise UserError(f"{path} should hold a Mamba2 model, but {name!r} is missing or not of {dims} axes")
         return found[name].whole
 
+    vocab, hidden = whole(EMBEDDING, 2)
     heads, inner = whole(f"{FIRST}mixer.A_log", 1)[0], whole(f"{FIRST}mixer.out_proj.weight", 2)[1]
     channels, _, width = whole(f"{FIRST}mixer.conv1d.weight", 3)
-    groups = getattr(arguments, "mamba_num_groups", None) or GROUPS
+    told = getattr(arguments, "mamba_num_groups", None)
+    groups = told if isinstance(told, int) and told > 0 else GROUPS
     state, rest = divmod(channels - inner, 2 * groups)
     if inner % heads or heads % groups or rest or state < 1:
         raise UserError(
             f"{path} has {heads} heads, d_inner {inner} and {channels} convolution channels, "
             f"which do not fit {groups} state groups"
         )
-    sizes = Sizes(inner, heads, groups, state, width)
+    sizes = Sizes(vocab, hidden, inner, heads, groups, state, width)
     for name, shares in found.items():
-        rows, count = sizes.rows(shares.how, len(shares.files)), len(shares.files)
+        rows = sizes.rows(shares.how, len(shares.ranks))
         if rows and sum(rows) != shares.shape[0]:
-            raise UserError(f"{path}: {name!r} should have {sum(rows) * count} rows, and has {shares.whole[0]}")
+            raise UserError(f"{path}: a rank's share of {name!r} should have {sum(rows)} rows, is {list(shares.shape)}")
     return sizes
 
 
 def config(path: Path) -> Any:
     """Raises UserError as ``scan`` does."""
     found, sizes, arguments = scan(path)
-    if EMBEDDING not in found:
-        raise UserError(f"the weights of {path} lack an embedding, so they are no language model")
-    vocab, hidden = found[EMBEDDING].whole
     return made(
-        Mamba2Config, path, vocab_size=vocab, hidden_size=hidden,
+        Mamba2Config, path, vocab_size=sizes.vocab, hidden_size=sizes.hidden,
         num_hidden_layers=len({name for name in found if name.endswith(".A_log")}), num_heads=sizes.heads,
-        head_dim=sizes.inner // sizes.heads, expand=sizes.inner // hidden, n_groups=sizes.groups,
+        head_dim=sizes.inner // sizes.heads, expand=sizes.inner // sizes.hidden, n_groups=sizes.groups,
         state_size=sizes.state, conv_kernel=sizes.width, use_bias=False,
         use_conv_bias=f"{FIRST}mixer.conv1d.bias" in found, layer_norm_epsilon=EPS,
         residual_in_fp32=bool(getattr(arguments, "fp32_residual_connection", False)),
-        tie_word_embeddings=HEAD not in found, dtype=found[EMBEDDING].dtype,
+        tie_word_embeddings=HEAD not in found, dtype=found[EMBEDDING].ranks[0].types[found[EMBEDDING].name],
     )  # fmt: skip
 
 

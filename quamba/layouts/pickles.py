@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from quamba.errors import UserError
 from quamba.layouts.layout import Index, Stored
+
+BUDGET = 256 * 1024**2
+"""Bytes read from a mapped file before it is mapped anew: opening takes a tenth of a second, and what was read counts
+as this process's memory for as long as it is mapped."""
 
 
 class Ignored:
@@ -26,40 +30,46 @@ def open_pickle(file: Path, allowed: Sequence[type] = (), ignored: tuple[str, ..
     """What the file holds; its tensors are mapped, and unmapped when the last of them is dropped.
 
     allowed: plain classes that may be made beside tensors; ignored: how the full names begin of those for which
-    ``Ignored`` stands in. Raises UserError for a file that is no archive of torch.save, and for one that wants
-    anything else to run.
+    ``Ignored`` stands in. Raises UserError for a file that is no archive of torch.save, and for one that asks for
+    anything else.
     """
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if ignored else []
-        inert = [(Ignored, name) for name in names if name.startswith(ignored)]
-        with torch.serialization.safe_globals([*allowed, *inert]):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{file} was not opened: {_wanted(file, error)}, and only plain tensors are read") from None
+        with safe_globals(list(allowed)):
+            asked = get_unsafe_globals_in_checkpoint(file)
+        refused = sorted(name for name in asked if not (ignored and name.startswith(ignored)))
+        if not refused:
+            with safe_globals([*allowed, *((Ignored, name) for name in asked)]):
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken or hostile pickle raises whatever its opcodes lead to
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{file} is no archive of torch.save that can be read: {reason}") from None
+    raise UserError(f"{file} was not opened, as it asks to run {', '.join(refused)}, and only plain tensors are read")
 
 
-def _wanted(file: Path, error: Exception) -> str:
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception:  # the scan meets the same broken pickle
-        names = []
-    return f"it asks to run {', '.join(names)}" if names else f"its pickle is refused ({str(error).splitlines()[0]})"
+class Mapped:
+    """The state dict of a file, mapped while it is read from."""
+
+    def __init__(self, file: Path, held: Any, reopen: Callable[[], dict[str, Any]]) -> None:
+        """held: what was opened of the file; reopen: maps it anew. Raises UserError unless it holds plain tensors."""
+        if not isinstance(held, dict):
+            raise UserError(f"{file} should hold a dict of tensors, and holds a {type(held).__name__}")
+        for name, tensor in held.items():
+            if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+                raise UserError(f"{file} should hold plain tensors, and {name!r} is none")
+        self.shapes = {str(name): tuple(tensor.shape) for name, tensor in held.items()}
+        self.types = {str(name): tensor.dtype for name, tensor in held.items()}
+        self._held, self._reopen, self._read = held, reopen, 0
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A view of the mapped file, not to be written to."""
+        if self._read > BUDGET:
+            self._held, self._read = self._reopen(), 0
+        tensor: torch.Tensor = self._held[name].detach()
+        self._read += tensor.nbytes
+        return tensor
 
 
 def index(file: Path) -> Index:
-    """The tensors of a state dict. Raises UserError as open_pickle does, and when the file holds none."""
-    held = open_pickle(file)
-    if not isinstance(held, dict):
-        raise UserError(f"{file} should hold a dict of tensors, and holds a {type(held).__name__}")
-    for name, tensor in held.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            raise UserError(f"{file} should hold plain tensors, and {name!r} is none")
-    return {str(name): Stored(tuple(tensor.shape), partial(_read, file, name)) for name, tensor in held.items()}
-
-
-def _read(file: Path, name: str) -> torch.Tensor:
-    tensor: torch.Tensor = open_pickle(file)[name]
-    return tensor.detach()
+    """The tensors of a state dict. Raises UserError as ``open_pickle`` and ``Mapped`` do."""
+    mapped = Mapped(file, open_pickle(file), partial(open_pickle, file))
+    return {name: Stored(shape, partial(mapped.tensor, name)) for name, shape in mapped.shapes.items()}
