@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from quamba import embedded
+from quamba import embedded, sentencepiece
 from quamba.errors import UserError
 from quamba.layouts import Layout
 
@@ -22,24 +22,30 @@ GIVE = "give one by --tokenizer: a directory, a Hub id or a SentencePiece FILE.m
 def open_tokenizer(path: Path, layout: Layout, given: str | Path | None = None) -> Any:
     """A transformers tokenizer for the checkpoint in ``path``.
 
-    given: a directory, a Hub id, the name of an embedded checkpoint, or a SentencePiece file. Raises UserError when
-    there is none, or when it cannot be read.
+    given: a directory, a Hub id, the name of an embedded checkpoint, or a SentencePiece file; such a file is also found
+    beside the weights. Raises UserError when there is none, or when it cannot be read.
     """
-    if given is None and (layout.native or owned(path)):
+    if given is not None:
+        if str(given) in embedded.names():
+            given = embedded.checkpoint(str(given))
+        if Path(given).is_file():
+            return sentencepiece.read(Path(given))
+        return _read(given, f"tokenizer {str(given)!r} cannot be read")
+    if layout.native or owned(path):
         return _read(path, f"{path} has no tokenizer that can be read")
-    if given is None and layout.tokenizer is None:
+    beside = sorted(path.glob("*.model"))
+    if len(beside) == 1:
+        return sentencepiece.read(beside[0])
+    if layout.tokenizer is None:
         raise UserError(f"{path} has no tokenizer; {GIVE}")
-    if given is None:
-        why = f"{path} has no tokenizer, and {layout.tokenizer}, which such models use, cannot be had"
-        return _read(layout.tokenizer, why)
-    if str(given) in embedded.names():
-        given = embedded.checkpoint(str(given))
-    return _read(given, f"tokenizer {str(given)!r} cannot be read")
+    return _read(
+        layout.tokenizer, f"{path} has no tokenizer, and {layout.tokenizer}, which such models use, cannot be had"
+    )
 
 
 def owned(path: Path) -> bool:
-    """Whether a directory holds a tokenizer."""
-    return any((path / name).is_file() for name in (*FILES[:2], "vocab.json", "tokenizer.model"))
+    """Whether a directory holds a tokenizer in transformers' own files."""
+    return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
 
 
 def _read(source: Any, why: str) -> Any:
@@ -56,7 +62,8 @@ def texts(path: Path, tokenizer: Any) -> dict[str, str]:
         return {name: (path / name).read_text(encoding="utf-8") for name in FILES if (path / name).is_file()}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(folder).iterdir())}
+        written = sorted(Path(folder).iterdir())
+        return {file.name: file.read_text(encoding="utf-8") for file in written if file.name in FILES}
 
 
 def adopt(config: Any, tokenizer: Any) -> None:
