@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import types
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 import quamba
 from quamba import embedded, layouts, memory
-from quamba.checkpoint import Checkpoint
+from quamba.checkpoint import Checkpoint, resolve
 from quamba.cli import app
 from quamba.errors import UserError
 from quamba.layouts import pickles
@@ -138,7 +139,8 @@ def test_a_directory_of_no_layout_lists_what_each_would_need(tmp_path):
     with pytest.raises(UserError) as error:
         quamba.load(tmp_path, device="cpu")
     assert all(layout.sign in str(error.value) for layout in layouts.LAYOUTS.values())
-    assert len(layouts.LAYOUTS) == len(list(Path(layouts.__file__).parent.glob("*.py"))) - 3
+    files = Path(layouts.__file__).parent.glob("*.py")
+    assert {file.stem for file in files if "\nLAYOUT = " in file.read_text(encoding="utf-8")} == set(layouts.LAYOUTS)
 
 
 def test_without_a_tokenizer_the_usual_one_is_looked_for_and_named(original, monkeypatch):
@@ -198,6 +200,23 @@ def test_hugging_face_pickles_give_the_same_bytes(tiny_checkpoint, quantise, tmp
     (ours, _), (theirs, _) = (quamba.load(path, device="cpu") for path in (pickled, folder))
     with torch.inference_mode():
         assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+
+
+@pytest.mark.parametrize("stored", ["model.safetensors", "release/mp_rank_00/model_optim_rng.pt", "pytorch_model.bin"])
+def test_pickles_are_downloaded_only_where_there_are_no_safetensors(stored, tmp_path, monkeypatch):
+    asked = []
+
+    def download(repository, allow_patterns):
+        asked.append([name for name in ("config.json", stored) if any(fnmatch(name, p) for p in allow_patterns)])
+        for name in asked[-1]:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve("someone/model") == tmp_path
+    first = ["config.json", stored] if stored.endswith("safetensors") else ["config.json"]
+    assert asked == [first] if stored.endswith("safetensors") else [first, ["config.json", stored]]
 
 
 class Hostile:

@@ -17,7 +17,7 @@ from quamba.errors import UserError
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file, of which read gives a view that is not to be written to; nothing is in memory before."""
+    """One tensor in a file; nothing of it is in memory before it is read, and nothing once what was read is dropped."""
 
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]

@@ -74,7 +74,7 @@ class Shares:
         return tuple(shape)
 
     def merged(self, sizes: Sizes) -> torch.Tensor:
-        """The whole tensor: mapped where one rank has it, else copied."""
+        """The whole tensor."""
         parts = [rank.tensor(self.name) for rank in self.ranks[: 1 if self.how == WHOLE else None]]
         if len(parts) == 1:
             return parts[0]

@@ -13,9 +13,9 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from quamba.errors import UserError
 from quamba.layouts.layout import Index, Stored
 
-BUDGET = 256 * 1024**2
-"""Bytes read from a mapped file before it is mapped anew: opening takes a tenth of a second, and what was read counts
-as this process's memory for as long as it is mapped."""
+BUDGET, OPENINGS = 64 * 1024**2, 64
+"""Bytes read from a mapped file before it is unmapped, more where a file would be opened more often than that:
+opening takes a tenth of a second, and what was read counts as this process's memory for as long as it is mapped."""
 
 
 class Ignored:
@@ -58,14 +58,18 @@ class Mapped:
                 raise UserError(f"{file} should hold plain tensors, and {name!r} is none")
         self.shapes = {str(name): tuple(tensor.shape) for name, tensor in held.items()}
         self.types = {str(name): tensor.dtype for name, tensor in held.items()}
-        self._held, self._reopen, self._read = held, reopen, 0
+        self._held: dict[str, Any] | None = held
+        self._reopen = reopen
+        self._budget, self._read = max(BUDGET, file.stat().st_size // OPENINGS), 0
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A view of the mapped file, not to be written to."""
-        if self._read > BUDGET:
-            self._held, self._read = self._reopen(), 0
-        tensor: torch.Tensor = self._held[name].detach()
+        """A copy, so that the file is unmapped when the budget is spent, whoever holds what was read."""
+        if self._held is None:
+            self._held = self._reopen()
+        tensor: torch.Tensor = self._held[name].detach().clone()
         self._read += tensor.nbytes
+        if self._read > self._budget:
+            self._held, self._read = None, 0
         return tensor
 
 
