@@ -284,4 +284,4 @@ def test_what_was_read_does_not_stay_in_memory(tmp_path, monkeypatch):
         tensor = index[str(i)].read()
         assert tensor.shape == index[str(i)].shape and tensor.mean() == i
         most = max(most, memory.resident())
-    assert 0 < most - before < 5 * size
+    assert 0 < most - before < 8 * size

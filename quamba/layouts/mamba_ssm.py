@@ -78,7 +78,7 @@ class Model(_Settings):
     vocab_size: PositiveInt
     ssm_cfg: Annotated[Mamba1 | Mamba2, Field(discriminator="layer")] = Mamba1()
     d_intermediate: Literal[0] = 0
-    attn_layer_idx: Annotated[list[int], Field(max_length=0)] = []
+    attn_layer_idx: Annotated[list[int], Field(max_length=0)] | None = None
     attn_cfg: Any = None
     rms_norm: Literal[True] = True
     residual_in_fp32: bool = True

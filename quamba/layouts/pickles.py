@@ -42,7 +42,7 @@ def open_pickle(file: Path, allowed: Sequence[type] = (), ignored: tuple[str, ..
                 return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken or hostile pickle raises whatever its opcodes lead to
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{file} is no archive of torch.save that can be read: {reason}") from None
+        raise UserError(f"{file} is no archive of torch.save (1.6 or later) that can be read: {reason}") from None
     raise UserError(f"{file} was not opened, as it asks to run {', '.join(refused)}, and only plain tensors are read")
 
 
