@@ -9,34 +9,36 @@ import torch
 import yaml
 
 from quamba.checkpoint import Checkpoint, generation_config
+from quamba.layouts.layout import read_json
 from quamba.recipe import FORMAT_VERSION, Recipe
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja",
-)  # fmt: skip
+from quamba.tokenizer import texts as tokenizer_texts
 
 
 def files(checkpoint: Checkpoint, recipe: Recipe, tokens: torch.Tensor) -> dict[str, str]:
     """Name -> text of everything in the directory that is not a tensor. tokens [samples, T] were calibrated on."""
-    config: dict[str, Any] = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    tokenizer = checkpoint.tokenizer()
+    config = config_of(checkpoint)
     config["tie_word_embeddings"] = False  # the last norm's gain lives in the head, so the two tables differ
     config["quantization_config"] = {
         "quant_method": "quamba",
         "format_version": FORMAT_VERSION,
         "recipe": recipe.model_dump(mode="json"),
     }
-    texts = {
+    return {
         "config.json": json.dumps(config, indent=2) + "\n",
         "generation_config.json": generation_config(checkpoint),
         "recipe.yaml": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
         "README.md": model_card(checkpoint, recipe, tokens),
+        **tokenizer_texts(checkpoint.path, tokenizer),
     }
-    for name in TOKENIZER_FILES:
-        path = checkpoint.path / name
-        if path.is_file():
-            texts[name] = path.read_text(encoding="utf-8")
-    return texts
+
+
+def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What config.json should say of the original: what it does say, or what another layout stands for."""
+    if checkpoint.layout.native:
+        return read_json(checkpoint.path / "config.json")
+    config: dict[str, Any] = json.loads(checkpoint.config.to_json_string())
+    return config
 
 
 def model_card(checkpoint: Checkpoint, recipe: Recipe, tokens: torch.Tensor) -> str:

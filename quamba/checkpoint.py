@@ -1,8 +1,9 @@
-"""Read a Hugging Face checkpoint lazily; write a quantised one so that a killed run leaves the old one or none."""
+"""Read a checkpoint lazily, whatever its layout; write a quantised one so that a killed run leaves the old or none."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -11,21 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
-from quamba import embedded
+from quamba import embedded, layouts
 from quamba.conversion import Conversion
 from quamba.errors import UserError
 from quamba.models import architecture
 from quamba.models.spec import BlockSpec
 from quamba.skeleton import Skeleton
+from quamba.tokenizer import adopt, open_tokenizer
 
 SHARD_BYTES = 5 * 1024**3
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+HUB_PICKLES = ["pytorch_model*.bin", "*model_optim_rng.pt"]
+"""Downloaded only where a repository has no safetensors."""
 
 
 def resolve(source: str | Path) -> Path:
@@ -37,8 +40,6 @@ def resolve(source: str | Path) -> Path:
         return embedded.checkpoint(str(source))
     path = Path(source)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{path} holds no config.json, so it is not a Hugging Face model directory")
         return path
     if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         names = ", ".join(embedded.names())
@@ -47,7 +48,10 @@ def resolve(source: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
+        path = Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
+        if not any(path.glob("*.safetensors")):
+            path = Path(snapshot_download(str(source), allow_patterns=HUB_FILES + HUB_PICKLES))
+        return path
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"model {str(source)!r} is no directory here and the Hub did not give it: {error}") from None
 
@@ -55,37 +59,19 @@ def resolve(source: str | Path) -> Path:
 class Checkpoint:
     """A model directory whose tensors are read one by one, under the names that its architecture uses today."""
 
-    def __init__(self, source: str | Path) -> None:
+    def __init__(self, source: str | Path, tokenizer: str | Path | None = None) -> None:
+        """tokenizer: as quamba.tokenizer.open_tokenizer takes it; None for the checkpoint's own."""
         self.source, self.path = str(source), resolve(source)
-        try:
-            self.config: Any = AutoConfig.from_pretrained(self.path)
-        except (ValueError, KeyError, OSError) as error:
-            raise UserError(f"{self.path}/config.json cannot be read: {str(error).splitlines()[0]}") from None
+        self.layout = layouts.find(self.path)
+        self.config: Any = self.layout.config(self.path)
         self.architecture = architecture(self.config)
         self.spec = self.architecture.describe(self.config)
-        self._file = self._locate()
+        self._stored = {self._today(name): stored for name, stored in self.layout.index(self.path).items()}
         self.quantised = getattr(self.config, "quantization_config", None) is not None
         self._conversion: Conversion | None = None
         if self.spec.hosted and not self.quantised:
-            self._conversion = Conversion(Skeleton(self.config, self.spec).model, self._file)
-
-    def _locate(self) -> dict[str, tuple[Path, str]]:
-        """Today's name -> (file, name in the file)."""
-        index = self.path / INDEX
-        if index.is_file():
-            files = sorted({self.path / f for f in json.loads(index.read_text())["weight_map"].values()})
-        else:
-            files = [self.path / SINGLE]
-        found: dict[str, tuple[Path, str]] = {}
-        for file in files:
-            if not file.is_file():
-                raise UserError(f"{self.path} has no {file.name}; only safetensors checkpoints are read")
-            try:
-                with safe_open(file, "pt") as opened:
-                    found |= {self._today(name): (file, name) for name in opened.keys()}  # noqa: SIM118
-            except SafetensorError as error:
-                raise UserError(f"{file} is not a readable safetensors file: {error}") from None
-        return found
+            self._conversion = Conversion(Skeleton(self.config, self.spec).model, self._stored)
+        self._given, self._tokenizer = tokenizer, None
 
     def _today(self, name: str) -> str:
         for old, new in self.architecture.renames:
@@ -97,7 +83,7 @@ class Checkpoint:
 
         Raises UserError when it is missing or holds NaN or Inf.
         """
-        known = self._file if self._conversion is None else self._conversion.sources
+        known = self._stored if self._conversion is None else self._conversion.sources
         if name not in known and name == f"{self.spec.head}.weight" and self.config.tie_word_embeddings:
             name = f"{self.spec.embedding}.weight"
         if name not in known:
@@ -108,10 +94,7 @@ class Checkpoint:
         return tensor
 
     def _read(self, name: str) -> torch.Tensor:
-        file, stored = self._file[name]
-        with safe_open(file, "pt") as opened:
-            tensor: torch.Tensor = opened.get_tensor(stored)
-        return tensor
+        return self._stored[name].read()
 
     def block(self, block: BlockSpec) -> dict[str, torch.Tensor]:
         """The tensors of one block, by path below it. Raises UserError for a shape that does not fit."""
@@ -133,20 +116,20 @@ class Checkpoint:
     def bytes(self) -> dict[str, int]:
         """Size of the parts at 16 bits per value: layers, embedding, lm_head (0 when tied)."""
         parts = {"layers": 0, "embedding": 0, "lm_head": 0}
-        known = {n: [(n, None)] for n in self._file} if self._conversion is None else self._conversion.sources
-        for name, sources in known.items():
-            for file, stored in (self._file[source] for source, _ in sources):
-                with safe_open(file, "pt") as opened:
-                    count = _product(opened.get_slice(stored).get_shape())
-                parts[part_of(name, self.spec.embedding, self.spec.head)] += 2 * count
+        for name in self._stored if self._conversion is None else self._conversion.sources:
+            sources = [name] if self._conversion is None else [n for n, _ in self._conversion.sources[name]]
+            count = sum(math.prod(self._stored[source].shape) for source in sources)
+            parts[part_of(name, self.spec.embedding, self.spec.head)] += 2 * count
         return parts
 
     def tokenizer(self) -> Any:
-        """Raises UserError when the directory has none."""
-        try:
-            return AutoTokenizer.from_pretrained(self.path)
-        except (ValueError, OSError) as error:
-            raise UserError(f"{self.path} has no tokenizer that can be read: {str(error).splitlines()[0]}") from None
+        """Raises UserError as quamba.tokenizer.open_tokenizer does. A layout whose config knows no special tokens
+        learns them from it."""
+        if self._tokenizer is None:
+            self._tokenizer = open_tokenizer(self.path, self.layout, self._given)
+            if not self.layout.native:
+                adopt(self.config, self._tokenizer)
+        return self._tokenizer
 
 
 def part_of(name: str, embedding: str, head: str) -> str:
@@ -154,13 +137,6 @@ def part_of(name: str, embedding: str, head: str) -> str:
     if name.startswith(embedding + "."):
         return "embedding"
     return "lm_head" if name.startswith(head + ".") else "layers"
-
-
-def _product(values: Any) -> int:
-    total = 1
-    for value in values:
-        total *= value
-    return total
 
 
 class Writer:

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+from quamba import layouts
 from quamba.checkpoint import resolve
 from quamba.errors import UserError
 from quamba.integrations import transformers as integration
+from quamba.layouts import Index
+from quamba.tokenizer import adopt, open_tokenizer
 
 
 def pick_device(name: str) -> torch.device:
@@ -26,19 +29,53 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load(source: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+def load(
+    source: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> tuple[Any, Any]:
     """(model, tokenizer) of a Hub id, a directory (original or quantised) or an embedded checkpoint, in eval mode.
 
+    tokenizer: a directory, a Hub id or a SentencePiece file; None takes the checkpoint's own.
     dtype: of activations and of unquantised weights; None takes the checkpoint's. An original checkpoint of a known
     architecture runs on the same operators, in floats. Raises UserError for what cannot be opened.
     """
     path, where = resolve(source), pick_device(device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        config = AutoConfig.from_pretrained(path)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype or "auto")
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be opened: {str(error).splitlines()[0]}") from None
+    layout = layouts.find(path)
+    config, index = layout.config(path), layout.index(path)
+    opened = open_tokenizer(path, layout, tokenizer)
+    model = native(path, config, dtype) if layout.native else converted(path, index, config, opened, dtype)
     if getattr(config, "quantization_config", None) is None:
         integration.use_operators(model)
-    return model.to(where).eval(), tokenizer
+    return model.to(where).eval(), opened
+
+
+def native(path: Path, config: Any, dtype: torch.dtype | None) -> Any:
+    """A directory that transformers opens itself. Raises UserError when it does not."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype or "auto")
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be opened: {str(error).splitlines()[0]}") from None
+
+
+def converted(path: Path, index: Index, config: Any, tokenizer: Any, dtype: torch.dtype | None) -> Any:
+    """transformers' model of the config that another layout stands for, with its tensors.
+
+    Raises UserError when the tensors are not those that the model needs.
+    """
+    adopt(config, tokenizer)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    state = {name: stored.read() for name, stored in index.items()}
+    model, info = kind.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype or config.dtype, output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    for what, names in (("lacks", info["missing_keys"]), ("holds the unknown tensor", info["unexpected_keys"])):
+        if names:
+            raise UserError(f"{path} {what} {sorted(names)[0]!r}, by its config")
+    if info["mismatched_keys"]:
+        name, got, wanted = sorted(info["mismatched_keys"])[0]
+        raise UserError(f"tensor {name} of {path} should be {list(wanted)} by its config, is {list(got)}")
+    return model

@@ -49,6 +49,7 @@ def quantize(
     recipe: str | Path | Recipe,
     output: str | Path,
     *,
+    tokenizer: str | Path | None = None,
     calibration_text: str | Path | None = None,
     samples: int | None = None,
     seqlen: int | None = None,
@@ -59,12 +60,13 @@ def quantize(
 ) -> Report:
     """Quantise a checkpoint (Hub id, directory or embedded name) as a recipe says, into a Hugging Face directory.
 
+    tokenizer: a directory, a Hub id or a SentencePiece file, for a checkpoint that comes without one.
     calibration_text: a text file, a dataset's name, or None for the embedded text; samples windows of seqlen tokens
     (None: as the recipe says) drawn with the seed. Raises UserError for what the user got wrong; a killed or failed run
     leaves ``output`` as it was.
     """
     start, tell = time.perf_counter(), progress or (lambda phase, done, total: None)
-    recipe, checkpoint, where = load_recipe(recipe), Checkpoint(source), pick_device(device)
+    recipe, checkpoint, where = load_recipe(recipe), Checkpoint(source, tokenizer), pick_device(device)
     if checkpoint.quantised:
         raise UserError(f"{checkpoint.path} is quantised already; give the original checkpoint")
     model, plan = checkpoint.spec, recipe.calibration

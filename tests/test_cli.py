@@ -192,6 +192,7 @@ def test_quantize_passes_its_options_and_prints_the_report(monkeypatch, tmp_path
     seen.pop("progress")
     assert seen == {
         "source": "mamba2-tiny",
+        "tokenizer": None,
         "output": tmp_path / "out",
         "calibration_text": "owner/data",
         "samples": 3,

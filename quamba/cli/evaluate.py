@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from quamba.cli import console
-from quamba.cli.options import Device, Dtype, Model
+from quamba.cli.options import Device, Dtype, Model, Tokenizer
 from quamba.errors import UserError
 from quamba.windows import check_windows, read_text
 
@@ -52,6 +52,7 @@ def run(
             help="How many windows or documents run together; by default 4 windows, 16 if stepwise, 16 documents."
         ),
     ] = None,
+    tokenizer: Tokenizer = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
     json_file: Annotated[
@@ -87,13 +88,13 @@ def run(
     # Before the model is loaded: a mistake should not cost minutes.
     manager = evaluate.find_tasks(names, tasks_path) if names else None
 
-    network, tokenizer = load(model, device=device, dtype=getattr(torch, dtype))
+    network, opened = load(model, tokenizer=tokenizer, device=device, dtype=getattr(torch, dtype))
     results: dict[str, Any] = {"model": model}
     if perplexity is not None:
         with console.progress() as progress:
             results["perplexity"] = evaluate.perplexity(
                 network,
-                tokenizer,
+                opened,
                 perplexity,
                 window=window,
                 max_windows=max_windows,
@@ -103,7 +104,7 @@ def run(
             )
     if names:
         results["tasks"] = evaluate.tasks(
-            network, tokenizer, names, limit=limit, batch_size=batch_size or 16, manager=manager
+            network, opened, names, limit=limit, batch_size=batch_size or 16, manager=manager
         )
     if json_file is not None:
         write_json(json_file, results)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from quamba.cli import console
-from quamba.cli.options import Device, Model
+from quamba.cli.options import Device, Model, Tokenizer
 from quamba.errors import UserError
 
 
@@ -26,6 +26,7 @@ def run(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The seed of the sampling.")] = 0,
+    tokenizer: Tokenizer = None,
     device: Device = "auto",
 ) -> None:
     """Continue a text and print it word by word, the prompt first.
@@ -42,10 +43,10 @@ def run(
     from quamba.generation import generate
     from quamba.loading import load
 
-    network, tokenizer = load(model, device=device)
+    network, opened = load(model, tokenizer=tokenizer, device=device)
     generate(
         network,
-        tokenizer,
+        opened,
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -15,6 +15,15 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="DIR|ID|FILE.model",
+        help="The tokenizer of a model that comes without one: a directory, a Hub id or a SentencePiece file; by "
+        "default the model's own, or the one that models of its kind use.",
+    ),
+]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"],
     typer.Option("--dtype", help="The type of activations and of unquantised weights."),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quamba.cli import console
-from quamba.cli.options import Device, Model
+from quamba.cli.options import Device, Model, Tokenizer
 from quamba.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def run(
         Path,
         typer.Option(metavar="DIR", help="The directory to write; it appears only when complete.", show_default=False),
     ],
+    tokenizer: Tokenizer = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -67,6 +68,7 @@ def run(
             model,
             load_recipe(recipe),
             output,
+            tokenizer=tokenizer,
             calibration_text=calibration,
             samples=samples,
             seqlen=seqlen,
