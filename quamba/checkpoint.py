@@ -130,6 +130,12 @@ class Checkpoint:
                 )
         return tensors
 
+    def stored(self) -> dict[str, int]:
+        """Bytes of every tensor as it lies in the files, by today's name."""
+        headers = {file: _header(file) for file, _ in self._file.values()}
+        spans = {name: headers[file][stored]["data_offsets"] for name, (file, stored) in self._file.items()}
+        return {name: end - start for name, (start, end) in spans.items()}
+
     def bytes(self) -> dict[str, int]:
         """Size of the parts at 16 bits per value: layers, embedding, lm_head (0 when tied)."""
         parts = {"layers": 0, "embedding": 0, "lm_head": 0}
@@ -145,6 +151,14 @@ class Checkpoint:
             return AutoTokenizer.from_pretrained(self.path)
         except (ValueError, OSError) as error:
             raise UserError(f"{self.path} has no tokenizer that can be read: {str(error).splitlines()[0]}") from None
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file that ``safe_open`` has accepted: name -> dtype, shape, data_offsets."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header: dict[str, Any] = json.loads(opened.read(length))
+    return header
 
 
 def part_of(name: str, embedding: str, head: str) -> str:
