@@ -12,13 +12,14 @@ import torch
 
 from quamba.errors import UserError
 from quamba.inspection.opened import Opened, Place
+from quamba.modules.linear import Linear
 from quamba.modules.mixer import Mixer
 from quamba.recipe import RotationSpec
 from quamba.transforms import output_block, residual_rotation
 from quamba_kernels import hadamard
 from quamba_kernels.ops import Activation, dequantize
 
-OUTLIER = 5.0
+OUTLIER = 3.0
 """A channel is an outlier when its largest magnitude exceeds this multiple of the median channel's."""
 
 
@@ -26,8 +27,9 @@ OUTLIER = 5.0
 class Spread:
     """Magnitudes of an activation [tokens, C].
 
-    peak: max |x|. rms: sqrt(mean x^2). outlier_ratio: peak / rms, at least 1. outlier_channels: the share of channels
-    whose own peak exceeds OUTLIER times the median of all channels' peaks. channel_peaks: max |x| of every channel, [C].
+    peak: max |x| over all tokens and channels. rms: sqrt(mean x^2) over the same. outlier_ratio: peak / rms.
+    outlier_channels: the share of channels whose own peak exceeds OUTLIER times the median of all channels' peaks.
+    channel_peaks: max |x| of every channel, fp32 [C].
     """
 
     peak: float
@@ -85,7 +87,8 @@ class Survey:
     """Everything that is watched while text runs through a model: ``linears`` by path; ``streams``, the residual stream
     as it enters each block; ``outputs`` by path, the inputs of the linears that a mixer rotates online.
 
-    A model without rotations is rotated here as a stock recipe would.
+    Quantised inputs are seen before they are rounded and clipped, except those that arrive as codes (x of x_proj). A
+    model without rotations is rotated here as a stock recipe would.
     """
 
     def __init__(self, opened: Opened) -> None:
@@ -105,8 +108,10 @@ class Survey:
         """Let windows int64 [windows, T] through the model. Raises UserError that names the layer for NaN or Inf."""
         with ExitStack() as undo:
             for place in self.opened.places:
-                place.linear.capture = self._capture(place)
-                undo.callback(setattr, place.linear, "capture", None)
+                # a site that collects lets floats through: they are seen before they are rounded and clipped
+                place.linear.input.observe()
+                undo.callback(setattr, place.linear.input, "histogram", None)
+                undo.callback(place.linear.register_forward_pre_hook(self._read(place)).remove)
             for layer, block in enumerate(self.opened.spec.blocks):
                 module = self.opened.model.get_submodule(block.path)
                 undo.callback(module.register_forward_pre_hook(self._enter(layer), with_kwargs=True).remove)
@@ -117,11 +122,22 @@ class Survey:
                 done += len(part)
             progress("activations", done, len(ids))
 
-    def _capture(self, place: Place) -> Callable[[Activation], None]:
+    def _read(self, place: Place) -> Callable[..., Any]:
         watching: list[Any] = [self.linears[place.path]]
         if place.path in self.outputs:
             watching.append(self.outputs[place.path])
-        return lambda seen: _watch(watching, dequantize(*seen), place.path)
+
+        def see(linear: Linear, args: tuple[Any, ...]) -> Any:
+            x = args[0] if isinstance(args[0], Activation) else Activation(args[0])
+            _watch(watching, dequantize(*x), place.path)
+            if x.scale is not None or not linear.input.quantised:
+                return None
+            collecting, linear.input.histogram = linear.input.histogram, None
+            codes = linear.input(x.data)
+            linear.input.histogram = collecting
+            return (codes, *args[1:])
+
+        return see
 
     def _enter(self, layer: int) -> Callable[..., None]:
         name = self.opened.spec.blocks[layer].path

@@ -28,10 +28,10 @@ class Row:
     layer: index of the block, None outside the blocks. stored_as: the weight format, or the type of floats.
     parameters: weights and biases that the row stands for; 0 for "rest" and for a head tied to the embedding.
     bytes: of everything stored for it in the files. bits: 8 * bytes / parameters, scales included; None without
-    parameters. weight_error: ||stored - meant|| / ||meant|| against the original after the exact transforms of the
+    parameters. weight_error: ||stored - exact|| / ||exact|| against the original after the exact transforms of the
     recipe, None without an original. rounding: what rounding to nearest on the stored grid would cost, in the same
-    unit: root mean square of step / sqrt(12) over that of the weights; None for floats. input: what it reads, None where
-    no text ran or nothing reached it.
+    unit: root mean square of step / sqrt(12) over that of the weights; None for floats. input: what it reads, None
+    where no text ran or nothing reached it.
     """
 
     layer: int | None
@@ -66,7 +66,7 @@ class Residual:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``inspect`` found. tokens: how many ran. linears_error, linears_bits: of all rows with parameters together."""
+    """What ``inspect`` found. tokens: how many ran. weight_error and rounding: as in a row, of all rows together."""
 
     model: str
     original: str | None
@@ -206,7 +206,7 @@ class Weights:
             size for name, size in self.sizes.items()
             if layer_of(name, self.opened.spec) == layer and not name.startswith(tuple(owned))
         )  # fmt: skip
-        return [*found, Row(layer, REST, "", 0, rest, None, None, None, None)]
+        return [*found, Row(layer, REST, "", 0, rest, None, None, None, None)] if rest else found
 
     def _linears(self, group: list[Place], meant: dict[str, torch.Tensor], seen: Spread | None) -> Row:
         size, parameters, error, grid = 0, 0, Deviation(), Deviation()

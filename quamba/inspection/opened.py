@@ -1,4 +1,4 @@
-"""A model opened to be looked at: its checkpoint, its recipe, the rotation of its stream, and where its linears stand."""
+"""A model opened to be looked at: its checkpoint, its recipe, its rotation, and where its linears stand."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ class Place:
 class Opened:
     """A checkpoint, original or quantised, and the model that runs it.
 
-    recipe: the one that a quantised directory holds; FLOAT for an original. rotation: that of the residual stream, None
-    where it is not rotated. Raises UserError for what cannot be opened, and for a directory that another tool quantised.
+    recipe: the one that a quantised directory holds; FLOAT for an original. rotation: of the residual stream, None
+    where it is not rotated. Raises UserError for what cannot be opened, and for a directory that another tool
+    quantised.
     """
 
     def __init__(self, source: str | Path, device: str, dtype: torch.dtype) -> None:

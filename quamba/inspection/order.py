@@ -25,8 +25,8 @@ def value_rows(mixer: MixerSpec, proj: Proj) -> list[slice]:
 def recover(stored: torch.Tensor, exact: torch.Tensor, rows: list[slice], heads: int) -> list[Permutation]:
     """The permutations of "value" and "head" that take ``exact`` to ``stored``.
 
-    stored, exact [O, K]: the dequantised weight and the original in its own order but in the same basis; rows: stretches
-    of H * P outputs whose channels move together. Rounding leaves a row far nearer to itself than to any other.
+    stored, exact [O, K]: the dequantised weight, and the original in its own order but in the same basis; rows:
+    stretches of H * P outputs whose channels move together. Rounding leaves a row far nearer to itself than to others.
     """
     new, old = (torch.cat([w[r].float() for r in rows], 1) for w in (stored, exact))
     new, old = (w / w.norm(dim=1, keepdim=True).clamp_min(1e-30) for w in (new, old))

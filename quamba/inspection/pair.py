@@ -79,10 +79,10 @@ def compare(
 ) -> Comparison:
     """Run two models (each an original or a quantised one) on the same text; A is the reference.
 
-    text: a UTF-8 file, None for the embedded validation text; its first ``tokens`` tokens are read in windows of WINDOW.
-    prompt: what both continue greedily by max_new_tokens (0 leaves that out); None takes the text's first PROMPT tokens.
-    A rotated residual stream is rotated back before it is compared. Raises UserError for models of different structure
-    or vocabulary, for a text that is too short and for an empty prompt.
+    text: a UTF-8 file, None for the embedded validation text; its first ``tokens`` tokens are read in windows of
+    WINDOW. prompt: what both continue greedily by max_new_tokens (0 leaves that out); None takes the text's first
+    PROMPT tokens. A rotated residual stream is rotated back before it is compared. Raises UserError for models of
+    different structure or vocabulary, for a text that is too short and for an empty prompt.
     """
     if tokens < 2 or max_new_tokens < 0:
         raise UserError(f"at least 2 tokens of text and 0 new ones are needed, got {tokens} and {max_new_tokens}")
@@ -176,8 +176,8 @@ def _diverge(pair: tuple[Opened, Opened], start: torch.Tensor, count: int, tell:
     for position in range(max(map(len, new))):
         a, b = (tokens[position] if position < len(tokens) else None for tokens in new)
         if a != b:
-            told = ["" if token is None else decode([token]) for token in (a, b)]
-            return Divergence(position, decode(new[0][:position]), *told, a, b)
+            told_a, told_b = ("" if token is None else decode([token]) for token in (a, b))
+            return Divergence(position, decode(new[0][:position]), told_a, told_b, a, b)
     return None
 
 

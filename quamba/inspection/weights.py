@@ -69,7 +69,7 @@ class Originals:
         self.quantised, self.checkpoint = quantised, Checkpoint(source)
         ours, theirs = quantised.spec, self.checkpoint.spec
         if self.checkpoint.quantised:
-            raise UserError(f"--original {source} is quantised; give the checkpoint that the model was made of")
+            raise UserError(f"{source} is quantised; give as original the checkpoint that the model was made of")
         shapes = [(len(s.blocks), s.d_model, s.vocab) for s in (ours, theirs)]
         if shapes[0] != shapes[1] or self.checkpoint.config.model_type != quantised.checkpoint.config.model_type:
             said = [
@@ -78,11 +78,12 @@ class Originals:
                     (quantised.checkpoint.config, self.checkpoint.config), shapes, strict=True
                 )
             ]
-            raise UserError(f"--original should be the checkpoint that the model was made of, a {said[0]}; got {said[1]}")
+            raise UserError(f"the original should be what the model was made of, a {said[0]}; {source} is a {said[1]}")
 
     def layer(self, index: int) -> dict[str, torch.Tensor]:
         """Full name -> fp64 tensor of one block, in the basis and the order of the stored one."""
-        block, found = self.quantised.spec.blocks[index], {}
+        block = self.quantised.spec.blocks[index]
+        found: dict[str, torch.Tensor] = {}
         for sub in block.sublayers:
             tensors = self.checkpoint.sublayer(block.path, sub)
             tensors = transform(tensors, sub, self.quantised.recipe, self.quantised.rotation)
