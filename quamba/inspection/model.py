@@ -66,7 +66,7 @@ class Residual:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``inspect`` found. tokens: how many ran. weight_error and rounding: as in a row, of all rows together."""
+    """What ``inspect`` found. tokens: how many ran. weight_error and rounding: as in a row, of all linears."""
 
     model: str
     original: str | None
@@ -169,7 +169,7 @@ def inspect(
     return Inspection(
         str(model), None if original is None else str(original), opened.checkpoint.config.model_type,
         opened.recipe.name, samples * seqlen, tuple(found), tuple(_rotations(opened, survey)),
-        None if originals is None else weights.error.relative, weights.grid.relative if weights.grid.meant else None,
+        None if originals is None else weights.error.relative, weights.grid.relative if weights.grid.squares else None,
     )  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def _rotations(opened: Opened, survey: Survey) -> list[Residual]:
 
 
 class Weights:
-    """Rows of the layers, read from the files; what has been compared so far adds up in ``error`` and ``grid``."""
+    """Rows of the layers, read from the files; what linears have shown so far adds up in ``error`` and ``grid``."""
 
     def __init__(self, opened: Opened, originals: Originals | None) -> None:
         self.opened, self.originals = opened, originals
@@ -218,24 +218,23 @@ class Weights:
             linear = place.linear
             parameters += linear.features * linear.outputs + (0 if linear.bias is None else linear.outputs)
             stored = stored_weight(self.opened, place)
-            grid += rounding(place, stored) or Deviation()
+            grid += rounding(place, stored)
             if self.originals is not None:
                 rows = meant[f"{place.path}.weight"].__getitem__ if place.layer is not None else self.originals.head()
                 error += self.originals.deviation(place, stored, rows)
         self.error, self.grid = self.error + error, self.grid + grid
-        first = group[0]
-        name = first.linear.format.name if first.linear.format.has_grid else self._type(first.path)
+        first, on_grid = group[0], group[0].linear.format.has_grid
+        name = first.linear.format.name if on_grid else self._type(first.path)
         return Row(
             first.layer, first.role, name if parameters else "tied", parameters, size, _bits(size, parameters),
-            error.relative if self.originals is not None else None, grid.relative if grid.meant else None, seen,
+            error.relative if self.originals is not None else None, grid.relative if on_grid else None, seen,
         )  # fmt: skip
 
     def _embedding(self) -> Row:
         spec = self.opened.spec
         size, parameters, error = self._bytes(spec.embedding), spec.vocab * spec.d_model, None
         if self.originals is not None:
-            deviation = self.originals.embedding()
-            self.error, error = self.error + deviation, deviation.relative
+            error = self.originals.embedding().relative
         return Row(
             None, EMBEDDING, self._type(spec.embedding), parameters, size, _bits(size, parameters), error, None, None
         )

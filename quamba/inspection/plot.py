@@ -158,16 +158,20 @@ def _sizes(axes: Any, found: Inspection) -> None:
                 small.append(f"{role} {size:,.{digits}f}")
             base += size
         lines = max(lines, len(small))
-        text = axes.annotate("\n".join(small), (x, base), (0, 3), textcoords="offset points", ha="center", va="bottom",
-                             fontsize=8, color=GREY)  # fmt: skip
-        axes.annotate(f"{base:,.{digits}f} MB", (0.5, 1), (0, 2), xycoords=text, textcoords="offset points", ha="center",
-                      va="bottom", fontweight="bold")  # fmt: skip
+        _total(axes, x, base, f"{base:,.{digits}f} MB", small)
     axes.set_xticks(range(len(bars)), list(bars))
     axes.set_xlim(-0.5 - PAD, len(bars) - 0.5 + PAD)
     axes.set_ylim(0, (1.1 + 0.04 * lines) * top)
     axes.set_ylabel("MB (10⁶ bytes)")
     axes.set_title("Size by part")
     axes.grid(axis="x", visible=False)
+
+
+def _total(axes: Any, x: int, top: float, total: str, small: list[str]) -> None:
+    """Above a bar its total, and between them the parts that were too thin for a name."""
+    options = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
+    thin = axes.annotate("\n".join(small), (x, top), (0, 3), fontsize=8, color=GREY, **options)
+    axes.annotate(total, (0.5, 1), (0, 2), xycoords=thin, fontweight="bold", **options)
 
 
 def _colours(found: Inspection) -> dict[str, str]:

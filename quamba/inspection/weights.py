@@ -45,17 +45,16 @@ def stored_weight(opened: Opened, place: Place) -> dict[str, torch.Tensor]:
     return {name: opened.checkpoint.tensor(f"{place.path}.{name}") for name in place.linear.names}
 
 
-def rounding(place: Place, stored: dict[str, torch.Tensor]) -> Deviation | None:
-    """What rounding to nearest alone would do on the grid that is stored: steps have a noise of step^2 / 12."""
-    linear = place.linear
-    if not linear.format.has_grid:
-        return None
-    total = Deviation()
+def rounding(place: Place, stored: dict[str, torch.Tensor]) -> Deviation:
+    """What rounding to nearest alone would do on the grid that is stored: a step has a noise of step^2 / 12."""
+    linear, total = place.linear, Deviation()
     for part in _slabs(linear.outputs, linear.features):
         tensors = {name: tensor[part] for name, tensor in stored.items()}
-        step = linear.format.step(tensors).double()
-        squares = step.square().sum() * (linear.features / step.shape[1]) / 12
-        total += Deviation(float(squares), float(linear.format.dequantize(tensors).double().square().sum()))
+        noise = 0.0
+        if linear.format.has_grid:
+            step = linear.format.step(tensors).double()
+            noise = float(step.square().sum()) * (linear.features / step.shape[1]) / 12
+        total += Deviation(noise, float(linear.format.dequantize(tensors).double().square().sum()))
     return total
 
 
