@@ -58,7 +58,7 @@ def test_every_kind_of_model_can_be_drawn(original, tiny_checkpoint, stock, text
     found = quamba.inspect(*((folder,) if original is None else (stock("w8a8", "mamba"), folder if original else None)),
                            text=text, **LITTLE)  # fmt: skip
     image = plot.draw(found)
-    assert image.startswith(b"\x89PNG") and len(image) < 150_000
+    assert image.startswith(b"\x89PNG")
     assert found.quantised == (original is not None)
 
 

@@ -13,7 +13,7 @@ from quamba import calibration
 from quamba.errors import UserError
 from quamba.inspection.activations import Spread, Survey, spread
 from quamba.inspection.opened import Opened, Place, layer_of
-from quamba.inspection.weights import Deviation, Originals, rounding, stored_weight
+from quamba.inspection.weights import Deviation, Originals, Rows, rounding, stored_weight
 
 Progress = Callable[[str, int, int], None]
 REST, EMBEDDING = "rest", "embedding"
@@ -29,9 +29,9 @@ class Row:
     parameters: weights and biases that the row stands for; 0 for "rest" and for a head tied to the embedding.
     bytes: of everything stored for it in the files. bits: 8 * bytes / parameters, scales included; None without
     parameters. weight_error: ||stored - exact|| / ||exact|| against the original after the exact transforms of the
-    recipe, None without an original. rounding: what rounding to nearest on the stored grid would cost, in the same
-    unit: root mean square of step / sqrt(12) over that of the weights; None for floats. input: what it reads, None
-    where no text ran or nothing reached it.
+    recipe, None without an original or where that has no tensor of the name. rounding: what rounding to nearest on the
+    stored grid would cost, in the same unit: root mean square of step / sqrt(12) over that of the weights; None for
+    floats. input: what it reads, None where no text ran or nothing reached it.
     """
 
     layer: int | None
@@ -219,16 +219,22 @@ class Weights:
             parameters += linear.features * linear.outputs + (0 if linear.bias is None else linear.outputs)
             stored = stored_weight(self.opened, place)
             grid += rounding(place, stored)
-            if self.originals is not None:
-                rows = meant[f"{place.path}.weight"].__getitem__ if place.layer is not None else self.originals.head()
-                error += self.originals.deviation(place, stored, rows)
+            exact = self._exact(place, meant)
+            if exact is not None and self.originals is not None:
+                error += self.originals.deviation(place, stored, exact)
         self.error, self.grid = self.error + error, self.grid + grid
         first, on_grid = group[0], group[0].linear.format.has_grid
         name = first.linear.format.name if on_grid else self._type(first.path)
         return Row(
             first.layer, first.role, name if parameters else "tied", parameters, size, _bits(size, parameters),
-            error.relative if self.originals is not None else None, grid.relative if on_grid else None, seen,
+            error.relative if error.meant else None, grid.relative if on_grid else None, seen,
         )  # fmt: skip
+
+    def _exact(self, place: Place, meant: dict[str, torch.Tensor]) -> Rows | None:
+        if place.path == self.opened.spec.head and self.originals is not None:
+            return self.originals.head()
+        weight = meant.get(f"{place.path}.weight")
+        return None if weight is None else weight.__getitem__
 
     def _embedding(self) -> Row:
         spec = self.opened.spec

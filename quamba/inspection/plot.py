@@ -10,7 +10,8 @@ from quamba.inspection.activations import Spread
 from quamba.inspection.model import EMBEDDING, REST, Inspection, Residual
 
 BEFORE, AFTER, INK, GREY = "#c2410c", "#1d4ed8", "#1f2933", "#6b7782"
-BAR, PAD = 0.84, 0.1
+BAR, PAD, THIN = 0.84, 0.1, 0.055
+"""Of the bars: width, space at the sides, and the share of the tallest below which a part has no room for its name."""
 ROLES = ("#0f766e", "#b7791f", "#7c3aed", "#be185d", "#4d7c0f", "#0369a1", "#475569", "#92400e")
 """Of linear roles in the order of the model; a ninth begins again."""
 OTHERS = {EMBEDDING: "#94a3b8", "lm_head": "#cbd5e1", REST: "#e7e0d5"}
@@ -142,7 +143,7 @@ def _sizes(axes: Any, found: Inspection) -> None:
     counts = dict.fromkeys(stored, 0)
     for row in found.rows:
         counts[row.role] += 2 * row.parameters if row.parameters else row.bytes
-    bars = {"16 bits": counts, "stored": stored} if found.quantised else {"stored": stored}
+    bars = {"the same at 16 bits": counts, "stored": stored} if found.quantised else {"stored": stored}
     order = sorted(stored, key=lambda role: (role in OTHERS, list(OTHERS).index(role) if role in OTHERS else 0))
     top = max(sum(parts.values()) for parts in bars.values()) / 1e6
     digits, lines = 1 if top >= 10 else 2, 0
@@ -151,7 +152,7 @@ def _sizes(axes: Any, found: Inspection) -> None:
         for role in order:
             size = parts[role] / 1e6
             axes.bar(x, size, bottom=base, width=BAR, color=colours[role], edgecolor="white", linewidth=0.8)
-            if size > 0.035 * top:
+            if size > THIN * top:
                 axes.text(x, base + size / 2, f"{role} {size:,.{digits}f}", ha="center", va="center", fontsize=9,
                           color="white" if role not in OTHERS else INK)  # fmt: skip
             elif size:
