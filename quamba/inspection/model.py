@@ -153,13 +153,15 @@ def inspect(
     """
     if samples < 0 or seqlen < 1:
         raise UserError(f"samples are at least 0 and their length at least 1, got {samples} of {seqlen} tokens")
-    opened, tell = Opened(model, device, dtype), progress or (lambda phase, done, total: None)
+    tell = progress or (lambda phase, done, total: None)
+    words = calibration.read_text(text) if samples else ""
+    opened = Opened(model, device, dtype)
     if original is not None and not opened.checkpoint.quantised:
         raise UserError(f"{model} is an original checkpoint; another one can only be given beside a quantised model")
     originals = None if original is None else Originals(opened, str(original))
     survey = Survey(opened)
     if samples:
-        ids = calibration.windows(calibration.read_text(text), opened.tokenizer, samples, seqlen, seed)
+        ids = calibration.windows(words, opened.tokenizer, samples, seqlen, seed)
         survey.run(ids, BATCH, tell)
     weights = Weights(opened, originals)
     found = []
