@@ -131,10 +131,13 @@ class Checkpoint:
         return tensors
 
     def stored(self) -> dict[str, int]:
-        """Bytes of every tensor as it lies in the files, by today's name."""
+        """Bytes in the files of every tensor that the model's modules hold, by its name there."""
         headers = {file: _header(file) for file, _ in self._file.values()}
         spans = {name: headers[file][stored]["data_offsets"] for name, (file, stored) in self._file.items()}
-        return {name: end - start for name, (start, end) in spans.items()}
+        sizes = {name: end - start for name, (start, end) in spans.items()}
+        if self._conversion is None:
+            return sizes
+        return {name: sum(sizes[source] for source, _ in made) for name, made in self._conversion.sources.items()}
 
     def bytes(self) -> dict[str, int]:
         """Size of the parts at 16 bits per value: layers, embedding, lm_head (0 when tied)."""

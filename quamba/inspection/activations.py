@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from quamba.errors import UserError
 from quamba.inspection.opened import Opened, Place
@@ -48,6 +49,8 @@ class Watched:
 
     def update(self, x: torch.Tensor) -> None:
         """Raises FloatingPointError for NaN or Inf."""
+        if not x.numel():  # no token was routed here
+            return
         rows = x.float().flatten(0, -2)
         peaks, squares = rows.abs().amax(0), float(rows.double().square().sum())
         if not math.isfinite(squares):
@@ -97,21 +100,20 @@ class Survey:
         rotation = opened.rotation or residual_rotation(opened.spec.d_model, RotationSpec().seed)
         done = opened.rotation is not None
         self.streams = [Rotated(rotation.columns, rotation.undo, done) for _ in opened.spec.blocks]
-        self.outputs: dict[str, Rotated] = {}
-        for place in opened.places:
-            mixer = opened.model.get_submodule(place.path.rpartition(".")[0])
-            if isinstance(mixer, Mixer) and place.role == mixer.mixer_spec.out.role:
-                self.outputs[place.path] = _output(mixer)
+        self.outputs = {place.path: _output(opened, place) for place in opened.places if place.mixer is not None}
 
     @torch.inference_mode()
     def run(self, ids: torch.Tensor, batch: int, progress: Callable[[str, int, int], None]) -> None:
         """Let windows int64 [windows, T] through the model. Raises UserError that names the layer for NaN or Inf."""
         with ExitStack() as undo:
             for place in self.opened.places:
-                # a site that collects lets floats through: they are seen before they are rounded and clipped
-                place.linear.input.observe()
-                undo.callback(setattr, place.linear.input, "histogram", None)
-                undo.callback(place.linear.register_forward_pre_hook(self._read(place)).remove)
+                if place.module is None:
+                    continue
+                if isinstance(place.module, Linear):
+                    # a site that collects lets floats through: they are seen before they are rounded and clipped
+                    place.module.input.observe()
+                    undo.callback(setattr, place.module.input, "histogram", None)
+                undo.callback(place.module.register_forward_pre_hook(self._read(place)).remove)
             for layer, block in enumerate(self.opened.spec.blocks):
                 module = self.opened.model.get_submodule(block.path)
                 undo.callback(module.register_forward_pre_hook(self._enter(layer), with_kwargs=True).remove)
@@ -123,18 +125,23 @@ class Survey:
             progress("activations", done, len(ids))
 
     def _read(self, place: Place) -> Callable[..., Any]:
-        watching: list[Any] = [self.linears[place.path]]
-        if place.path in self.outputs:
-            watching.append(self.outputs[place.path])
+        own, output = self.linears[place.path], self.outputs.get(place.path)
 
-        def see(linear: Linear, args: tuple[Any, ...]) -> Any:
-            x = args[0] if isinstance(args[0], Activation) else Activation(args[0])
-            _watch(watching, dequantize(*x), place.path)
-            if x.scale is not None or not linear.input.quantised:
+        def see(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            given = args[0]
+            x = dequantize(*given) if isinstance(given, Activation) else given
+            if output is not None:
+                _watch(output, x, place.path)
+            if not isinstance(module, Linear):
+                _watch(own, x, place.path)
                 return None
-            collecting, linear.input.histogram = linear.input.histogram, None
-            codes = linear.input(x.data)
-            linear.input.histogram = collecting
+            turns = module.input.block and not isinstance(given, Activation)
+            _watch(own, hadamard.rotate(x.float(), module.input.block) if turns else x, place.path)
+            if not module.input.quantised or (isinstance(given, Activation) and given.scale is not None):
+                return None
+            collecting, module.input.histogram = module.input.histogram, None
+            codes = module.input(given.data if isinstance(given, Activation) else given)
+            module.input.histogram = collecting
             return (codes, *args[1:])
 
         return see
@@ -143,21 +150,24 @@ class Survey:
         name = self.opened.spec.blocks[layer].path
 
         def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            _watch([self.streams[layer]], args[0] if args else kwargs["hidden_states"], name)
+            _watch(self.streams[layer], args[0] if args else kwargs["hidden_states"], name)
 
         return see
 
 
-def _watch(watching: list[Any], x: torch.Tensor, name: str) -> None:
+def _watch(watching: Watched | Rotated, x: torch.Tensor, name: str) -> None:
     try:
-        for each in watching:
-            each.update(x)
+        watching.update(x)
     except FloatingPointError as error:
         raise UserError(f"the input of {name} holds {error} on this text; check the checkpoint's weights") from None
 
 
-def _output(mixer: Mixer) -> Rotated:
-    block = mixer.block or output_block(mixer.mixer_spec, None)
+def _output(opened: Opened, place: Place) -> Rotated:
+    """What an online rotation does to the input of a linear: before the linear, in it, or nowhere in this model."""
+    assert place.mixer is not None
+    before, inside = opened.model.get_submodule(place.path.rpartition(".")[0]), place.module
+    done = before.block if isinstance(before, Mixer) else 0
+    block = done or (inside.input.block if isinstance(inside, Linear) else 0) or output_block(place.mixer, None)
     return Rotated(
-        lambda x: hadamard.rotate(x.float(), block), lambda x: hadamard.unrotate(x.float(), block), mixer.block > 0
+        lambda x: hadamard.rotate(x.float(), block), lambda x: hadamard.unrotate(x.float(), block), done > 0
     )

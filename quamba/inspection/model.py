@@ -13,7 +13,7 @@ from quamba import calibration
 from quamba.errors import UserError
 from quamba.inspection.activations import Spread, Survey, spread
 from quamba.inspection.opened import Opened, Place, layer_of
-from quamba.inspection.weights import Deviation, Originals, Rows, rounding, stored_weight
+from quamba.inspection.weights import Deviation, Originals, Rows, rounding
 
 Progress = Callable[[str, int, int], None]
 REST, EMBEDDING = "rest", "embedding"
@@ -31,7 +31,7 @@ class Row:
     parameters. weight_error: ||stored - exact|| / ||exact|| against the original after the exact transforms of the
     recipe, None without an original or where that has no tensor of the name. rounding: what rounding to nearest on the
     stored grid would cost, in the same unit: root mean square of step / sqrt(12) over that of the weights; None for
-    floats. input: what it reads, None where no text ran or nothing reached it.
+    floats. input: what it reads, None where no text ran, nothing reached it, or transformers' own code reads it.
     """
 
     layer: int | None
@@ -176,12 +176,13 @@ def inspect(
 
 
 def _rotations(opened: Opened, survey: Survey) -> list[Residual]:
-    layers = {place.path: (place.layer, place.role) for place in opened.places}
-    pairs = [(layer, "residual", rotated) for layer, rotated in enumerate(survey.streams)]
-    pairs += [(layers[path][0] or 0, layers[path][1], rotated) for path, rotated in survey.outputs.items()]
+    groups = {(layer, "residual"): [rotated] for layer, rotated in enumerate(survey.streams)}
+    for place in opened.places:
+        if place.path in survey.outputs and place.layer is not None:
+            groups.setdefault((place.layer, place.role), []).append(survey.outputs[place.path])
     found = []
-    for layer, role, rotated in pairs:
-        before, after = spread([rotated.before]), spread([rotated.after])
+    for (layer, role), group in groups.items():
+        before, after = spread([r.before for r in group]), spread([r.after for r in group])
         if before is not None and after is not None:
             found.append(Residual(layer, role, before, after))
     return found
@@ -203,10 +204,10 @@ class Weights:
         for role in dict.fromkeys(place.role for place in places):
             group = [place for place in places if place.role == role]
             found.append(self._linears(group, meant, spread([survey.linears[place.path] for place in group])))
-        owned = [f"{place.path}." for place in places] + [f"{self.opened.spec.embedding}."]
+        owned = {name for path in [p.path for p in places] + [self.opened.spec.embedding] for name in self._below(path)}
         rest = sum(
             size for name, size in self.sizes.items()
-            if layer_of(name, self.opened.spec) == layer and not name.startswith(tuple(owned))
+            if layer_of(name, self.opened.spec) == layer and name not in owned
         )  # fmt: skip
         return [*found, Row(layer, REST, "", 0, rest, None, None, None, None)] if rest else found
 
@@ -217,16 +218,15 @@ class Weights:
             size += own
             if not own:  # tied to the embedding
                 continue
-            linear = place.linear
-            parameters += linear.features * linear.outputs + (0 if linear.bias is None else linear.outputs)
-            stored = stored_weight(self.opened, place)
+            parameters += place.features * place.outputs + (place.outputs if place.biased else 0)
+            stored = place.stored(self.opened.checkpoint)
             grid += rounding(place, stored)
             exact = self._exact(place, meant)
             if exact is not None and self.originals is not None:
                 error += self.originals.deviation(place, stored, exact)
         self.error, self.grid = self.error + error, self.grid + grid
-        first, on_grid = group[0], group[0].linear.format.has_grid
-        name = first.linear.format.name if on_grid else self._type(first.path)
+        first, on_grid = group[0], group[0].format.has_grid
+        name = first.format.name if on_grid else self._type(first.path)
         return Row(
             first.layer, first.role, name if parameters else "tied", parameters, size, _bits(size, parameters),
             error.relative if error.meant else None, grid.relative if on_grid else None, seen,
@@ -235,8 +235,10 @@ class Weights:
     def _exact(self, place: Place, meant: dict[str, torch.Tensor]) -> Rows | None:
         if place.path == self.opened.spec.head and self.originals is not None:
             return self.originals.head()
-        weight = meant.get(f"{place.path}.weight")
-        return None if weight is None else weight.__getitem__
+        weight = meant.get(place.weight)
+        if weight is None:
+            return None
+        return (weight.flatten(0, -2) if place.expert is None else weight[place.expert]).__getitem__
 
     def _embedding(self) -> Row:
         spec = self.opened.spec
@@ -248,14 +250,17 @@ class Weights:
         )
 
     def _bytes(self, path: str) -> int:
-        return sum(size for name, size in self.sizes.items() if name.startswith(f"{path}."))
+        return sum(self.sizes[name] for name in self._below(path))
 
     def _type(self, path: str) -> str:
         """The type of the largest tensor below a path, as torch calls it."""
-        own = [name for name in self.sizes if name.startswith(f"{path}.")]
+        own = self._below(path)
         if not own:
             return ""
         return str(self.opened.checkpoint.tensor(max(own, key=self.sizes.__getitem__)).dtype).removeprefix("torch.")
+
+    def _below(self, path: str) -> list[str]:
+        return [name for name in self.sizes if name == path or name.startswith(f"{path}.")]
 
 
 def _bits(size: int, parameters: int) -> float | None:

@@ -8,25 +8,53 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from quamba import formats
 from quamba.checkpoint import Checkpoint
 from quamba.errors import UserError
+from quamba.formats.format import Format
 from quamba.integrations import transformers as integration
 from quamba.loading import load
-from quamba.models.spec import ModelSpec
+from quamba.models.spec import BlockSpec, MixerSpec, ModelSpec, Proj
+from quamba.modules.experts import Experts
 from quamba.modules.linear import Linear
 from quamba.recipe import FLOAT, Recipe, parse_recipe
-from quamba.transforms.rotate import ResidualRotation, residual_rotation
+from quamba.transforms import residual_rotation, residual_rotation_obstacle
+from quamba.transforms.rotate import ResidualRotation
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a linear stands. layer: index of its block, None for the head; path: its full name in the model."""
+    """Where a linear stands.
+
+    layer: index of its block, None for the head; path: its full name in the model; weight: that of the weight in an
+    original checkpoint, expert: its index there where the weight is a stack. module: None for a stack of floats, which
+    transformers' own code reads. mixer: set where a recipe may rotate what it reads.
+    """
 
     layer: int | None
     role: str
     path: str
-    linear: Linear
+    module: nn.Module | None
+    outputs: int
+    features: int
+    biased: bool
+    weight: str
+    expert: int | None = None
+    mixer: MixerSpec | None = None
+
+    @property
+    def format(self) -> Format:
+        """How its weight is stored."""
+        return self.module.format if isinstance(self.module, Linear) else formats.get("float")
+
+    def stored(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+        """The tensors of its format as they lie in the files; a stack as one weight [experts * O, K]."""
+        if self.module is None:
+            return {"weight": checkpoint.tensor(self.path).flatten(0, -2)}
+        names = self.module.names if isinstance(self.module, Linear) else ("weight",)
+        return {name: checkpoint.tensor(f"{self.path}.{name}") for name in names}
 
 
 class Opened:
@@ -41,10 +69,10 @@ class Opened:
         self.checkpoint = Checkpoint(source)
         self.spec = self.checkpoint.spec
         self.recipe = _recipe_of(self.checkpoint)
-        seed = self.recipe.rotate.seed
-        self.rotation: ResidualRotation | None = (
-            residual_rotation(self.spec.d_model, seed) if self.recipe.rotate.residual else None
-        )
+        turned, seed = self.recipe.rotate.residual, self.recipe.rotate.seed
+        self.rotation: ResidualRotation | None = None
+        if turned and residual_rotation_obstacle(self.spec) is None:
+            self.rotation = residual_rotation(self.spec.d_model, seed)
         self.model, self.tokenizer = load(source, device=device, dtype=dtype)
         self.places = list(_places(self.model, self.spec))
 
@@ -74,14 +102,38 @@ def layer_of(path: str, spec: ModelSpec) -> int | None:
 
 
 def _places(model: Any, spec: ModelSpec) -> Iterator[Place]:
-    """Every linear in the order of the model; one that the description does not name has the role of its last name."""
-    roles = {
-        f"{block.path}.{sub.mixer.path}.{proj.path}": proj.role
-        for block in spec.blocks
-        for sub in block.sublayers
-        for proj in sub.mixer.projs
-    }
-    roles[spec.head] = "lm_head"
+    """Every linear in the order of execution; one that the description does not name has the role of its last name."""
+    known = {spec.head}
+    for layer, block in enumerate(spec.blocks):
+        for sub in block.sublayers:
+            for proj in sub.mixer.projs:
+                for place in _of_projection(model, block, sub.mixer, proj, layer):
+                    known.add(place.path)
+                    yield place
     for path, module in model.named_modules():
-        if isinstance(module, Linear):
-            yield Place(layer_of(path, spec), roles.get(path, path.rpartition(".")[2]), path, module)
+        own = isinstance(module, Linear)
+        if path not in known and (own or isinstance(module, nn.Linear)):
+            outputs, features = (module.outputs, module.features) if own else (module.out_features, module.in_features)
+            role, biased = path.rpartition(".")[2], module.bias is not None
+            yield Place(layer_of(path, spec), role, path, module, outputs, features, biased, f"{path}.weight")
+    head = model.get_submodule(spec.head)
+    yield Place(None, "lm_head", spec.head, head, spec.vocab, spec.d_model, False, f"{spec.head}.weight")
+
+
+def _of_projection(model: Any, block: BlockSpec, mixer: MixerSpec, proj: Proj, layer: int) -> Iterator[Place]:
+    """One place, or one for each expert whose linear is quamba's."""
+    path, weight = (f"{block.path}.{mixer.name(name)}" for name in (proj.path, proj.weight))
+    outputs, features = sum(mixer.size(output.segment) for output in proj.outputs), mixer.size(proj.input)
+    turned = mixer if proj is mixer.out_proj else None
+    if proj.stack is None:
+        module = model.get_submodule(path)
+        yield Place(layer, proj.role, path, module, outputs, features, proj.bias, weight, mixer=turned)
+        return
+    owner = path.rpartition(".")[0]
+    experts = model.get_submodule(owner)
+    if not isinstance(experts, Experts):
+        yield Place(layer, proj.role, path, None, outputs * mixer.axes[proj.stack].size, features, False, weight)
+        return
+    for i, linear in enumerate(experts.linears(proj.role)):
+        name = f"{owner}.{proj.role}.{i}"
+        yield Place(layer, proj.role, name, linear, outputs, features, False, weight, expert=i, mixer=turned)

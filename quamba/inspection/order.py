@@ -13,9 +13,7 @@ def value_rows(mixer: MixerSpec, proj: Proj) -> list[slice]:
     segment = next(i.axes for i in mixer.inputs if i.semantics == "value")
     rows, start = [], 0
     for output in proj.outputs:
-        size = 1
-        for axis in output.segment:
-            size *= mixer.axes[axis].size
+        size = mixer.size(output.segment)
         if output.segment == segment:
             rows.append(slice(start, start + size))
         start += size

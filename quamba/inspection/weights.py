@@ -14,9 +14,10 @@ from quamba.inspection.opened import Opened, Place
 from quamba.inspection.order import recover, value_rows
 from quamba.models.spec import Sublayer
 from quamba.modules.embedding import Embedding
-from quamba.modules.site import Site
-from quamba.pipeline import transform
-from quamba.transforms import output_block, permute, rotate_output
+from quamba.modules.host import folds
+from quamba.modules.mixer import Mixer
+from quamba.pipeline import rotated, transform
+from quamba.transforms import permute
 
 SLAB = 2**22
 """Weights compared at once in fp64."""
@@ -40,21 +41,16 @@ class Deviation:
         return math.sqrt(self.squares / self.meant) if self.meant else 0.0 if not self.squares else math.inf
 
 
-def stored_weight(opened: Opened, place: Place) -> dict[str, torch.Tensor]:
-    """The tensors of a linear's format as they lie in the files."""
-    return {name: opened.checkpoint.tensor(f"{place.path}.{name}") for name in place.linear.names}
-
-
 def rounding(place: Place, stored: dict[str, torch.Tensor]) -> Deviation:
     """What rounding to nearest alone would do on the grid that is stored: a step has a noise of step^2 / 12."""
-    linear, total = place.linear, Deviation()
-    for part in _slabs(linear.outputs, linear.features):
+    total = Deviation()
+    for part in _slabs(place.outputs, place.features):
         tensors = {name: tensor[part] for name, tensor in stored.items()}
         noise = 0.0
-        if linear.format.has_grid:
-            step = linear.format.step(tensors).double()
-            noise = float(step.square().sum()) * (linear.features / step.shape[1]) / 12
-        total += Deviation(noise, float(linear.format.dequantize(tensors).double().square().sum()))
+        if place.format.has_grid:
+            step = place.format.step(tensors).double()
+            noise = float(step.square().sum()) * (place.features / step.shape[1]) / 12
+        total += Deviation(noise, float(place.format.dequantize(tensors).double().square().sum()))
     return total
 
 
@@ -81,33 +77,32 @@ class Originals:
 
     def layer(self, index: int) -> dict[str, torch.Tensor]:
         """Full name -> fp64 tensor of one block, in the basis and the order of the stored one."""
-        block = self.quantised.spec.blocks[index]
+        block, recipe = self.quantised.spec.blocks[index], self.quantised.recipe
+        tensors = self.checkpoint.block(block)
         found: dict[str, torch.Tensor] = {}
         for sub in block.sublayers:
-            tensors = self.checkpoint.sublayer(block.path, sub)
-            tensors = transform(tensors, sub, self.quantised.recipe, self.quantised.rotation)
-            tensors = self._ordered(block.path, sub, tensors)
-            if self.quantised.recipe.rotate.output:
-                tensors = rotate_output(tensors, sub, output_block(sub.mixer, self.quantised.recipe.rotate.block))
-            found |= {f"{block.path}.{name}": tensor for name, tensor in tensors.items()}
+            exact = self._ordered(block.path, sub, transform(tensors, sub, recipe, self.quantised.rotation))
+            exact = rotated(exact, sub, recipe, index)
+            found |= {f"{block.path}.{name}": tensor for name, tensor in exact.items()}
         return found
 
     def _ordered(self, path: str, sub: Sublayer, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        mixer = self.quantised.model.get_submodule(f"{path}.{sub.mixer.path}")
-        if not any(isinstance(m, Site) and m.static and m.spec.granularity == "cluster" for m in mixer.modules()):
+        mixer = self.quantised.model.get_submodule(f"{path}.{sub.mixer.path}".rstrip("."))
+        sites = mixer.sites.values() if isinstance(mixer, Mixer) else ()
+        if not any(site.static and site.spec.granularity == "cluster" for site in sites):
             return tensors
         proj = next(p for p in sub.mixer.projs if value_rows(sub.mixer, p))
-        name = f"{sub.mixer.path}.{proj.path}"
+        name = sub.mixer.name(proj.path)
         place = next(p for p in self.quantised.places if p.path == f"{path}.{name}")
-        stored = place.linear.format.dequantize(stored_weight(self.quantised, place))
+        stored = place.format.dequantize(place.stored(self.quantised.checkpoint))
         rows, heads = value_rows(sub.mixer, proj), sub.mixer.sizes["H"]
         return permute(tensors, sub, recover(stored, tensors[f"{name}.weight"], rows, heads))
 
     def deviation(self, place: Place, stored: dict[str, torch.Tensor], meant: Rows) -> Deviation:
         """Of a linear's stored weight from the rows [o, K] that ``meant`` gives."""
         total = Deviation()
-        for part in _slabs(place.linear.outputs, place.linear.features):
-            got = place.linear.format.dequantize({name: tensor[part] for name, tensor in stored.items()})
+        for part in _slabs(place.outputs, place.features):
+            got = place.format.dequantize({name: tensor[part] for name, tensor in stored.items()})
             total += _between(got, meant(part))
         return total
 
@@ -115,7 +110,9 @@ class Originals:
         """The rows of the head with the last norm folded and the stream's rotation."""
         spec = self.quantised.spec
         weight = self.checkpoint.tensor(f"{spec.head}.weight")
-        gain = self.checkpoint.tensor(f"{spec.final_norm}.weight").double() if self.quantised.recipe.fold_norms else 1
+        gain: torch.Tensor | float = 1.0
+        if folds(self.quantised.recipe, spec.final_norm_kind):
+            gain = self.checkpoint.tensor(f"{spec.final_norm}.weight").double() + spec.final_gain_offset
 
         def rows(part: slice) -> torch.Tensor:
             return self._rotated(weight[part].double() * gain)
