@@ -246,7 +246,7 @@ def test_watching_changes_nothing_and_ends(family, recipe, stock, text):
         counted = {path: watched.count for path, watched in survey.linears.items()}
         assert torch.equal(opened.model(ids, use_cache=False).logits, before)
     assert counted == {path: watched.count for path, watched in survey.linears.items()}
-    assert counted == {place.path: ids.numel() * place.linear.features for place in opened.places}
+    assert counted == {place.path: ids.numel() * place.features for place in opened.places}
 
 
 def test_inputs_are_seen_before_they_are_clipped(tiny_checkpoint, quantise, text):
