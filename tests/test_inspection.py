@@ -14,7 +14,7 @@ from quamba import calibration
 from quamba.errors import UserError
 from quamba.formats import FORMATS
 from quamba.inspection import activations
-from quamba.inspection.opened import Opened
+from quamba.inspection.opened import Opened, _places
 from quamba.inspection.order import assign, recover
 from quamba.models import ARCHITECTURES
 from quamba.recipe import LinearSpec, parse_recipe
@@ -292,3 +292,11 @@ def test_nan_names_the_module(tiny_checkpoint, text, tmp_path):
 def test_the_library_of_that_name_stays_itself():
     assert standard_inspect is sys.modules["inspect"] and hasattr(standard_inspect, "signature")
     assert quamba.inspect is not standard_inspect and callable(quamba.inspect) and callable(quamba.compare)
+
+
+def test_a_linear_that_no_description_names_is_found(tiny_checkpoint):
+    opened = Opened(tiny_checkpoint("mamba2")[0], "cpu", torch.float32)
+    opened.model.backbone.layers[1].extra = torch.nn.Linear(3, 2)
+    (found,) = (place for place in _places(opened.model, opened.spec) if place not in opened.places)
+    assert (found.layer, found.role, found.path) == (1, "extra", "backbone.layers.1.extra")
+    assert (found.outputs, found.features, found.biased, found.format.name) == (2, 3, True, "float")

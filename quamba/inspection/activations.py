@@ -91,7 +91,7 @@ class Survey:
     as it enters each block; ``outputs`` by path, the inputs of the linears that a mixer rotates online.
 
     Quantised inputs are seen before they are rounded and clipped, except those that arrive as codes (x of x_proj). A
-    model without rotations is rotated here as a stock recipe would.
+    model without rotations is rotated here as a stock recipe would, whether or not that would be exact.
     """
 
     def __init__(self, opened: Opened) -> None:

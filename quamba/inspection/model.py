@@ -54,7 +54,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Residual:
+class Rotation:
     """An activation before and after its Hadamard rotation. role: "residual", the stream as it enters the layer, or the
     role of a linear whose input is rotated."""
 
@@ -74,7 +74,7 @@ class Inspection:
     recipe: str
     tokens: int
     rows: tuple[Row, ...]
-    rotations: tuple[Residual, ...] = field(repr=False)
+    rotations: tuple[Rotation, ...] = field(repr=False)
     weight_error: float | None
     rounding: float | None
 
@@ -175,7 +175,7 @@ def inspect(
     )  # fmt: skip
 
 
-def _rotations(opened: Opened, survey: Survey) -> list[Residual]:
+def _rotations(opened: Opened, survey: Survey) -> list[Rotation]:
     groups = {(layer, "residual"): [rotated] for layer, rotated in enumerate(survey.streams)}
     for place in opened.places:
         if place.path in survey.outputs and place.layer is not None:
@@ -184,7 +184,7 @@ def _rotations(opened: Opened, survey: Survey) -> list[Residual]:
     for (layer, role), group in groups.items():
         before, after = spread([r.before for r in group]), spread([r.after for r in group])
         if before is not None and after is not None:
-            found.append(Residual(layer, role, before, after))
+            found.append(Rotation(layer, role, before, after))
     return found
 
 

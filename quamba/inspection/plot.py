@@ -7,7 +7,7 @@ from typing import Any
 
 from quamba.errors import UserError
 from quamba.inspection.activations import Spread
-from quamba.inspection.model import EMBEDDING, REST, Inspection, Residual
+from quamba.inspection.model import EMBEDDING, REST, Inspection, Rotation
 
 BEFORE, AFTER, INK, GREY = "#c2410c", "#1d4ed8", "#1f2933", "#6b7782"
 BAR, PAD, THIN = 0.84, 0.1, 0.055
@@ -59,7 +59,7 @@ def draw(found: Inspection, layer: int | None = None) -> bytes:
     return target.getvalue()
 
 
-def pick(found: Inspection, layer: int | None) -> list[Residual]:
+def pick(found: Inspection, layer: int | None) -> list[Rotation]:
     """The activations of one layer that are shown: the rotated inputs of linears first, then the stream."""
     layers = sorted({r.layer for r in found.rotations})
     if layer is None:
@@ -75,7 +75,7 @@ def _headline(found: Inspection) -> str:
     return f"{found.model.rstrip('/').rpartition('/')[2]}   {found.model_type}, {kind}, {found.bytes / 1e6:,.1f} MB"
 
 
-def _outliers(axes: Any, chosen: list[Residual]) -> None:
+def _outliers(axes: Any, chosen: list[Rotation]) -> None:
     """Sorted channel peaks in units of the rms, which a rotation leaves alone."""
     styles = ["-", (0, (1.2, 1.2)), (0, (4, 1.5)), "-."]
     for rotated, style in zip(chosen, styles, strict=False):
