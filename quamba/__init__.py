@@ -6,14 +6,21 @@ from typing import TYPE_CHECKING, Any
 from quamba.integrations import on_import
 
 if TYPE_CHECKING:
+    from quamba.inspection import compare, inspect
     from quamba.loading import load
     from quamba.pipeline import quantize
     from quamba.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "load", "quantize"]
+__all__ = ["Recipe", "compare", "inspect", "load", "quantize"]
 
-_HOME = {"Recipe": "quamba.recipe", "load": "quamba.loading", "quantize": "quamba.pipeline"}
+_HOME = {
+    "Recipe": "quamba.recipe",
+    "compare": "quamba.inspection",
+    "inspect": "quamba.inspection",
+    "load": "quamba.loading",
+    "quantize": "quamba.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -113,6 +113,13 @@ class Checkpoint:
                 )
         return tensors
 
+    def stored(self) -> dict[str, int]:
+        """Bytes in the files of every tensor that the model's modules hold, by its name there."""
+        sizes = {name: self._read(name).nbytes for name in self._stored}
+        if self._conversion is None:
+            return sizes
+        return {name: sum(sizes[source] for source, _ in made) for name, made in self._conversion.sources.items()}
+
     def bytes(self) -> dict[str, int]:
         """Size of the parts at 16 bits per value: layers, embedding, lm_head (0 when tied)."""
         parts = {"layers": 0, "embedding": 0, "lm_head": 0}

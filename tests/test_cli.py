@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import quamba
 from quamba import embedded
-from quamba.cli import app, doctor, evaluate, quantize
+from quamba.cli import app, doctor, evaluate, files, quantize
 from quamba.errors import UserError
 
-COMMANDS = ["quantize", "eval", "generate", "build", "doctor", "demo"]
+COMMANDS = ["quantize", "eval", "generate", "inspect", "compare", "build", "doctor", "demo"]
 # As the console script does it.
 run_app = "from quamba.cli import app; app()"
 
@@ -149,12 +149,12 @@ def test_tasks_are_shown_with_their_errors_and_written(tmp_path, capsys):
     results = {"model": "m", "tasks": {"t": {"acc": 0.5, "acc_stderr": 0.25}}}
     evaluate.show(results)
     assert "0.2500" in capsys.readouterr().out
-    evaluate.write_json(tmp_path / "r.json", results)
+    files.write_json(tmp_path / "r.json", results)
     assert json.loads((tmp_path / "r.json").read_text()) == results
 
 
 def test_json_has_no_infinity(tmp_path):
-    evaluate.write_json(tmp_path / "r.json", {"model": "m", "perplexity": {"value": math.inf, "windows": 1}})
+    files.write_json(tmp_path / "r.json", {"model": "m", "perplexity": {"value": math.inf, "windows": 1}})
     assert json.loads((tmp_path / "r.json").read_text())["perplexity"] == {"value": None, "windows": 1}
 
 
@@ -210,7 +210,7 @@ def test_quantize_passes_its_options_and_prints_the_report(monkeypatch, tmp_path
 
 
 def test_calibration_names_are_told_from_files():
-    assert [quantize._means_a_file(name) for name in ("a.txt", "./a", "/a/b", "owner/set")] == [True, True, True, False]
+    assert [quantize.means_a_file(name) for name in ("a.txt", "./a", "/a/b", "owner/set")] == [True, True, True, False]
 
 
 def test_doctor_explains_every_operator():

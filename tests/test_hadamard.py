@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quamba_kernels.hadamard import block_size, factor, hadamard_matrix, rotate
+from quamba_kernels.hadamard import block_size, factor, hadamard_matrix, rotate, unrotate
 
 ORDERS = [1, 2, 4, 12, 20, 28, 36, 40, 44, 48, 112, 192, 320, 768, 1536, 2560, 4096, 5120]
 UNKNOWN = {3: 1, 6: 2, 7: 1, 14: 2, 92: 4, 184: 8, 1000003: 1}
@@ -22,6 +22,13 @@ def test_matrix_is_orthonormal_with_entries_of_one_size(n: int) -> None:
 def test_rotate_is_the_product_with_the_matrix(n: int) -> None:
     x = torch.randn(3, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
     assert (rotate(x, n) - x @ hadamard_matrix(n)).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("n", ORDERS)
+def test_unrotate_is_the_product_with_the_transpose(n: int) -> None:
+    x = torch.randn(3, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    assert (unrotate(x, n) - x @ hadamard_matrix(n).T).abs().max() < 1e-11
+    assert (unrotate(rotate(x, n), n) - x).abs().max() < 1e-11
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
@@ -59,6 +66,8 @@ def test_known_orders_are_one_block(n: int) -> None:
 def test_a_block_that_does_not_divide_is_refused(channels: int, block: int) -> None:
     with pytest.raises(ValueError, match=f"block of {block} does not divide {channels}"):
         rotate(torch.ones(2, channels), block)
+    with pytest.raises(ValueError, match=f"block of {block} does not divide {channels}"):
+        unrotate(torch.ones(2, channels), block)
 
 
 def test_a_constant_row_is_flattened_by_the_signs() -> None:
@@ -68,3 +77,11 @@ def test_a_constant_row_is_flattened_by_the_signs() -> None:
     assert rotated.abs().max() < 4  # sqrt(192) = 13.9 without the random signs
     assert torch.equal(rotated, residual_rotation(192, 0).columns(torch.ones(1, 192)))
     assert not torch.equal(rotated, residual_rotation(192, 1).columns(torch.ones(1, 192)))
+
+
+@pytest.mark.parametrize("n", [20, 92, 192])
+def test_the_rotation_of_the_stream_is_undone(n: int) -> None:
+    from quamba.transforms import residual_rotation
+
+    x, rotation = torch.randn(5, n, generator=torch.Generator().manual_seed(n)), residual_rotation(n, 3)
+    assert (rotation.undo(rotation.columns(x)) - x).abs().max() < 1e-12

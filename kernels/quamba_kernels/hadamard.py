@@ -112,11 +112,24 @@ def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
     x [..., C] with C a multiple of block; returns the same shape and dtype. Raises ValueError for a block that does
     not divide C or whose order is unknown.
     """
-    channels = x.shape[-1]
-    if channels % block:
-        raise ValueError(f"a Hadamard block of {block} does not divide {channels} channels")
+    _check_block(x, block)
     if block == 1:
         return x
     a, b = _factors(block, x.dtype, x.device)
     y = x.reshape(-1, a.shape[0], b.shape[0])
     return (a.T @ (y @ b)).reshape(x.shape)
+
+
+def unrotate(x: torch.Tensor, block: int) -> torch.Tensor:
+    """x H^T, which undoes ``rotate``: not every H is symmetric. Shapes and errors as there."""
+    _check_block(x, block)
+    if block == 1:
+        return x
+    a, b = _factors(block, x.dtype, x.device)
+    y = x.reshape(-1, a.shape[0], b.shape[0])
+    return (a @ (y @ b.T)).reshape(x.shape)
+
+
+def _check_block(x: torch.Tensor, block: int) -> None:
+    if x.shape[-1] % block:
+        raise ValueError(f"a Hadamard block of {block} does not divide {x.shape[-1]} channels")

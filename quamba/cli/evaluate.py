@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from quamba.cli import console
+from quamba.cli import console, files
 from quamba.cli.options import Device, Dtype, Model, Tokenizer
 from quamba.errors import UserError
 from quamba.windows import check_windows, read_text
@@ -69,10 +65,7 @@ def run(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if perplexity is None and not names:
         raise UserError("There is nothing to measure: give --perplexity FILE.txt, --tasks T1,T2 or both.")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise UserError(f"'{json_file}' cannot be written: there is no directory '{json_file.parent}'.")
-    if json_file is not None and json_file.is_dir():
-        raise UserError(f"'{json_file}' cannot be written: it is a directory.")
+    files.check_place(json_file)
     check_windows(window, max_windows, batch_size)
     if limit is not None and limit < 1:
         raise UserError(f"The limit of documents is at least 1, and {limit} was given.")
@@ -107,7 +100,7 @@ def run(
             network, opened, names, limit=limit, batch_size=batch_size or 16, manager=manager
         )
     if json_file is not None:
-        write_json(json_file, results)
+        files.write_json(json_file, results)
     show(results)
 
 
@@ -128,28 +121,3 @@ def show(results: dict[str, Any]) -> None:
                     error = metrics.get(f"{stem}_stderr{at}{kept}")
                     table.add_row(name, metric, f"{value:.4f}", "-" if error is None else f"{error:.4f}")
         console.out.print(table)
-
-
-def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Write `results` to `path` at once: a reader sees the old file or the whole new one.
-
-    JSON has no infinity and no NaN; they become null. Raises UserError if the directory takes no file.
-    """
-    value = results.get("perplexity", {}).get("value")
-    if value is not None and not math.isfinite(value):
-        results = results | {"perplexity": results["perplexity"] | {"value": None}}
-    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
-    try:
-        handle, partial = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be written: {error.strerror}.") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(partial, 0o666 & ~umask)  # mkstemp makes files private; a result is as public as any other
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise

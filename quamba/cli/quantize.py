@@ -57,7 +57,7 @@ def run(
 
     Example: quamba quantize mamba2-tiny --recipe w4a8 --output mamba2-tiny-w4a8
     """
-    if calibration is not None and _means_a_file(calibration) and not Path(calibration).is_file():
+    if calibration is not None and means_a_file(calibration) and not Path(calibration).is_file():
         raise UserError(f"There is no calibration file '{calibration}'.")
     console.settle()
     from quamba.pipeline import quantize
@@ -80,7 +80,7 @@ def run(
     show(report)
 
 
-def _means_a_file(calibration: str) -> bool:
+def means_a_file(calibration: str) -> bool:
     """Tell `text.txt` and `./text` from `owner/dataset`."""
     return calibration.endswith(".txt") or calibration.startswith((".", "/", "~"))
 

@@ -40,6 +40,9 @@ class Float(Format):
     def dequantize(self, tensors: Tensors) -> torch.Tensor:
         return tensors["weight"].float()
 
+    def step(self, tensors: Tensors) -> torch.Tensor:
+        raise TypeError("a float linear has no grid")
+
     @property
     def op(self) -> Op:
         raise TypeError("a float linear runs in torch itself")

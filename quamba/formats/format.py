@@ -80,6 +80,10 @@ class Format(ABC):
     def dequantize(self, tensors: Tensors) -> torch.Tensor:
         """The fp32 weight [O, K] that the stored tensors stand for."""
 
+    @abstractmethod
+    def step(self, tensors: Tensors) -> torch.Tensor:
+        """The distance between neighbouring values, fp32 [O, K/S]. Raises TypeError for a format without a grid."""
+
     @property
     @abstractmethod
     def op(self) -> Op:

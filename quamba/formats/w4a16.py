@@ -87,6 +87,9 @@ class W4A16(Format):
     def dequantize(self, tensors: Tensors) -> torch.Tensor:
         return dequantize_int4(tensors["weight_packed"], tensors["weight_scale"])
 
+    def step(self, tensors: Tensors) -> torch.Tensor:
+        return tensors["weight_scale"].float().abs()
+
     @property
     def op(self) -> Op:
         return ops.linear_w4a16

@@ -112,6 +112,9 @@ class W4A8(Format):
         codes = expand_two_level(tensors["weight_packed"], tensors["weight_multiplier"])
         return codes.float() * tensors["weight_scale"].unsqueeze(1)
 
+    def step(self, tensors: Tensors) -> torch.Tensor:
+        return tensors["weight_multiplier"].float() * tensors["weight_scale"].unsqueeze(1)
+
     @property
     def op(self) -> Op:
         return ops.linear_w4a8

@@ -61,6 +61,9 @@ class W8A8(Format):
     def dequantize(self, tensors: Tensors) -> torch.Tensor:
         return tensors["weight_packed"].float() * tensors["weight_scale"].unsqueeze(1)
 
+    def step(self, tensors: Tensors) -> torch.Tensor:
+        return tensors["weight_scale"].unsqueeze(1)
+
     @property
     def op(self) -> Op:
         return ops.linear_w8a8

@@ -24,11 +24,15 @@ class ResidualRotation:
 
     def columns(self, weight: torch.Tensor) -> torch.Tensor:
         """W R for a weight [..., D] that reads the stream, or rows [..., D] that enter it; fp64."""
-        return hadamard.rotate(weight.double() * self.signs, self.block)
+        return hadamard.rotate(weight.double() * self.signs.to(weight.device), self.block)
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
         """R^T W for a weight [..., D, K] that writes into the stream; fp64."""
         return self.columns(weight.double().mT).mT
+
+    def undo(self, x: torch.Tensor) -> torch.Tensor:
+        """x R^T for a rotated stream x [..., D]; fp64."""
+        return hadamard.unrotate(x.double(), self.block) * self.signs.to(x.device)
 
 
 def residual_rotation(size: int, seed: int) -> ResidualRotation:

@@ -1,0 +1,115 @@
+"""`quamba inspect` and `quamba compare` on models whose layers stay transformers', with attention, MLPs and experts."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import quamba
+from architectures import HOSTED
+from quamba import calibration
+from quamba.inspection import activations, plot
+from quamba.inspection.opened import Opened
+from quamba.models import describe
+from quamba.recipe import parse_recipe
+from quamba_kernels.hadamard import block_size, hadamard_matrix
+
+LITTLE = {"samples": 2, "seqlen": 24, "device": "cpu"}
+ROTATED = parse_recipe({"name": "rotated"}, "rotated")
+
+
+@pytest.fixture(scope="module", params=HOSTED)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def original(name, tiny_checkpoint):
+    """(directory, transformers' model)."""
+    return tiny_checkpoint(name)
+
+
+@pytest.fixture(scope="module")
+def moved(original, text, tmp_path_factory):
+    """The same in rotated bases, in floats."""
+    output = tmp_path_factory.mktemp("moved") / "q"
+    return quamba.quantize(original[0], ROTATED, output, calibration_text=text, **LITTLE).output
+
+
+def roles(model):
+    """(layer, role) of every projection that the architecture describes."""
+    return {
+        (layer, proj.role)
+        for layer, block in enumerate(describe(model.config).blocks)
+        for sub in block.sublayers
+        for proj in sub.mixer.projs
+    }
+
+
+@pytest.mark.parametrize("recipe", [None, "w4a8"])
+def test_every_projection_has_its_row(name, original, recipe, stock, text):
+    folder, model = original
+    source = folder if recipe is None else stock(recipe, name)
+    found = quamba.inspect(source, None if recipe is None else folder, text=text, **LITTLE)
+    assert {(r.layer, r.role) for r in found.rows if r.layer is not None and r.role != "rest"} == roles(model)
+    assert found.bytes == sum(t.nbytes for t in load_file(source / "model.safetensors").values())
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "conv" not in name
+                  and not name.endswith("A_log"))  # fmt: skip
+    biases = sum(p.numel() for name, p in model.named_parameters() if name.endswith("proj.bias"))
+    assert found.parameters == weights + biases
+    kept = {(r.layer, r.role) for r in found.rows if r.layer is not None and r.parameters and r.rounding is None}
+    wanted = {
+        (layer, proj.role) for layer, block in enumerate(describe(model.config).blocks) for sub in block.sublayers
+        for proj in sub.mixer.projs if proj.keep
+    }  # fmt: skip
+    assert kept == (roles(model) if recipe is None else wanted)
+    if recipe is not None:
+        assert all((r.weight_error < 1e-2) == (r.rounding is None or r.stored_as == "w8a8")
+                   for r in found.rows if r.weight_error is not None)  # fmt: skip
+        assert all(r.weight_error is not None and r.weight_error < 0.4 for r in found.rows if r.parameters)
+    assert recipe is None or plot.draw(found).startswith(b"\x89PNG")
+
+
+def test_exact_transforms_leave_no_error(original, moved, text):
+    folder, _ = original
+    found = quamba.inspect(moved, folder, samples=0)
+    assert all(r.weight_error is not None and r.weight_error < 1e-6 for r in found.rows if r.parameters)
+    pair = quamba.compare(folder, moved, text=text, tokens=48, max_new_tokens=4, device="cpu")
+    assert max(pair.layer_errors) < 1e-4 and abs(pair.kl_mean) < 1e-7 and pair.divergence is None
+
+
+def test_inputs_are_those_of_transformers_linears(original, moved, text):
+    folder, model = original
+    before, after = (quamba.inspect(source, text=text, **LITTLE) for source in (folder, moved))
+    ids = calibration.windows(calibration.read_text(text), quamba.load(folder)[1], 2, 24, 0)
+    for layer, block in enumerate(describe(model.config).blocks):
+        for sub in block.sublayers:
+            proj = sub.mixer.out_proj
+            if proj is None or proj.stack:
+                continue
+            seen = []
+            module = model.get_submodule(f"{block.path}.{sub.mixer.name(proj.path)}")
+            handle = module.register_forward_pre_hook(lambda module, args, to=seen: to.append(args[0].flatten(0, 1)))
+            with torch.inference_mode():
+                model(ids, use_cache=False)
+            handle.remove()
+            (x,) = seen
+            size = block_size(x.shape[1])
+            turned = x.double() @ torch.block_diag(*[hadamard_matrix(size)] * (x.shape[1] // size))
+            for found in (before, after):
+                (both,) = (r for r in found.rotations if (r.layer, r.role) == (layer, proj.role))
+                for spread, want in ((both.before, x), (both.after, turned.float())):
+                    assert torch.allclose(spread.channel_peaks, want.abs().amax(0), rtol=1e-3, atol=1e-4)
+            rows = [next(r for r in found.rows if (r.layer, r.role) == (layer, proj.role)) for found in (before, after)]
+            assert rows[0].input.peak == pytest.approx(float(x.abs().max()), rel=1e-3)
+            assert rows[1].input.peak == pytest.approx(float(turned.abs().max()), rel=1e-3)
+
+
+def test_watching_changes_nothing(name, stock, text):
+    opened = Opened(stock("w4a8", name), "cpu", torch.float32)
+    ids, seen = calibration.windows(calibration.read_text(text), opened.tokenizer, 2, 24, 0), []
+    with torch.inference_mode():
+        before = opened.model(ids, use_cache=False).logits
+        opened.model.get_submodule(opened.spec.head).register_forward_hook(lambda m, args, output: seen.append(output))
+        activations.Survey(opened).run(ids, 2, lambda *told: None)
+        assert torch.equal(seen[0], before)
+        assert torch.equal(opened.model(ids, use_cache=False).logits, before)
