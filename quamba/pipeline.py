@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -71,17 +72,19 @@ def quantize(
         raise UserError(f"{checkpoint.path} is quantised already; give the original checkpoint")
     model, plan = checkpoint.spec, recipe.calibration
     check_recipe(recipe, model)
+    checkpoint.check()
     tokens = calibration.windows(
         calibration.read_text(calibration_text), checkpoint.tokenizer(),
-        samples or plan.samples, seqlen or plan.seqlen, seed,
+        samples or plan.samples, seqlen or plan.seqlen, seed, model,
     )  # fmt: skip
     memory.release()
     obstacle = residual_rotation_obstacle(model) if recipe.rotate.residual else None
-    with Writer(output, overwrite) as writer, memory.watch(where) as peak:
+    with Writer(output, overwrite, checkpoint.path) as writer, memory.watch(where) as peak:
         rotates_residual = recipe.rotate.residual and obstacle is None
         rotation = residual_rotation(model.d_model, recipe.rotate.seed) if rotates_residual else None
         table = checkpoint.tensor(f"{model.embedding}.weight")
-        embedding = embed(writer, model, recipe, table, rotation)
+        with naming(model.embedding):
+            embedding = embed(writer, model, recipe, table, rotation)
         skeleton = Skeleton(checkpoint.config, model) if model.hosted else None
         hidden, arguments = enter(embedding, tokens, skeleton, plan.batch_size)
         stream = calibrate.Samples(hidden, plan.batch_size, where)
@@ -92,20 +95,28 @@ def quantize(
             largest = max(largest, sum(4 * t.numel() for t in tensors.values()))
             kept_type = next(iter(tensors.values())).dtype
             module = build(model, block, recipe, layer, kept_type, where, skeleton, arguments)
-            try:
+            with naming(f"layer {layer} ({block.path})"):
                 writer.add(quantise_block(module, recipe, tensors, kept_type, rotation, stream))
-            except FloatingPointError as error:
-                raise UserError(f"layer {layer} ({block.path}): {error} in its activations or Hessian") from None
             memory.release()
         tell("layers", len(model.blocks), len(model.blocks) + 1)
         head = checkpoint.tensor(f"{model.head}.weight")
         norm, gain = last_norm(model, recipe, checkpoint, skeleton, where)
-        writer.add(quantise_head(model, recipe, head, norm, gain, rotation, stream))
+        with naming(model.head):
+            writer.add(quantise_head(model, recipe, head, norm, gain, rotation, stream))
         tell("layers", len(model.blocks) + 1, len(model.blocks) + 1)
         writer.finish(card.files(checkpoint, recipe, tokens))
     notes = [f"residual stream not rotated: {obstacle}"] if obstacle else []
     seconds = time.perf_counter() - start
     return Report(writer.output, writer.sizes, checkpoint, seconds, peak.bytes, largest, notes)
+
+
+@contextmanager
+def naming(part: str) -> Iterator[None]:
+    """Say in which part of the model numbers went wrong."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise UserError(f"{part}: {error}; look at the original's weights, or give another calibration text") from None
 
 
 def embed(
@@ -187,6 +198,7 @@ def quantise_block(
         quantise_linears(block, sub, stream)
     if isinstance(block, HostedBlock):
         calibrate.advance(block, spec.sublayers[-1], stream)
+    stream.check()
     return stored(block, spec.path, kept_type)
 
 
@@ -286,11 +298,16 @@ def quantise_head(
 
 
 def stored(module: torch.nn.Module | HostedBlock, prefix: str, kept_type: torch.dtype) -> Tensors:
-    """A module's tensors under their full names; whatever is neither code nor scale keeps the checkpoint's type."""
+    """A module's tensors under their full names; whatever is neither code nor scale keeps the checkpoint's type.
+
+    Raises FloatingPointError for NaN or Inf: what was finite may leave a type's range once gains are folded in.
+    """
     tensors = {}
     for name, tensor in module.state_dict().items():
         plain = tensor.is_floating_point() and not name.endswith("scale")
-        tensors[f"{prefix}.{name}"] = tensor.to(kept_type) if plain else tensor
+        tensors[f"{prefix}.{name}"] = kept = tensor.to(kept_type) if plain else tensor
+        if not torch.isfinite(kept).all():
+            raise FloatingPointError(f"NaN or Inf in its {name}")
     return tensors
 
 
