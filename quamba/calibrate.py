@@ -39,6 +39,11 @@ class Samples:
         for start in range(0, len(self.hidden), self.batch_size):
             yield self.hidden[start : start + self.batch_size].to(self.device)
 
+    def check(self) -> None:
+        """Raises FloatingPointError when a hidden state is NaN or Inf."""
+        if not all(torch.isfinite(sample).all() for sample in self.hidden):
+            raise FloatingPointError("NaN or Inf in its activations")
+
     def first(self, samples: int) -> Samples:
         """The first few of them."""
         return Samples(self.hidden[:samples], self.batch_size, self.device)

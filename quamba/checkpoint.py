@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +14,17 @@ from transformers import GenerationConfig
 from quamba import embedded, layouts
 from quamba.conversion import Conversion
 from quamba.errors import UserError
-from quamba.models import architecture
+from quamba.layouts.layout import read_json
+from quamba.layouts.limits import check_sizes
+from quamba.models import architecture, describe
 from quamba.models.spec import BlockSpec
+from quamba.pretrained import UNREADABLE, sentence
 from quamba.skeleton import Skeleton
+from quamba.staging import Staging
 from quamba.tokenizer import adopt, open_tokenizer
 
 SHARD_BYTES = 5 * 1024**3
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -63,14 +64,19 @@ class Checkpoint:
         """tokenizer: as quamba.tokenizer.open_tokenizer takes it; None for the checkpoint's own."""
         self.source, self.path = str(source), resolve(source)
         self.layout = layouts.find(self.path)
+        found = self.layout.index(self.path)
+        check_sizes(self.path, len(found))
         self.config: Any = self.layout.config(self.path)
         self.architecture = architecture(self.config)
-        self.spec = self.architecture.describe(self.config)
-        self._stored = {self._today(name): stored for name, stored in self.layout.index(self.path).items()}
+        self.spec = describe(self.config)
+        self._stored = {self._today(name): stored for name, stored in found.items()}
         self.quantised = getattr(self.config, "quantization_config", None) is not None
         self._conversion: Conversion | None = None
         if self.spec.hosted and not self.quantised:
-            self._conversion = Conversion(Skeleton(self.config, self.spec).model, self._stored)
+            try:
+                self._conversion = Conversion(Skeleton(self.config, self.spec).model, self._stored)
+            except UNREADABLE as error:
+                raise UserError(f"{self.path} stands for no {self.config.model_type}: {sentence(error)}") from error
         self._given, self._tokenizer = tokenizer, None
 
     def _today(self, name: str) -> str:
@@ -81,14 +87,12 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor in the checkpoint's type. A tied head is the embedding.
 
-        Raises UserError when it is missing or holds NaN or Inf.
+        Raises UserError when it is missing, no float, or holds NaN or Inf.
         """
-        known = self._stored if self._conversion is None else self._conversion.sources
-        if name not in known and name == f"{self.spec.head}.weight" and self.config.tie_word_embeddings:
-            name = f"{self.spec.embedding}.weight"
-        if name not in known:
-            raise UserError(f"{self.path} lacks the tensor {name!r}, which a {self.config.model_type} model needs")
-        tensor = self._read(name) if self._conversion is None else self._conversion.tensor(name, self._read)
+        key = self._key(name)
+        tensor = self._read(key) if self._conversion is None else self._conversion.tensor(key, self._read)
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"tensor {name!r} of {self.path} is {tensor.dtype}; expected a float of 16, 32 or 64 bits")
         if not torch.isfinite(tensor).all():
             raise UserError(f"tensor {name!r} of {self.path} holds NaN or Inf")
         return tensor
@@ -96,21 +100,42 @@ class Checkpoint:
     def _read(self, name: str) -> torch.Tensor:
         return self._stored[name].read()
 
+    def _key(self, name: str) -> str:
+        """The known name of a tensor that the model needs."""
+        known = self._stored if self._conversion is None else self._conversion.sources
+        if name not in known and name == f"{self.spec.head}.weight" and self.config.tie_word_embeddings:
+            name = f"{self.spec.embedding}.weight"
+        if name not in known:
+            raise UserError(f"{self.path} lacks the tensor {name!r}, which a {self.config.model_type} model needs")
+        return name
+
+    def check(self) -> None:
+        """Compare every tensor that the config implies with what is stored, before memory is asked for by the config.
+
+        Raises UserError for one that is missing or of another shape; one that is made of others is not looked at.
+        """
+        table = (self.spec.vocab, self.spec.d_model)
+        self._check_shape(f"{self.spec.embedding}.weight", table)
+        self._check_shape(f"{self.spec.head}.weight", table)
+        self._check_shape(f"{self.spec.final_norm}.weight", (self.spec.d_model,))
+        for block in self.spec.blocks:
+            for name, shape in _shapes(block).items():
+                self._check_shape(f"{block.path}.{name}", shape)
+
+    def _check_shape(self, name: str, shape: tuple[int, ...], got: tuple[int, ...] | None = None) -> None:
+        key = self._key(name)
+        if got is None:
+            stored = key if self._conversion is None else self._conversion.as_stored(key)
+            got = shape if stored is None else self._stored[stored].shape
+        if got != shape:
+            raise UserError(f"tensor {name} of {self.path} should be {list(shape)} by its config, is {list(got)}")
+
     def block(self, block: BlockSpec) -> dict[str, torch.Tensor]:
         """The tensors of one block, by path below it. Raises UserError for a shape that does not fit."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for path, sub in block.norms.items():
-            leaves = ("weight",) if sub.norm_kind == "rms" else ("weight", "bias")
-            shapes |= {f"{path}.{leaf}": (sub.mixer.axes["resid"].size,) for leaf in leaves}
-        for sub in block.sublayers:
-            shapes |= {sub.mixer.name(param.path): sub.mixer.shape(param) for param in sub.mixer.params}
+        shapes = _shapes(block)
         tensors = {name: self.tensor(f"{block.path}.{name}") for name in (*shapes, *block.params)}
         for name, shape in shapes.items():
-            got = tuple(tensors[name].shape)
-            if got != shape:
-                raise UserError(
-                    f"tensor {block.path}.{name} of {self.path} should be {list(shape)} by its config, is {list(got)}"
-                )
+            self._check_shape(f"{block.path}.{name}", shape, tuple(tensors[name].shape))
         return tensors
 
     def stored(self) -> dict[str, int]:
@@ -139,6 +164,17 @@ class Checkpoint:
         return self._tokenizer
 
 
+def _shapes(block: BlockSpec) -> dict[str, tuple[int, ...]]:
+    """Path below the block -> shape of every tensor that its sublayers read."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, sub in block.norms.items():
+        leaves = ("weight",) if sub.norm_kind == "rms" else ("weight", "bias")
+        shapes |= {f"{path}.{leaf}": (sub.mixer.axes["resid"].size,) for leaf in leaves}
+    for sub in block.sublayers:
+        shapes |= {sub.mixer.name(param.path): sub.mixer.shape(param) for param in sub.mixer.params}
+    return shapes
+
+
 def part_of(name: str, embedding: str, head: str) -> str:
     """Which part of the model a tensor counts to."""
     if name.startswith(embedding + "."):
@@ -147,20 +183,14 @@ def part_of(name: str, embedding: str, head: str) -> str:
 
 
 class Writer:
-    """A directory written beside its final place, fsynced and renamed. Use as a context; ``finish`` makes it real."""
+    """A directory of tensors that appears whole. Use as a context; ``finish`` makes it real.
 
-    def __init__(self, output: str | Path, overwrite: bool) -> None:
-        self.output = Path(output).absolute()
-        if self.output.exists() and not overwrite:
-            raise UserError(f"output {output} exists; give another directory or --overwrite")
-        if self.output.exists() and not (self.output / "config.json").is_file() and any(self.output.iterdir()):
-            raise UserError(f"output {output} exists and is no model directory, so it is not overwritten")
-        try:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.", dir=self.output.parent))
-        except OSError as error:
-            raise UserError(f"output {output} cannot be written: {error.strerror}") from None
-        self.folder.chmod(0o755)
+    Raises UserError as Staging does; ``source`` is the directory that is read meanwhile.
+    """
+
+    def __init__(self, output: str | Path, overwrite: bool, source: Path) -> None:
+        self.staging = Staging(output, overwrite, source)
+        self.output, self.folder = self.staging.output, self.staging.folder
         self.sizes: dict[str, int] = {}
         self._shards: list[list[str]] = []
         self._pending: dict[str, torch.Tensor] = {}
@@ -170,7 +200,7 @@ class Writer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.staging.close()
 
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
         """Append tensors; a shard is flushed to disk when it is full."""
@@ -183,51 +213,36 @@ class Writer:
             self._bytes += size
 
     def _flush(self) -> None:
-        save_file(self._pending, self.folder / f"shard-{len(self._shards)}", metadata={"format": "pt"})
+        with self.staging.writing():
+            save_file(self._pending, self.folder / f"shard-{len(self._shards)}", metadata={"format": "pt"})
         self._shards.append(list(self._pending))
         self._pending, self._bytes = {}, 0
 
     def finish(self, files: dict[str, str]) -> Path:
-        """Flush, name the shards, write the other files (name -> text), fsync, and move into place."""
+        """Flush, name the shards, write the other files (name -> text), and move into place."""
         self._flush()
         count = len(self._shards)
         names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        for i, name in enumerate(names):
-            (self.folder / f"shard-{i}").rename(self.folder / name)
         if count > 1:
             where = {tensor: names[i] for i, shard in enumerate(self._shards) for tensor in shard}
             index = {"metadata": {"total_size": sum(self.sizes.values())}, "weight_map": where}
             files = {**files, INDEX: json.dumps(index, indent=2)}
-        for name, text in files.items():
-            (self.folder / name).write_text(text, encoding="utf-8")
-        for path in self._everything():
-            _sync(path)
-        if self.output.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.", dir=self.output.parent)) / "old"
-            self.output.rename(old)
-            self.folder.rename(self.output)
-            shutil.rmtree(old.parent)
-        else:
-            self.folder.rename(self.output)
-        _sync(self.output.parent)
+        with self.staging.writing():
+            for i, name in enumerate(names):
+                (self.folder / f"shard-{i}").rename(self.folder / name)
+            for name, text in files.items():
+                (self.folder / name).write_text(text, encoding="utf-8")
+            self.staging.commit()
         return self.output
-
-    def _everything(self) -> Iterator[Path]:
-        yield from (p for p in self.folder.rglob("*"))
-        yield self.folder
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def generation_config(checkpoint: Checkpoint) -> str:
-    """The text of generation_config.json: the checkpoint's own, or what its config implies."""
+    """The text of generation_config.json: the checkpoint's own, or what its config implies.
+
+    Raises UserError when the checkpoint's own is no JSON object.
+    """
     own = checkpoint.path / "generation_config.json"
     if own.is_file():
+        read_json(own)
         return own.read_text(encoding="utf-8")
     return str(GenerationConfig.from_model_config(checkpoint.config).to_json_string())

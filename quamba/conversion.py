@@ -32,6 +32,10 @@ class Conversion:
             if pattern is not None:
                 self._converters[target] = by_pattern[pattern]
 
+    def as_stored(self, target: str) -> str | None:
+        """The name in the files of a module's tensor; None where it is not stored as it is."""
+        return None if target in self._converters else self.sources[target][0][0]
+
     def tensor(self, target: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """The tensor of the module, stacked from what ``read`` gives for each of its names. Raises KeyError."""
         sources = self.sources[target]

@@ -9,10 +9,13 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from quamba import layouts
-from quamba.checkpoint import resolve
+from quamba.checkpoint import Checkpoint, resolve
 from quamba.errors import UserError
 from quamba.integrations import transformers as integration
 from quamba.layouts import Index
+from quamba.layouts.limits import check_sizes
+from quamba.models import ARCHITECTURES
+from quamba.pretrained import UNREADABLE, sentence
 from quamba.tokenizer import adopt, open_tokenizer
 
 
@@ -44,20 +47,31 @@ def load(
     """
     path, where = resolve(source), pick_device(device)
     layout = layouts.find(path)
-    config, index = layout.config(path), layout.index(path)
+    index = layout.index(path)
+    check_sizes(path, len(index))
+    config = layout.config(path)
+    original = getattr(config, "quantization_config", None) is None
+    if original and config.model_type in ARCHITECTURES:
+        Checkpoint(source).check()
     opened = open_tokenizer(path, layout, tokenizer)
     model = native(path, config, dtype) if layout.native else converted(path, index, config, opened, dtype)
-    if getattr(config, "quantization_config", None) is None:
+    if original:
         integration.use_operators(model)
     return model.to(where).eval(), opened
 
 
 def native(path: Path, config: Any, dtype: torch.dtype | None) -> Any:
-    """A directory that transformers opens itself. Raises UserError when it does not."""
+    """A directory that transformers opens itself. Raises UserError when it does not, or lacks a tensor."""
     try:
-        return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype or "auto")
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be opened: {str(error).splitlines()[0]}") from None
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True
+        )
+    except UNREADABLE as error:
+        raise UserError(f"{path} cannot be opened: {sentence(error)}") from error
+    model, found = opened
+    for name in sorted(found["missing_keys"]):  # transformers would go on with random values
+        raise UserError(f"{path} lacks the tensor {name!r}, which a {config.model_type} model needs")
+    return model
 
 
 def converted(path: Path, index: Index, config: Any, tokenizer: Any, dtype: torch.dtype | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -30,6 +31,11 @@ def resident() -> int:
     import resource
 
     return int(status.read_text().split()[1]) * resource.getpagesize()
+
+
+def installed() -> int:
+    """Memory of this machine in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def release() -> None:

@@ -29,7 +29,7 @@ class Histogram:
         x = x.detach().float().flatten(0, -2).abs()
         peak = x.amax(0)
         if not torch.isfinite(peak).all():
-            raise FloatingPointError("NaN or Inf")
+            raise FloatingPointError("NaN or Inf in its activations")
         torch.maximum(self.peak, peak, out=self.peak)
         if self.counts is not None:
             octave = torch.log2(x.clamp_min_(TOP * 2.0**-OCTAVES) / TOP) + OCTAVES

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from quamba.modules.norm import Norm
 from quamba.quantizers import Hessian
 from quamba.recipe import Recipe, load_recipe
 from quamba.report import Report
+from quamba.resume import FinishedLayers, forget, key
 from quamba.skeleton import Arguments, Skeleton
 from quamba.transforms import (
     fold_factors,
@@ -56,14 +58,17 @@ def quantize(
     seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Report:
     """Quantise a checkpoint (Hub id, directory or embedded name) as a recipe says, into a Hugging Face directory.
 
     tokenizer: a directory, a Hub id or a SentencePiece file, for a checkpoint that comes without one.
     calibration_text: a text file, a dataset's name, or None for the embedded text; samples windows of seqlen tokens
-    (None: as the recipe says) drawn with the seed. Raises UserError for what the user got wrong; a killed or failed run
-    leaves ``output`` as it was.
+    (None: as the recipe says) drawn with the seed. resume: keep finished layers beside the output until it is complete,
+    and go on after those that an interrupted run kept; ``say`` is told so in a line. Raises UserError for what the user
+    got wrong; a killed or failed run leaves ``output`` as it was.
     """
     start, tell = time.perf_counter(), progress or (lambda phase, done, total: None)
     recipe, checkpoint, where = load_recipe(recipe), Checkpoint(source, tokenizer), pick_device(device)
@@ -71,41 +76,67 @@ def quantize(
         raise UserError(f"{checkpoint.path} is quantised already; give the original checkpoint")
     model, plan = checkpoint.spec, recipe.calibration
     check_recipe(recipe, model)
+    checkpoint.check()
     tokens = calibration.windows(
         calibration.read_text(calibration_text), checkpoint.tokenizer(),
-        samples or plan.samples, seqlen or plan.seqlen, seed,
+        samples or plan.samples, seqlen or plan.seqlen, seed, model,
     )  # fmt: skip
     memory.release()
     obstacle = residual_rotation_obstacle(model) if recipe.rotate.residual else None
-    with Writer(output, overwrite) as writer, memory.watch(where) as peak:
+    with (
+        Writer(output, overwrite, checkpoint.path) as writer,
+        (
+            FinishedLayers(writer.output, key(checkpoint, recipe, tokens, seed, where)) if resume else nullcontext()
+        ) as kept,
+        memory.watch(where) as peak,
+    ):
         rotates_residual = recipe.rotate.residual and obstacle is None
         rotation = residual_rotation(model.d_model, recipe.rotate.seed) if rotates_residual else None
         table = checkpoint.tensor(f"{model.embedding}.weight")
-        embedding = embed(writer, model, recipe, table, rotation)
+        with naming(model.embedding):
+            embedding = embed(writer, model, recipe, table, rotation)
         skeleton = Skeleton(checkpoint.config, model) if model.hosted else None
         hidden, arguments = enter(embedding, tokens, skeleton, plan.batch_size)
         stream = calibrate.Samples(hidden, plan.batch_size, where)
-        largest = 0
+        largest = done = 0
+        if kept is not None and kept.done:
+            done = kept.restore(writer, stream.hidden)
+            if say is not None:
+                say(f"resuming after {done} of {len(model.blocks)} layers, kept in {kept.folder}")
         for layer, block in enumerate(model.blocks):
             tell("layers", layer, len(model.blocks) + 1)
+            if layer < done:
+                continue
             tensors = checkpoint.block(block)
             largest = max(largest, sum(4 * t.numel() for t in tensors.values()))
             kept_type = next(iter(tensors.values())).dtype
             module = build(model, block, recipe, layer, kept_type, where, skeleton, arguments)
-            try:
-                writer.add(quantise_block(module, recipe, tensors, kept_type, rotation, stream))
-            except FloatingPointError as error:
-                raise UserError(f"layer {layer} ({block.path}): {error} in its activations or Hessian") from None
+            with naming(f"layer {layer} ({block.path})"):
+                made = quantise_block(module, recipe, tensors, kept_type, rotation, stream)
+            writer.add(made)
+            if kept is not None:
+                kept.keep(layer, made, stream.hidden)
             memory.release()
         tell("layers", len(model.blocks), len(model.blocks) + 1)
         head = checkpoint.tensor(f"{model.head}.weight")
         norm, gain = last_norm(model, recipe, checkpoint, skeleton, where)
-        writer.add(quantise_head(model, recipe, head, norm, gain, rotation, stream))
+        with naming(model.head):
+            writer.add(quantise_head(model, recipe, head, norm, gain, rotation, stream))
         tell("layers", len(model.blocks) + 1, len(model.blocks) + 1)
         writer.finish(card.files(checkpoint, recipe, tokens))
+    forget(writer.output)
     notes = [f"residual stream not rotated: {obstacle}"] if obstacle else []
     seconds = time.perf_counter() - start
     return Report(writer.output, writer.sizes, checkpoint, seconds, peak.bytes, largest, notes)
+
+
+@contextmanager
+def naming(part: str) -> Iterator[None]:
+    """Say in which part of the model numbers went wrong."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise UserError(f"{part}: {error}; look at the original's weights, or give another calibration text") from None
 
 
 def embed(
@@ -187,6 +218,7 @@ def quantise_block(
         quantise_linears(block, sub, stream)
     if isinstance(block, HostedBlock):
         calibrate.advance(block, spec.sublayers[-1], stream)
+    stream.check()
     return stored(block, spec.path, kept_type)
 
 
@@ -286,11 +318,16 @@ def quantise_head(
 
 
 def stored(module: torch.nn.Module | HostedBlock, prefix: str, kept_type: torch.dtype) -> Tensors:
-    """A module's tensors under their full names; whatever is neither code nor scale keeps the checkpoint's type."""
+    """A module's tensors under their full names; whatever is neither code nor scale keeps the checkpoint's type.
+
+    Raises FloatingPointError for NaN or Inf: what was finite may leave a type's range once gains are folded in.
+    """
     tensors = {}
     for name, tensor in module.state_dict().items():
         plain = tensor.is_floating_point() and not name.endswith("scale")
-        tensors[f"{prefix}.{name}"] = tensor.to(kept_type) if plain else tensor
+        tensors[f"{prefix}.{name}"] = kept = tensor.to(kept_type) if plain else tensor
+        if not torch.isfinite(kept).all():
+            raise FloatingPointError(f"NaN or Inf in its {name}")
     return tensors
 
 

@@ -26,7 +26,9 @@ class Hessian:
 
     @property
     def mean(self) -> torch.Tensor:
-        """E[x^T x], [K, K]."""
+        """E[x^T x], [K, K]. Raises FloatingPointError when an input held NaN or Inf."""
+        if not torch.isfinite(self.total.diagonal()).all():
+            raise FloatingPointError("NaN or Inf in its activations")
         return self.total / max(self.tokens, 1)
 
     def factor(self, damping: float, act_order: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,9 +6,10 @@ ActivationSpec; ``layers`` overrides either for some layers, so mixed bit-widths
 
 from __future__ import annotations
 
+import reprlib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -19,8 +20,11 @@ from quamba.observers import OBSERVERS
 FORMAT_VERSION = 1
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ActivationSpec(_Strict):
@@ -51,10 +55,10 @@ class LinearSpec(_Strict):
     """
 
     format: str = "float"
-    group_size: int = Field(default=128, ge=8)
+    group_size: int = Field(default=128, ge=8, multiple_of=8)
     method: Literal["rtn", "gptq"] = "gptq"
     search: bool = True
-    damping: float = Field(default=0.01, ge=0)
+    damping: float = Field(default=0.01, ge=0, le=1)
     act_order: bool = False
     input: ActivationSpec = ActivationSpec()
 
@@ -65,13 +69,21 @@ class LinearSpec(_Strict):
 
         return _one_of(name, FORMATS)
 
+    @model_validator(mode="after")
+    def _input_that_the_format_takes(self) -> LinearSpec:
+        from quamba.formats import FORMATS
+
+        if FORMATS[self.format].int8_input and self.input.bits != 8:
+            raise ValueError(f"format {self.format} takes int8 inputs, so input.bits is 8, got {self.input.bits}")
+        return self
+
 
 class StateSpec(_Strict):
     """Storage of the recurrent state between tokens; int8 keeps one dynamic scale per row over d_state."""
 
     dtype: Literal["float32", "float16", "int8"] = "float32"
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    seed: int = 0
+    seed: Seed = 0
 
 
 class StorageSpec(_Strict):
@@ -85,8 +97,8 @@ class RotationSpec(_Strict):
 
     residual: bool = True
     output: bool = True
-    block: int | None = None
-    seed: int = 0
+    block: int | None = Field(default=None, ge=1)
+    seed: Seed = 0
 
 
 class ClusterSpec(_Strict):
@@ -251,7 +263,7 @@ def load_recipe(source: str | Path | Recipe) -> Recipe:
         raise UserError(f"recipe {str(source)!r} is neither a stock recipe ({', '.join(stock)}) nor a YAML file")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers raise errors of their own
         raise UserError(f"recipe {path} is not readable YAML: {' '.join(str(error).split())}") from None
     return parse_recipe(data, str(path))
 
@@ -275,7 +287,7 @@ def _sentence(error: ValidationError | TypeError) -> str:
         return f"unknown key {where!r}; known keys are {', '.join(_known(error.title, first['loc']))}"
     message = str(first["msg"]).removeprefix("Value error, ")
     # what the whole recipe violates has told its place and its value already
-    return f"{where}: {message}, got {first['input']!r}"[:400] if first["loc"] else message
+    return f"{where}: {message}, got {reprlib.repr(first['input'])}"[:400] if first["loc"] else message
 
 
 def _known(title: str, location: tuple[int | str, ...]) -> list[str]:

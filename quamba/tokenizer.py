@@ -11,11 +11,13 @@ from transformers import AutoTokenizer
 from quamba import embedded, sentencepiece
 from quamba.errors import UserError
 from quamba.layouts import Layout
+from quamba.pretrained import sentence
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+PROBE = "the"
 GIVE = "give one by --tokenizer: a directory, a Hub id or a SentencePiece FILE.model"
 
 
@@ -50,9 +52,13 @@ def owned(path: Path) -> bool:
 
 def _read(source: Any, why: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{why} ({(str(error).splitlines() or ['?'])[0]}); {GIVE}") from None
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a tokenizer's files are parsed by several libraries, with errors of their own
+        raise UserError(f"{why} ({sentence(error)}); {GIVE}") from None
+    if not tokenizer(PROBE, add_special_tokens=False)["input_ids"]:
+        # without its files a tokenizer's class makes an empty vocabulary and says nothing
+        raise UserError(f"{why} (its vocabulary is empty); {GIVE}")
+    return tokenizer
 
 
 def texts(path: Path, tokenizer: Any) -> dict[str, str]:

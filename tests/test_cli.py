@@ -189,7 +189,7 @@ def test_quantize_passes_its_options_and_prints_the_report(monkeypatch, tmp_path
         *("--seqlen", 32, "--seed", 7, "--device", "cpu", "--overwrite", "--calibration", "owner/data"),
     )
     assert result.exit_code == 0, result.output
-    seen.pop("progress")
+    assert callable(seen.pop("progress")) and callable(seen.pop("say"))
     assert seen == {
         "source": "mamba2-tiny",
         "tokenizer": None,
@@ -200,6 +200,7 @@ def test_quantize_passes_its_options_and_prints_the_report(monkeypatch, tmp_path
         "seed": 7,
         "device": "cpu",
         "overwrite": True,
+        "resume": False,
     }
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines()]
     assert ["layers", "4.00", "1.00", "0.250"] in cells

@@ -128,7 +128,7 @@ def test_settings_that_cannot_be_represented_are_refused(original, changes, sent
 
 def test_tensors_that_do_not_fit_the_config_are_refused(original):
     held = json.loads((original / "config.json").read_text())
-    for changes, sentence in (({"n_layer": 3}, "lacks 'backbone.layers.2"), ({"n_layer": 1}, "unknown tensor"),
+    for changes, sentence in (({"n_layer": 3}, "the tensor 'backbone.layers.2"), ({"n_layer": 1}, "unknown tensor"),
                               ({"d_model": 32}, "should be [2048, 32]")):  # fmt: skip
         (original / "config.json").write_text(json.dumps({**held, **changes}))
         with pytest.raises(UserError, match=re.escape(sentence)):

@@ -5,6 +5,7 @@ Nothing heavy (torch, transformers, lm-eval) is imported outside the body of a c
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -15,6 +16,10 @@ from typer.core import TyperGroup
 from quamba.cli import build, comparison, console, demo, doctor, evaluate, generate, inspection, quantize
 from quamba.errors import UserError
 
+# What a disk or its owner says, wherever it is said; other system errors are ours until shown otherwise.
+_SYSTEM_ERRORS = {
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS,
+}  # fmt: skip
 _ENVIRONMENT_ERRORS = (
     ("quamba_kernels.registry", "BackendUnavailable"),
     ("quamba_kernels.cuda.toolchain", "CannotBuild"),
@@ -54,6 +59,8 @@ def _users_mistake(error: Exception) -> str | None:
     # Usage errors have no public base class in every typer, but all of them can say what is wrong.
     if hasattr(error, "format_message"):
         return str(error.format_message())
+    if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
+        return f"{error.filename or 'A file'} cannot be read or written: {error.strerror}"
     # The environment asks for a backend or for objects that cannot be had. Looked up, not imported: torch would come.
     for module, name in _ENVIRONMENT_ERRORS:
         if module in sys.modules and isinstance(error, getattr(sys.modules[module], name)):

@@ -45,10 +45,21 @@ def run(
     seqlen: Annotated[
         int | None, typer.Option(min=2, help="The length of a piece, in tokens; by default as the recipe says.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The seed that picks the pieces; the same seed gives the same bits.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=2**63 - 1, help="The seed that picks the pieces; the same seed gives the same bits."),
+    ] = 0,
     device: Device = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output directory if it exists; by default refuse.")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Keep finished layers beside the output until it is complete, and go on after those that an "
+            "interrupted run with --resume kept; by default nothing is kept.",
+        ),
     ] = False,
 ) -> None:
     """Quantise a model and write it as a Hugging Face directory.
@@ -75,7 +86,9 @@ def run(
             seed=seed,
             device=device,
             overwrite=overwrite,
+            resume=resume,
             progress=progress,
+            say=lambda line: console.err.print(line, markup=False),
         )
     show(report)
 

@@ -59,11 +59,12 @@ class Grid(ABC):
 
 class Format(ABC):
     """A way to store and run a linear. int8_input: whether the op takes int8 codes with their scale; has_grid: whether
-    weights are rounded to a grid, or kept as they are."""
+    weights are rounded to a grid, or kept as they are; grouped: whether the spec's group_size is used."""
 
     name: str
     int8_input: bool
     has_grid = True
+    grouped = False
 
     @abstractmethod
     def tensors(self, features: int, outputs: int, spec: LinearSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -71,6 +71,7 @@ class W4A16(Format):
 
     name = "w4a16"
     int8_input = False
+    grouped = True
 
     def tensors(self, features: int, outputs: int, spec: LinearSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         check_features(features, self.name)

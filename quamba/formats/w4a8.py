@@ -94,6 +94,7 @@ class W4A8(Format):
 
     name = "w4a8"
     int8_input = True
+    grouped = True
 
     def tensors(self, features: int, outputs: int, spec: LinearSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         check_features(features, self.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quamba.errors import UserError
+from quamba.layouts.huggingface import contents
+from quamba.layouts.layout import Index
 from quamba.models import ARCHITECTURES, describe
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.embedding import Embedding
@@ -34,8 +37,8 @@ class QuambaConfig(QuantizationConfigMixin):
         self.quant_method = NAME
         self.recipe = recipe or FLOAT.model_dump(mode="json")
         self.format_version = format_version
-        if format_version > FORMAT_VERSION:
-            raise ValueError(
+        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+            raise UserError(
                 f"this directory has quamba format version {format_version}, this quamba reads up to {FORMAT_VERSION}: "
                 "upgrade quamba"
             )
@@ -47,9 +50,20 @@ class QuambaQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: QuambaConfig
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         recipe = parse_recipe(self.quantization_config.recipe, "quantization_config")
         swap(model, recipe, model.config.dtype or torch.float32, "meta")
+        stored: Index = {}
+        for file in checkpoint_files or []:
+            stored |= contents(Path(file))
+        for name, tensor in model.state_dict().items() if stored else ():
+            # transformers would go on with zeros in the place of what is missing
+            got = stored[name].shape if name in stored else None
+            if got != tuple(tensor.shape):
+                wanted = f"tensor {name!r} should be {list(tensor.shape)} by config and recipe"
+                raise UserError(f"{wanted}, and is {'missing' if got is None else list(got)}; quantise the model again")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, tensor in model.state_dict().items():

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
 
 from quamba.errors import UserError
 from quamba.layouts import pickles
 from quamba.layouts.layout import Index, Layout, Stored, read_json
+from quamba.pretrained import read_config
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 
@@ -23,45 +22,46 @@ def matches(path: Path) -> bool:
     return file.is_file() and "model_type" in read_json(file)
 
 
-def config(path: Path) -> Any:
-    """As transformers reads it."""
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{path}/config.json cannot be read: {str(error).splitlines()[0]}") from None
-
-
-def files(path: Path) -> list[Path]:
-    """The files of weights. Raises UserError when one is missing."""
+def index(path: Path) -> Index:
+    """The tensors of all shards. Raises UserError for a file that is missing, and for an index that is not true."""
     for name in (SAFETENSORS, PICKLE):
+        if (path / name).is_file():
+            return contents(path / name)
         listed = path / f"{name}.index.json"
         if listed.is_file():
-            found = [path / shard for shard in sorted(set(read_json(listed)["weight_map"].values()))]
-        elif (path / name).is_file():
-            found = [path / name]
-        else:
-            continue
-        for file in found:
-            if not file.is_file():
-                raise UserError(f"{path} has no {file.name}, which {listed.name} lists")
-        return found
+            where = weight_map(listed, Path(name).suffix)
+            held = {file: contents(path / file) for file in sorted(set(where.values()))}
+            for tensor, file in where.items():
+                if tensor not in held[file]:
+                    raise UserError(f"{listed} says that {file} holds {tensor!r}, which it lacks; download both again")
+            return {tensor: held[file][tensor] for tensor, file in where.items()}
     raise UserError(f"{path} holds no weights: neither {SAFETENSORS} nor {PICKLE}, whole or with an index of shards")
 
 
-def index(path: Path) -> Index:
-    """The tensors of all shards."""
-    found: Index = {}
-    for file in files(path):
-        found |= _safetensors(file) if file.suffix == ".safetensors" else pickles.index(file)
-    return found
+def weight_map(listed: Path, suffix: str) -> dict[str, str]:
+    """Tensor -> name of its file. Raises UserError when a file lies elsewhere or is missing."""
+    where = read_json(listed).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise UserError(f'{listed} has no "weight_map" from tensors to files; download it again')
+    for tensor, file in where.items():
+        if not isinstance(file, str) or Path(file).name != file or Path(file).suffix != suffix:
+            raise UserError(f"{listed} puts {tensor!r} into {file!r}, which is no {suffix} file of that directory")
+        if not (listed.parent / file).is_file():
+            raise UserError(f"{listed.parent} has no {file}, which {listed.name} lists; download it again")
+    return where
+
+
+def contents(file: Path) -> Index:
+    """The tensors of one file."""
+    return _safetensors(file) if file.suffix == ".safetensors" else pickles.index(file)
 
 
 def _safetensors(file: Path) -> Index:
     try:
         with safe_open(file, "pt") as opened:
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{file} is not a readable safetensors file: {error}") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a readable safetensors file: {error}; download it again") from None
     return {name: Stored(shape, partial(_read, file, name)) for name, shape in shapes.items()}
 
 
@@ -75,7 +75,7 @@ LAYOUT = Layout(
     name="huggingface",
     sign="a config.json with a model_type (Hugging Face)",
     matches=matches,
-    config=config,
+    config=read_config,
     index=index,
     native=True,
 )

@@ -64,7 +64,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError when it is none."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{file} should hold a JSON object, and holds a {type(value).__name__}")

@@ -6,8 +6,9 @@ import importlib
 import pkgutil
 from typing import Any
 
+from quamba import formats
 from quamba.errors import UserError
-from quamba.models.spec import Architecture, ModelSpec
+from quamba.models.spec import Architecture, Axis, ModelSpec
 from quamba.recipe import Recipe
 
 ARCHITECTURES: dict[str, Architecture] = {}
@@ -29,7 +30,26 @@ def architecture(config: Any) -> Architecture:
 def describe(config: Any) -> ModelSpec:
     """The structure of the model that a transformers config stands for. Raises UserError as ``architecture`` does, and
     for a config value that the architecture cannot represent."""
-    return architecture(config).describe(config)
+    arch = architecture(config)
+    try:
+        model = arch.describe(config)
+    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        raise UserError(f"{arch.model_type} config has a value that is not understood: {error}") from None
+    if not model.blocks:
+        raise UserError(f"{arch.model_type} config has no layers")
+    for mixer in {id(sub.mixer): sub.mixer for block in model.blocks for sub in block.sublayers}.values():
+        _check_axes(arch.model_type, mixer.axes)
+    return model
+
+
+def _check_axes(name: str, axes: dict[str, Axis]) -> None:
+    for axis in axes.values():
+        if not isinstance(axis.size, int) or axis.size < 1:
+            raise UserError(f"{name} config gives the axis {axis.name!r} a size of {axis.size!r}; expected 1 or more")
+    for axis in axes.values():
+        among = 1 if axis.share is None else axes[axis.share].size
+        if axis.size % among:
+            raise UserError(f"{name} config divides {axis.size} {axis.name}s among {among} {axis.share}s, unevenly")
 
 
 def roles() -> tuple[set[str], set[str]]:
@@ -46,7 +66,8 @@ def roles() -> tuple[set[str], set[str]]:
 
 
 def check_recipe(recipe: Recipe, model: ModelSpec) -> None:
-    """Raises UserError for a role that no architecture has, and for a layer override that covers no layer."""
+    """Raises UserError for a role that no architecture has, a layer override that covers no layer, and a group size
+    that divides no linear it is meant for."""
     known = dict(zip(("linears", "activations"), roles(), strict=True))
     for where in (recipe, *recipe.layers):
         for field, names in known.items():
@@ -57,3 +78,14 @@ def check_recipe(recipe: Recipe, model: ModelSpec) -> None:
     for override in recipe.layers:
         if not any(override.covers(layer) for layer in range(count)):
             raise UserError(f"recipe {recipe.name}: layers {override.match!r} covers none of the {count} layers")
+    asked: dict[int, set[int]] = {}
+    for layer, block in enumerate(model.blocks):
+        for sub in block.sublayers:
+            for proj in sub.mixer.projs:
+                spec = recipe.linear(proj.role, layer)
+                if formats.get(spec.format).grouped:
+                    asked.setdefault(spec.group_size, set()).add(sub.mixer.size(proj.input))
+    for size, sizes in asked.items():
+        # a group wider than the row means the whole row; one that some divide falls back where it does not
+        if all(size < features and features % size for features in sizes):
+            raise UserError(f"recipe {recipe.name}: group_size {size} divides none of the input sizes {sorted(sizes)}")
