@@ -1,0 +1,206 @@
+"""Decoding: what is captured equals what is not, token for token; sampling; the end of a text."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import quamba
+from quamba import generation
+from quamba.decoding import EAGER_STEPS, Captured, Continuation, Decoder
+from quamba.generation import Generator
+from quamba.models import ARCHITECTURES
+from quamba.sampling import Sampler
+
+
+class FakeGraph:
+    """A CUDA graph on the CPU: recording changes no tensor, a replay repeats every operation on the recorded tensors.
+
+    What a real capture forbids, reading a value on the host, raises.
+    """
+
+    def __init__(self):
+        self.calls = []
+
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            new = func(*args, **kwargs)
+            writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+            if not writes:
+                for old, value in zip(_tensors(out), _tensors(new), strict=True):
+                    if old.data_ptr() != value.data_ptr():
+                        old.copy_(value)
+
+
+def _tensors(tree):
+    return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self, graph):
+        super().__init__()
+        self.graph, self.before = graph, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a value was read on the host while a graph was recorded")
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        for argument in func._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                storage = given[argument.name].untyped_storage()
+                self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        out = func(*args, **kwargs)
+        self.graph.calls.append((func, args, kwargs, out))
+        return out
+
+
+@contextlib.contextmanager
+def record(graph):
+    with Recorder(graph) as recorder:
+        yield
+    for storage, value in recorder.before.values():
+        storage.copy_(value)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA graphs as FakeGraph, and capture allowed on the CPU; the list of graphs that were made."""
+    made = []
+
+    class Counted(FakeGraph):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    class Captures(Captured):
+        def __init__(self, run, *, capture, eager=EAGER_STEPS):
+            super().__init__(run, capture=True, eager=eager)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Counted)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(quamba.decoding, "Captured", Captures)
+    return made
+
+
+def eager(model, **options):
+    """A generator on the CPU, which captures nothing unless the graphs are faked."""
+    return Generator(model, **options)
+
+
+def all_tokens(generator, ids, **options):
+    return torch.cat(list(generator.pieces(ids, **options)), 1)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return torch.randint(0, 96, (2, 5), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+def quantised(request, stock, prompts):
+    """On the torch bodies, which run on every device; a backend of the CPU may read values on the host."""
+    model = quamba.load(stock("w4a8", request.param), device="cpu")[0]
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setenv("QUAMBA_BACKEND", "torch")
+        model(prompts)  # binds
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 20.0, "top_p": 0.9, "seed": 3}], ids=["greedy", "sampled"])
+def test_captured_tokens_equal_eager_ones(quantised, prompts, graphs, options, monkeypatch):
+    captured = Generator(quantised)
+    first = all_tokens(captured, prompts, max_new_tokens=12, **options)
+    again = all_tokens(captured, prompts, max_new_tokens=12, **options)
+    assert len(graphs) == 1 and graphs[0].calls
+    monkeypatch.undo()
+    wanted = all_tokens(eager(quantised), prompts, max_new_tokens=12, **options)
+    assert torch.equal(first, wanted) and torch.equal(again, wanted)
+    assert not options or wanted.unique().numel() > 12
+
+
+def test_greedy_tokens_are_those_of_transformers(quantised, prompts):
+    wanted = quantised.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=6, do_sample=False, eos_token_id=None
+    )
+    torch.testing.assert_close(all_tokens(eager(quantised), prompts, max_new_tokens=6), wanted[:, 5:])
+
+
+def test_padded_prompts_of_a_batch_give_what_they_give_alone(quantised, prompts):
+    padded = torch.cat([torch.zeros(1, 2, dtype=torch.int64), prompts[:1, :3]], 1)
+    batch, mask = torch.cat([padded, prompts[1:]]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    got = all_tokens(eager(quantised), batch, mask=mask, max_new_tokens=1)
+    assert got[0, 0] == all_tokens(eager(quantised), prompts[:1, :3], max_new_tokens=1)[0, 0]
+
+
+def test_decoder_replays_what_it_would_have_computed(quantised, prompts, graphs, monkeypatch):
+    with torch.inference_mode():
+        decoder = Decoder(quantised)
+        got = [decoder.step(prompts[:, t % 5]).clone() for t in range(8)]
+        assert decoder.captured.replays and len(graphs) == 1
+        monkeypatch.undo()
+        plain = Decoder(quantised, capture=False)
+        assert all(torch.equal(a, plain.step(prompts[:, t % 5])) for t, a in enumerate(got))
+
+
+def test_a_cache_that_grows_is_never_captured(quantised, prompts, graphs, monkeypatch):
+    monkeypatch.setattr(Decoder, "static", property(lambda self: False))
+    with torch.inference_mode():
+        text = Continuation(quantised, 2, room=9)
+        text.begin(prompts)
+        for _ in range(8):
+            text.step()
+    assert not graphs
+
+
+def test_a_step_reads_nothing_on_the_host(graphs):
+    x = torch.ones(1)
+    step = Captured(lambda: x.add_(1).item(), capture=True, eager=0)
+    with pytest.raises(RuntimeError, match="read on the host"):
+        step()
+
+
+@pytest.mark.parametrize("every", [1, 3, 8])
+def test_a_text_ends_where_all_sequences_have_stopped(quantised, prompts, every, monkeypatch):
+    free = all_tokens(eager(quantised), prompts, max_new_tokens=10)
+    monkeypatch.setattr(generation, "CHECK_EVERY", every)
+    monkeypatch.setattr(generation, "torch", torch)
+    stop = [int(free[0, 2]), int(free[1, 5])]
+    got = all_tokens(eager(quantised, stop=stop, pad=77), prompts, max_new_tokens=10)
+    ends = [min(int((row == s).nonzero()[0]) for s in stop if (row == s).any()) for row in free]
+    assert got.shape[1] == max(ends) + 1
+    for row, wanted, end in zip(got, free, ends, strict=True):
+        assert torch.equal(row[: end + 1], wanted[: end + 1]) and (row[end + 1 :] == 77).all()
+
+
+def test_last_counts_tokens_of_a_late_look():
+    generator = Generator(None, stop=[9])
+    done = torch.tensor([True, True])
+    assert generator._last(done, torch.tensor([[1, 9, 0, 0], [9, 0, 0, 0]]), False) == 2
+    assert generator._last(done, torch.tensor([[0, 0], [3, 9]]), False) == 2
+    assert generator._last(torch.tensor([True, False]), torch.tensor([[9, 0], [1, 2]]), False) is None
+    assert generator._last(torch.tensor([True, False]), torch.tensor([[9, 0], [1, 2]]), True) == 2
+
+
+def test_sampling_follows_the_probabilities_and_the_nucleus():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(20000, 1)
+    drawn = Sampler(1.0, seed=5)(logits).bincount(minlength=4) / 20000
+    torch.testing.assert_close(drawn, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.015, rtol=0)
+    kept = Sampler(1.0, 0.7, seed=5)(logits[:, [3, 0, 2, 1]]).bincount(minlength=4) / 20000
+    torch.testing.assert_close(kept, torch.tensor([0, 0.625, 0, 0.375]), atol=0.015, rtol=0)
+    cold = Sampler(1e-3, seed=5)(logits)
+    assert torch.equal(cold, torch.zeros_like(cold))
+    assert torch.equal(Sampler(1.0, 0.01)(logits), cold)
+
+
+def test_sampling_draws_anew_and_again_by_its_seed():
+    logits = torch.zeros(3, 500)
+    sampler = Sampler(1.0, seed=1)
+    draws = [sampler(logits) for _ in range(3)]
+    assert len({int(d) for row in draws for d in row}) > 6
+    sampler.restart(1)
+    assert all(torch.equal(a, sampler(logits)) for a in draws)
+    sampler.restart(2)
+    assert not torch.equal(draws[0], sampler(logits))
