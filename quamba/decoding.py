@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 class Captured(Generic[Result]):
     """``run`` over tensors that outlive it: eager for ``eager`` calls, then one CUDA graph that is replayed.
 
-    A replay does no host work but its launch; what ``run`` returned while it was recorded is returned each time, holding
+    A replay does no host work but its launch; what ``run`` returned while it was recorded is returned each time, with
     new values. With ``capture`` False every call is eager; it may be set between calls.
     """
 
@@ -107,8 +107,8 @@ class Decoder:
 class Continuation:
     """The tokens that a model adds to prompts of one batch size: a prefill, then steps that choose their own tokens.
 
-    Everything a step reads and writes lies on the device: its token, the tokens so far, who has finished. So on CUDA the
-    whole step, sampling included, is one graph. The graph outlives a prompt; ``begin`` clears the states in place.
+    Everything a step reads and writes lies on the device: its token, the tokens so far, who has finished. So on CUDA
+    the whole step, sampling included, is one graph. It outlives a prompt, since ``begin`` clears the states in place.
 
     room: tokens that fit; stop: ids after which a sequence only gets ``pad``. tokens int64 [B, room].
     """

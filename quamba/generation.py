@@ -19,7 +19,7 @@ CHECK_EVERY = 8
 class Generator:
     """Continue batches of prompts with one model; the graph of a batch size and a way of sampling is kept.
 
-    stop: ids that end a sequence; pad: what follows them. The tokens do not depend on capture or on the device's graphs.
+    stop: ids that end a sequence; pad: what follows them. The tokens do not depend on whether steps are captured.
     """
 
     def __init__(self, model: Any, *, stop: Sequence[int] = (), pad: int = 0, capture: bool = True) -> None:

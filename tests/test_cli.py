@@ -16,7 +16,7 @@ from quamba import embedded
 from quamba.cli import app, doctor, evaluate, quantize
 from quamba.errors import UserError
 
-COMMANDS = ["quantize", "eval", "generate", "build", "doctor", "demo"]
+COMMANDS = ["quantize", "eval", "generate", "bench", "build", "doctor", "demo"]
 # As the console script does it.
 run_app = "from quamba.cli import app; app()"
 

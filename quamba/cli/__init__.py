@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from quamba.cli import build, console, demo, doctor, evaluate, generate, quantize
+from quamba.cli import bench, build, console, demo, doctor, evaluate, generate, quantize
 from quamba.errors import UserError
 
 _ENVIRONMENT_ERRORS = (
@@ -95,6 +95,7 @@ def main(
 app.command("quantize")(quantize.run)
 app.command("eval")(evaluate.run)
 app.command("generate")(generate.run)
+app.command("bench")(bench.run)
 app.command("build")(build.run)
 app.command("doctor")(doctor.run)
 app.command("demo")(demo.run)
