@@ -29,16 +29,18 @@ class Sampler:
         if not self.temperature:
             return logits.argmax(-1)
         share = torch.softmax(logits.float() / self.temperature, -1).double()
-        order = None
-        if self.top_p < 1:
-            share, order = share.sort(dim=-1, descending=True, stable=True)
-        total = share.cumsum(-1)
-        # the likeliest token is always kept: nothing comes before it
-        kept = (total - share < self.top_p).sum(-1, keepdim=True) if order is not None else total.shape[-1]
-        mass = total[:, -1:] if order is None else total.gather(1, kept - 1)
         uniform, _ = dither(self.rng, logits.shape[0], 0)
         self.rng[1] += 1
-        chosen = (total <= uniform.double() * mass).sum(-1, keepdim=True)
-        if order is not None:
-            chosen = order.gather(1, chosen)
-        return chosen.squeeze(1)
+        if self.top_p == 1:
+            return _invert(share.cumsum(-1), uniform).squeeze(1)
+        share, order = share.sort(dim=-1, descending=True, stable=True)
+        total = share.cumsum(-1)
+        # what comes before a token decides, so that the likeliest is always kept
+        kept = (total - share < self.top_p).sum(-1, keepdim=True)
+        mass = total.gather(1, kept - 1)
+        return order.gather(1, _invert(total, uniform * mass)).squeeze(1)
+
+
+def _invert(total: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Index int64 [B, 1] of the first cumulative probability [B, V] above ``at`` [B, 1]."""
+    return (total <= at).sum(-1, keepdim=True).clamp_max(total.shape[-1] - 1)

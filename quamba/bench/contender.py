@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,14 @@ class Contender(ABC):
     @abstractmethod
     def request(self, ids: torch.Tensor, generate: int) -> Request:
         """A request for prompts [B, T] that generates so many tokens."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """make: the contender with weights of a source's sizes; why_not: why it cannot run on a device, None if it can."""
+
+    make: Callable[[Source, torch.dtype, torch.device], Contender]
+    why_not: Callable[[torch.device], str | None] = lambda device: None
 
 
 class Ours(Contender):

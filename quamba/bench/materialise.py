@@ -73,7 +73,7 @@ def _fill(module: nn.Module, random: torch.Generator) -> None:
     if isinstance(module, Linear):
         _fill_linear(module, random)
     elif isinstance(module, Embedding):
-        vocab, size = next(iter({**module._parameters, **module._buffers}.values())).shape
+        vocab, size = next(iter({**dict(module.named_parameters()), **dict(module.named_buffers())}.values())).shape
         rows = max(1, SLAB // size)
         for start in range(0, vocab, rows):
             module.fill(_normal((min(rows, vocab - start), size), random), start)

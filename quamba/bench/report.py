@@ -24,7 +24,7 @@ def document(
     """Everything that is known about a run. device is None where nothing was run."""
     import quamba
 
-    where = {} if device is None else {"device": device.type, "device_name": device_name(device)}
+    where: Row = {} if device is None else {"device": device.type, "device_name": device_name(device)}
     if device is not None and device.type == "cpu":
         where["threads"] = torch.get_num_threads()
     return {

@@ -102,11 +102,13 @@ def run(
     from quamba.bench.device import load_device
     from quamba.loading import pick_device
 
-    others = [] if baseline == NONE else [baselines.check(name) for name in names(baseline)]
     target = None if predict is None else load_device(predict)
+    where = torch.device("cpu") if target is not None else pick_device(device)
+    others = [] if baseline == NONE else baselines.check(names(baseline), where)
+    if target is not None and set(others) - {"fp16"}:
+        raise UserError("--predict knows our operators only; compare with --baseline fp16 or none.")
     subject = source.from_shape(shape) if shape is not None else source.from_model(str(model))
     recipes = source.recipes(names(recipe or ""), subject)
-    where = torch.device("cpu") if target is not None else pick_device(device)
     wide = target is None and where.type == "cpu"
     chosen: torch.dtype = getattr(torch, dtype or ("float32" if wide else "float16"))
 
@@ -166,7 +168,7 @@ def measurements(
     skeleton(subject.config, recipes[0], dtype)  # imports all that making a model imports, before memory is looked at
     contenders: list[Contender] = []
     makers = [lambda r=r: contender.ours(subject, r, dtype, where) for r in recipes]
-    makers += [lambda b=b: baselines.baseline(b, subject, dtype, where) for b in others]
+    makers += [lambda b=b: baselines.BASELINES[b].make(subject, dtype, where) for b in others]
     try:
         for make in makers:
             contenders.append(contender.measured(make, where))

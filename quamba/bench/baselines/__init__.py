@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 
-from quamba.bench.contender import Contender
-from quamba.bench.source import Source
+from quamba.bench.contender import Baseline
 from quamba.errors import UserError
 
-Make = Callable[[Source, torch.dtype, torch.device], Contender]
-
-BASELINES: dict[str, Make] = {}
+BASELINES: dict[str, Baseline] = {}
 for _module in pkgutil.iter_modules(__path__):
     BASELINES |= importlib.import_module(f"{__name__}.{_module.name}").BASELINES
 
 
-def baseline(name: str, source: Source, dtype: torch.dtype, device: torch.device) -> Contender:
-    """The contender of that name, with weights of the source's sizes. Raises UserError for one that cannot be had."""
-    return BASELINES[check(name)](source, dtype, device)
-
-
-def check(name: str) -> str:
-    """The name. Raises UserError for an unknown one, listing the known."""
-    if name not in BASELINES:
-        raise UserError(f"There is no baseline '{name}'; known are {', '.join(sorted(BASELINES))}.")
-    return name
+def check(names: Sequence[str], device: torch.device) -> list[str]:
+    """The names. Raises UserError for an unknown one, listing the known, and for one that cannot run on the device."""
+    for name in names:
+        if name not in BASELINES:
+            raise UserError(f"There is no baseline '{name}'; known are {', '.join(sorted(BASELINES))}.")
+        reason = BASELINES[name].why_not(device)
+        if reason is not None:
+            raise UserError(f"The baseline '{name}' {reason}; leave it out.")
+    return list(names)

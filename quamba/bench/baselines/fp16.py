@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quamba.bench.contender import Contender, half, ours
+from quamba.bench.contender import Baseline, Contender, half, ours
 from quamba.bench.source import Source
 
 
@@ -13,4 +13,4 @@ def fp16(source: Source, dtype: torch.dtype, device: torch.device) -> Contender:
     return ours(source, half(dtype), dtype, device)
 
 
-BASELINES = {"fp16": fp16}
+BASELINES = {"fp16": Baseline(fp16)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from quamba.bench.contender import Contender, Ours
+from quamba.bench.contender import Baseline, Contender, Ours
 from quamba.bench.source import Source
 
 
@@ -25,4 +25,4 @@ def hf(source: Source, dtype: torch.dtype, device: torch.device) -> Contender:
     return Transformers(model, "hf")
 
 
-BASELINES = {"hf": hf}
+BASELINES = {"hf": Baseline(hf)}

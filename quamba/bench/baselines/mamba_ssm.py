@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from quamba.bench.contender import Contender
+from quamba.bench.contender import Baseline, Contender
 from quamba.bench.materialise import stored_bytes
 from quamba.bench.request import Request
 from quamba.bench.source import Source
 from quamba.decoding import Captured
-from quamba.errors import UserError
 from quamba.models import describe
 from quamba.models.spec import MixerSpec
 
@@ -114,12 +113,15 @@ def _layer(mixer: MixerSpec) -> dict[str, Any]:
     return {**shared, **special[mixer.scan.family]}
 
 
-def mamba_ssm(source: Source, dtype: torch.dtype, device: torch.device) -> Contender:
-    """A fresh model of the source's sizes. Raises UserError where the package or the GPU it needs is missing."""
+def why_not(device: torch.device) -> str | None:
+    """What is missing, in a few words."""
     if find_spec("mamba_ssm") is None:
-        raise UserError("baseline 'mamba-ssm' needs the package mamba_ssm, which is not installed; leave it out")
-    if device.type != "cuda":
-        raise UserError("baseline 'mamba-ssm' runs on a GPU only; leave it out or use --device cuda")
+        return "needs the package mamba_ssm, which is not installed"
+    return None if device.type == "cuda" else "runs on a GPU only"
+
+
+def mamba_ssm(source: Source, dtype: torch.dtype, device: torch.device) -> Contender:
+    """A fresh model of the source's sizes."""
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
@@ -142,4 +144,7 @@ def mamba_ssm_fixed_a(source: Source, dtype: torch.dtype, device: torch.device) 
     return contender
 
 
-BASELINES = {"mamba-ssm": mamba_ssm, "mamba-ssm-fixed-a": mamba_ssm_fixed_a}
+BASELINES = {
+    "mamba-ssm": Baseline(mamba_ssm, why_not),
+    "mamba-ssm-fixed-a": Baseline(mamba_ssm_fixed_a, why_not),
+}
