@@ -67,8 +67,11 @@ class Decoder:
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """ids int64 [B, T], mask [B, T] (0 for padding on the left) -> logits [B, V] of the last token.
 
-        Begins anew: states of an earlier prompt of the same batch size are cleared in place, and stay where they are.
+        Begins anew: states of an earlier prompt of the same batch size are cleared in place, and stay where they are; a
+        cache that grows is dropped.
         """
+        if not self.static:
+            self.cache = {}
         for cache in self.cache.values():
             cache.reset()
         return self.forward(ids, logits_to_keep=1, **({} if mask is None else {"attention_mask": mask}))

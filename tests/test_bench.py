@@ -16,19 +16,19 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import quamba
+from architectures import HOSTED, OWN
 from quamba.bench import baselines, contender, cost, device, energy, latency, materialise, measure, predict, source
 from quamba.bench.baselines import mamba_ssm
 from quamba.bench.latency import Times
 from quamba.bench.request import Request, TransformersRequest
 from quamba.cli import app
-from quamba.decoding import Captured
+from quamba.decoding import Captured, Decoder
 from quamba.errors import UserError
 from quamba.models import ARCHITECTURES, describe
 from quamba.recipe import FLOAT, load_recipe, stock_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-ARCHS = sorted(ARCHITECTURES)
 RECIPES = ["float", *sorted(stock_recipes())]
 
 
@@ -47,7 +47,7 @@ def run(*arguments):
 @pytest.fixture
 def tiny_shape(monkeypatch):
     """A published size called "tiny"."""
-    entry = {"model_type": ARCHS[-1], "source": "none", "config": ARCHITECTURES[ARCHS[-1]].tiny[0]}
+    entry = {"model_type": OWN[-1], "source": "none", "config": ARCHITECTURES[OWN[-1]].tiny[0]}
     monkeypatch.setattr(source, "shapes", lambda: {"tiny": entry})
 
 
@@ -67,15 +67,17 @@ def test_published_sizes_have_the_parameters_of_their_names(name):
     assert count == pytest.approx(said, rel=0.05)
 
 
-@pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("model_type", ARCHS)
-def test_drawn_weights_give_sane_logits(model_type, name, which):
+@pytest.mark.parametrize(
+    ("model_type", "which"), [(name, i) for name, arch in ARCHITECTURES.items() for i in range(len(arch.tiny))]
+)
+def test_drawn_weights_give_sane_logits(model_type, which, name):
     model = materialise.build(config_of(model_type, which), recipe_of(name), torch.float32, CPU)
     ids = torch.randint(0, 96, (2, 6), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        cache = model(ids, use_cache=True).cache_params
-        logits = [model(ids[:, :1], use_cache=True, cache_params=cache).logits for _ in range(3)][-1]
+        decoder = Decoder(model)
+        decoder.prefill(ids)
+        logits = [decoder.step(ids[:, i]) for i in range(3)][-1]
     assert torch.isfinite(logits).all() and 0.3 < logits.std() < 3
     for key, tensor in model.state_dict().items():
         constant = key.endswith((".scale", "multiplier", "_end"))  # the groups of a tiny model are whole rows
@@ -83,13 +85,13 @@ def test_drawn_weights_give_sane_logits(model_type, name, which):
 
 
 def test_drawn_codes_fill_their_grid():
-    model = materialise.build(config_of(ARCHS[-1]), load_recipe("w8a8"), torch.float32, CPU)
+    model = materialise.build(config_of(OWN[-1]), load_recipe("w8a8"), torch.float32, CPU)
     codes = model.get_submodule(describe(model.config).blocks[0].path).get_submodule("mixer.in_proj").weight_packed
     assert (codes.abs().amax(1) == 127).all() and codes.unique().numel() > 100
 
 
 def test_a_quantised_checkpoint_brings_its_recipe(stock):
-    subject = source.from_model(stock("w4a8", ARCHS[0]))
+    subject = source.from_model(stock("w4a8", OWN[0]))
     assert source.recipes([], subject) == [subject.recipe] and subject.recipe.name == "w4a8"
     assert getattr(subject.config, "quantization_config", None) is None
     with pytest.raises(UserError, match="leave --recipe out"):
@@ -100,7 +102,7 @@ def test_a_quantised_checkpoint_brings_its_recipe(stock):
 
 
 @pytest.mark.parametrize("name", sorted(stock_recipes()))
-@pytest.mark.parametrize("model_type", ARCHS)
+@pytest.mark.parametrize("model_type", OWN)
 def test_counted_bytes_are_those_of_the_file_and_of_the_state(model_type, name, stock):
     folder = stock(name, model_type)
     subject = source.from_model(folder)
@@ -127,7 +129,7 @@ def test_counted_bytes_are_those_of_the_file_and_of_the_state(model_type, name, 
 
 
 def test_growth_says_what_a_larger_run_counts():
-    config, recipe = config_of(ARCHS[-1], 1), load_recipe("w4a8")
+    config, recipe = config_of(OWN[-1], 1), load_recipe("w4a8")
     counted = cost.count(config, recipe, torch.float16)
     again = cost.Counter(materialise.skeleton(config, recipe, torch.float16))
     with torch.no_grad():
@@ -139,7 +141,7 @@ def test_growth_says_what_a_larger_run_counts():
 
 
 def test_linears_count_two_operations_for_every_weight_and_token():
-    counted = cost.count(config_of(ARCHS[-1]), load_recipe("w8a8"), torch.float16).prefill.at(2, 8)
+    counted = cost.count(config_of(OWN[-1]), load_recipe("w8a8"), torch.float16).prefill.at(2, 8)
     # 64 -> 2 * 128 + 2 * 16 + 8 in two layers; the head sees the last token alone
     assert counted["linear_w8a8 64 -> 296"].int8 == 2 * 2 * 64 * 296 * 16
     assert counted["linear_w8a8 64 -> 96"].int8 == 2 * 64 * 96 * 2
@@ -157,7 +159,7 @@ def test_every_number_of_a_device_has_a_source(name):
 
 
 def test_prediction_is_bytes_over_bandwidth_where_nothing_else_takes_time():
-    counted = cost.count(config_of(ARCHS[0]), load_recipe("w8a8"), torch.float16)
+    counted = cost.count(config_of(OWN[0]), load_recipe("w8a8"), torch.float16)
     slow = device.Device(name="slow", memory_gib=1, bandwidth=2, fp16=1e9, int8=1e9, kernel_gap=0,
                          achievable=device.Achievable(bandwidth=0.5))  # fmt: skip
     total = sum(work.bytes for work in counted.decode.at(4, 1).values())
@@ -170,7 +172,7 @@ def test_prediction_is_bytes_over_bandwidth_where_nothing_else_takes_time():
 
 
 def test_prediction_is_operations_over_peak_where_arithmetic_is_slow():
-    counted = cost.count(config_of(ARCHS[-1]), load_recipe("w8a8"), torch.float16)
+    counted = cost.count(config_of(OWN[-1]), load_recipe("w8a8"), torch.float16)
     wide = device.Device(name="wide", memory_gib=1, bandwidth=1e9, fp16=4e-3, int8=1e-3, kernel_gap=0,
                          achievable=device.Achievable(fp16=0.5, int8=0.5))  # fmt: skip
     works = counted.prefill.at(1, 64).values()
@@ -179,7 +181,7 @@ def test_prediction_is_operations_over_peak_where_arithmetic_is_slow():
 
 
 def test_what_fits_a_device():
-    counted = cost.count(config_of(ARCHS[0]), FLOAT, torch.float16)
+    counted = cost.count(config_of(OWN[0]), FLOAT, torch.float16)
     size = counted.memory(8, 32) / device.GIB
     made = {"name": "d", "bandwidth": 1, "fp16": 1, "int8": 1, "reserved_gib": 0.25}
     assert predict.predict(counted, device.Device(memory_gib=size * 1.01 + 0.25, **made), 8, 32, 2).fits
@@ -280,7 +282,7 @@ def test_gate_stops_what_computes_something_else(runs, capture, sentence):
         measure.gate(Fake(*runs), 1, capture)
 
 
-@pytest.mark.parametrize("model_type", ARCHS)
+@pytest.mark.parametrize("model_type", OWN)
 def test_captured_requests_pass_the_gate(model_type, graphs, monkeypatch):
     monkeypatch.setenv("QUAMBA_BACKEND", "torch")
     model = materialise.build(config_of(model_type), load_recipe("w4a8"), torch.float32, CPU)
@@ -295,6 +297,19 @@ def test_captured_requests_pass_the_gate(model_type, graphs, monkeypatch):
         graphs[-1].calls[-20:] = []  # a graph that lost its end
         with pytest.raises(measure.WrongOutput):
             measure.gate(request, 4, True)
+
+
+@pytest.mark.parametrize("model_type", HOSTED)
+def test_a_model_whose_cache_grows_is_timed_eagerly_and_not_predicted(model_type, graphs):
+    config = config_of(model_type)
+    model = materialise.build(config, load_recipe("w8a8"), torch.float32, CPU)
+    ids = torch.randint(0, 96, (2, 3), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        request = TransformersRequest(model, ids, 5)
+        assert measure.gate(request, 4, True) == "eager" and not graphs
+        assert request.state_bytes > 0
+    with pytest.raises(UserError, match="every layer is recurrent"):
+        cost.count(config, load_recipe("w8a8"), torch.float16)
 
 
 def test_out_of_memory_is_an_entry():
@@ -425,12 +440,12 @@ def test_a_prediction_runs_nothing_and_says_so(tiny_shape, tmp_path, monkeypatch
 
 def test_a_checkpoint_is_measured_itself(stock, tmp_path):
     file = tmp_path / "bench.json"
-    result = run(stock("w8a8", ARCHS[0]), "--prompt", 3, "--generate", 2, "--rounds", 1, "--baseline", "none",
+    result = run(stock("w8a8", OWN[0]), "--prompt", 3, "--generate", 2, "--rounds", 1, "--baseline", "none",
                  "--device", "cpu", "--json", file)  # fmt: skip
     assert result.exit_code == 0, result.output
     (row,) = json.loads(file.read_text())["results"]
     assert row["recipe"] == "w8a8" and row["median_itl_ms"] == row["median_tpot_ms"]
-    stored = load_file(stock("w8a8", ARCHS[0]) / "model.safetensors")
+    stored = load_file(stock("w8a8", OWN[0]) / "model.safetensors")
     assert row["weight_bytes"] == sum(t.numel() * t.element_size() for t in stored.values())
 
 

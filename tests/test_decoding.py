@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import quamba
+from architectures import HOSTED, OWN
 from quamba import generation
 from quamba.decoding import Captured, Continuation, Decoder
 from quamba.generation import Generator
-from quamba.models import ARCHITECTURES
 from quamba.sampling import Sampler
 
 
@@ -25,7 +25,7 @@ def prompts():
     return torch.randint(0, 96, (2, 5), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+@pytest.fixture(scope="module", params=OWN)
 def quantised(request, stock, prompts):
     """On the torch bodies, which run on every device; a backend of the CPU may read values on the host."""
     model = quamba.load(stock("w4a8", request.param), device="cpu")[0]
@@ -79,6 +79,16 @@ def test_a_cache_that_grows_is_never_captured(quantised, prompts, graphs, monkey
         for _ in range(8):
             text.step()
     assert not graphs
+
+
+@pytest.mark.parametrize("model_type", HOSTED)
+def test_a_cache_that_grows_begins_anew(model_type, stock, prompts, graphs):
+    model = quamba.load(stock("w8a8", model_type), device="cpu")[0]
+    generator = Generator(model)
+    first, again = (all_tokens(generator, prompts, max_new_tokens=6) for _ in range(2))
+    options = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(first, model.generate(prompts, eos_token_id=None, **options)[:, 5:])
+    assert torch.equal(first, again) and not graphs
 
 
 def test_a_step_reads_nothing_on_the_host(graphs):

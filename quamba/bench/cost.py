@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from quamba.bench.materialise import skeleton, stored_bytes
 from quamba.decoding import Decoder
+from quamba.errors import UserError
+from quamba.models import describe
 from quamba.modules.embedding import Embedding
 from quamba.modules.state import RecurrentState
 from quamba.recipe import Recipe
@@ -86,7 +88,12 @@ class Cost:
 
 
 def count(config: Any, recipe: Recipe, dtype: torch.dtype) -> Cost:
-    """The cost of a transformers config under a recipe with activations of ``dtype``."""
+    """The cost of a transformers config under a recipe with activations of ``dtype``.
+
+    Raises UserError for a model with layers of transformers' own: their routing depends on values.
+    """
+    if describe(config).hosted:
+        raise UserError(f"Predictions are for models whose every layer is recurrent, and {config.model_type} has others.")
     model = skeleton(config, recipe, dtype)
     counter = Counter(model)
     with torch.no_grad():

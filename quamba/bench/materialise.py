@@ -8,6 +8,7 @@ as the published initialisation draws them.
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from torch import nn
 
 from quamba.integrations.transformers import swap
 from quamba.models import describe
+from quamba.modules.block import RecurrentBlock
 from quamba.modules.conv import Conv
 from quamba.modules.embedding import Embedding
 from quamba.modules.linear import Linear
+from quamba.modules.lowbit import LowBit
 from quamba.modules.site import Site
 from quamba.observers import QMAX
 from quamba.quantizers import rtn
@@ -51,6 +54,8 @@ def build(config: Any, recipe: Recipe, dtype: torch.dtype, device: torch.device,
     with torch.no_grad():
         for module in model.modules():
             _fill(module, random)
+            if not isinstance(module, LowBit | RecurrentBlock):
+                model._init_weights(module)  # what stays transformers' own, computed buffers among it
     return model
 
 
@@ -73,7 +78,7 @@ def _fill(module: nn.Module, random: torch.Generator) -> None:
     if isinstance(module, Linear):
         _fill_linear(module, random)
     elif isinstance(module, Embedding):
-        vocab, size = next(iter({**dict(module.named_parameters()), **dict(module.named_buffers())}.values())).shape
+        vocab, size = next(t.shape for t in chain(module.parameters(), module.buffers()) if t.dim() == 2)
         rows = max(1, SLAB // size)
         for start in range(0, vocab, rows):
             module.fill(_normal((min(rows, vocab - start), size), random), start)
@@ -84,7 +89,7 @@ def _fill(module: nn.Module, random: torch.Generator) -> None:
     elif isinstance(module, Site):
         _fill_site(module)
     for name, parameter in module.named_parameters(recurse=False):
-        if not (name == "weight" and isinstance(module, Linear | Embedding | Conv)):
+        if not (name == "weight" and isinstance(module, Linear | Embedding | Conv)) and parameter.is_floating_point():
             parameter.copy_(_plain(name, parameter, random))
 
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from quamba.decoding import Captured, Continuation
 
@@ -49,12 +50,17 @@ class TransformersRequest(Request):
         """ids int64 [B, T] on the model's device; room for ``generate`` tokens."""
         self.text = Continuation(model, len(ids), room=generate, capture=False)
         self.ids = ids
-        self._prefill = Captured(lambda: self.text.begin(self.ids), capture=False, eager=2)
+        self._prefill = Captured(self._begin, capture=False, eager=2)
         self.captured = (self._prefill, self.text.captured)
 
     def prefill(self) -> torch.Tensor:
         logits = self._prefill()
         self.text.count = 1
+        return logits
+
+    def _begin(self) -> torch.Tensor:
+        logits = self.text.begin(self.ids)
+        self._prefill.capture = self._prefill.capture and self.text.decoder.static
         return logits
 
     def step(self) -> torch.Tensor:
@@ -67,8 +73,8 @@ class TransformersRequest(Request):
 
 
 def _bytes(layer: Any) -> int:
-    """Of a layer of transformers' cache, or of ours, which knows its scales."""
+    """Of a layer of transformers' cache: states, keys and values; ours knows its scales."""
     if hasattr(layer, "bytes"):
         return int(layer.bytes)
-    states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-    return sum(t.numel() * t.element_size() for t in states if t is not None)
+    held = [leaf for leaf in tree_leaves(list(vars(layer).values())) if isinstance(leaf, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in held)

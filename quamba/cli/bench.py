@@ -201,10 +201,13 @@ def draw(
     from quamba.bench import cost
     from quamba.bench import plot as plotting
     from quamba.bench.device import recognise
+    from quamba.models import describe
 
     if not others:
         raise UserError("--plot shows speed-ups over a baseline; give one with --baseline.")
     name = target.name if target is not None else found["device_name"]
+    if describe(subject.config).hosted:
+        policies = {}  # and no roofline: what transformers' layers do is not counted
     costs = {recipe: cost.count(subject.config, policy, dtype) for recipe, policy in policies.items()}
     kind = "predicted" if target is not None else "measured"
     plotting.draw(

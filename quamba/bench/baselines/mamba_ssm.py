@@ -16,6 +16,7 @@ from quamba.bench.materialise import stored_bytes
 from quamba.bench.request import Request
 from quamba.bench.source import Source
 from quamba.decoding import Captured
+from quamba.errors import UserError
 from quamba.models import describe
 from quamba.models.spec import MixerSpec
 
@@ -108,9 +109,9 @@ def _layer(mixer: MixerSpec) -> dict[str, Any]:
     shared = {"d_state": s["N"], "d_conv": s["W"], "expand": s["I"] // s["D"], "conv_bias": mixer.conv_bias}
     special: dict[str, Any] = {
         "selective": {"layer": "Mamba1", "dt_rank": s.get("R")},
-        "ssd": {"layer": "Mamba2", "headdim": s.get("P"), "ngroups": s["G"]},
+        "ssd": {"layer": "Mamba2", "headdim": s.get("P"), "ngroups": s.get("G")},
     }
-    return {**shared, **special[mixer.scan.family]}
+    return {**shared, **special[mixer.scan.family if mixer.scan else ""]}
 
 
 def why_not(device: torch.device) -> str | None:
@@ -121,11 +122,13 @@ def why_not(device: torch.device) -> str | None:
 
 
 def mamba_ssm(source: Source, dtype: torch.dtype, device: torch.device) -> Contender:
-    """A fresh model of the source's sizes."""
+    """A fresh model of the source's sizes. Raises UserError for a model that is more than its mixers."""
+    spec = describe(source.config)
+    if spec.hosted:
+        raise UserError(f"The baseline 'mamba-ssm' has no layers as those of {source.name}; leave it out.")
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
-    spec = describe(source.config)
     config = MambaConfig(
         d_model=spec.d_model, n_layer=len(spec.blocks), vocab_size=spec.vocab, pad_vocab_size_multiple=1,
         ssm_cfg=_layer(spec.blocks[0].sublayers[0].mixer), rms_norm=True, fused_add_norm=True,
