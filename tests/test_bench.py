@@ -131,7 +131,7 @@ def test_counted_bytes_are_those_of_the_file_and_of_the_state(model_type, name, 
 def test_growth_says_what_a_larger_run_counts():
     config, recipe = config_of(OWN[-1], 1), load_recipe("w4a8")
     counted = cost.count(config, recipe, torch.float16)
-    again = cost.Counter(materialise.skeleton(config, recipe, torch.float16))
+    again = cost.Counter(materialise.outline(config, recipe, torch.float16))
     with torch.no_grad():
         larger = again.run(5, 7)
     for name, work in counted.prefill.at(5, 7).items():
@@ -308,7 +308,7 @@ def test_a_model_whose_cache_grows_is_timed_eagerly_and_not_predicted(model_type
         request = TransformersRequest(model, ids, 5)
         assert measure.gate(request, 4, True) == "eager" and not graphs
         assert request.state_bytes > 0
-    with pytest.raises(UserError, match="every layer is recurrent"):
+    with pytest.raises(UserError, match="recurrent layers alone"):
         cost.count(config, load_recipe("w8a8"), torch.float16)
 
 

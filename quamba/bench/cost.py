@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from quamba.bench.materialise import skeleton, stored_bytes
+from quamba.bench.materialise import outline, stored_bytes
 from quamba.decoding import Decoder
 from quamba.errors import UserError
 from quamba.models import describe
@@ -93,8 +93,8 @@ def count(config: Any, recipe: Recipe, dtype: torch.dtype) -> Cost:
     Raises UserError for a model with layers of transformers' own: their routing depends on values.
     """
     if describe(config).hosted:
-        raise UserError(f"Predictions are for models whose every layer is recurrent, and {config.model_type} has others.")
-    model = skeleton(config, recipe, dtype)
+        raise UserError(f"Predictions are for models of recurrent layers alone; {config.model_type} has others.")
+    model = outline(config, recipe, dtype)
     counter = Counter(model)
     with torch.no_grad():
         one, longer, wider = (counter.run(batch, tokens) for batch, tokens in ((1, 2), (1, 3), (2, 2)))

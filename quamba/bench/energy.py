@@ -1,4 +1,4 @@
-"""Energy of a GPU, where NVML counts it (pip install nvidia-ml-py)."""
+"""Energy of a GPU, where NVML counts it (pip install quamba[energy])."""
 
 from __future__ import annotations
 

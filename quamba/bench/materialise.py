@@ -34,7 +34,7 @@ DT = (1e-3, 1e-1)
 """Range of the time steps of a fresh model (2312.00752, section 3.6), log-uniform."""
 
 
-def skeleton(config: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
+def outline(config: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
     """The model on the meta device: modules, shapes and types without memory."""
     from transformers import AutoModelForCausalLM
 
@@ -47,7 +47,7 @@ def skeleton(config: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
 
 def build(config: Any, recipe: Recipe, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Any:
     """The model on ``device`` with drawn weights. No float copy of it exists at any time, on no device."""
-    model = skeleton(config, recipe, dtype)
+    model = outline(config, recipe, dtype)
     model.to_empty(device=device)
     tie(model, recipe)
     random = torch.Generator(device).manual_seed(seed)

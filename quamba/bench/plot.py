@@ -50,7 +50,7 @@ def draw(
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("--plot needs matplotlib (pip install matplotlib)") from None
+        raise UserError("--plot needs matplotlib (pip install quamba[plot])") from None
     found = speedups(rows, base)
     if not any(found.values()):
         raise UserError(f"--plot shows speed-ups over {base}, which was not measured beside anything; add it")

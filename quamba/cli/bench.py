@@ -163,9 +163,9 @@ def measurements(
     import torch
 
     from quamba.bench import baselines, contender, measure
-    from quamba.bench.materialise import skeleton
+    from quamba.bench.materialise import outline
 
-    skeleton(subject.config, recipes[0], dtype)  # imports all that making a model imports, before memory is looked at
+    outline(subject.config, recipes[0], dtype)  # imports all that making a model imports, before memory is looked at
     contenders: list[Contender] = []
     makers = [lambda r=r: contender.ours(subject, r, dtype, where) for r in recipes]
     makers += [lambda b=b: baselines.BASELINES[b].make(subject, dtype, where) for b in others]
