@@ -70,11 +70,9 @@ _handler: Handler | None = None
 
 
 @contextmanager
-def intercept(handler: Handler) -> Iterator[None]:
-    """Inside, every call of a bound operator goes to ``handler(backend, args, kwargs)``, whose result it returns.
-
-    For counting what a model does without running it; not for threads.
-    """
+def intercept(handler: Handler | None) -> Iterator[None]:
+    """Inside, every call of a bound operator goes to ``handler(backend, args, kwargs)``, whose result it returns; with
+    None calls run again. For counting what a model does without running it; not for threads."""
     global _handler
     before, _handler = _handler, handler
     try:

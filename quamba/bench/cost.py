@@ -168,7 +168,8 @@ class Counter:
     ) -> tuple[str, Work, Any, float]:
         given = {id(t): t for t in _tensors((args, kwargs))}
         versions = {key: t._version for key, t in given.items()}
-        result = backend.fn(*args, **kwargs)
+        with intercept(None):  # what a body calls is part of it
+            result = backend.fn(*args, **kwargs)
         written = [*_tensors(result), *(t for key, t in given.items() if t._version != versions[key])]
         named = inspect.signature(backend.fn).bind(*args, **kwargs).arguments
         name, work = backend.fn.__name__.strip("_"), Work()

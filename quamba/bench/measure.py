@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,8 +55,7 @@ def measure(
         random = torch.Generator().manual_seed(plan.seed)
         ids = torch.randint(0, vocab, (batch, prompt), generator=random).to(device)
         rows += _setting(contenders, ids, plan, device)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        _free(device)
     if progress is not None:
         progress("settings", len(settings), len(settings))
     return rows
@@ -65,27 +65,15 @@ def _setting(
     contenders: Sequence[Contender], ids: torch.Tensor, plan: Plan, device: torch.device
 ) -> list[dict[str, Any]]:
     batch, prompt = ids.shape
-    rows: list[dict[str, Any]] = []
-    requests: list[Request | None] = []
-    for contender in contenders:
-        row: dict[str, Any] = {
+    rows: list[dict[str, Any]] = [
+        {
             "kind": "measured", "recipe": contender.recipe, "batch": batch, "prompt": prompt,
             "generate": plan.generate, "weight_bytes": contender.weight_bytes,
             "resident_bytes": contender.resident_bytes,
-        }  # fmt: skip
-        rows.append(row)
-        try:
-            with memory.watch(device) as peak:
-                request = contender.request(ids, plan.generate)
-                capture = plan.capture and contender.captures and device.type == "cuda"
-                row["gate"] = gate(request, min(GATE_STEPS, plan.generate - 1), capture)
-            row["peak_bytes"] = contender.resident_bytes + peak.bytes
-            row["state_bytes_per_sequence"] = request.state_bytes
-            requests.append(request)
-        except torch.OutOfMemoryError:
-            row["error"] = "out of memory"
-            requests.append(None)
-            torch.cuda.empty_cache()
+        }
+        for contender in contenders
+    ]  # fmt: skip
+    requests = [_prepare(c, ids, plan, device, row) for c, row in zip(contenders, rows, strict=True)]
     times = _time(requests, plan, device)
     for row, (found, joules) in zip(rows, times, strict=True):
         if found:
@@ -96,13 +84,37 @@ def _setting(
     return rows
 
 
+def _prepare(
+    contender: Contender, ids: torch.Tensor, plan: Plan, device: torch.device, row: dict[str, Any]
+) -> Request | None:
+    """A request that passed the gate, with what it took noted in ``row``; None where memory is short."""
+    try:
+        with memory.watch(device) as peak:
+            request = contender.request(ids, plan.generate)
+            capture = plan.capture and contender.captures and device.type == "cuda"
+            row["gate"] = gate(request, min(GATE_STEPS, plan.generate - 1), capture)
+        row["peak_bytes"] = contender.resident_bytes + peak.bytes
+        row["state_bytes_per_sequence"] = request.state_bytes
+        return request
+    except torch.OutOfMemoryError:
+        row["error"] = "out of memory"
+    _free(device)  # not while the exception holds the frames, and with them the tensors
+    return None
+
+
+def _free(device: torch.device) -> None:
+    """Give back the graphs and caches of requests that are gone; they refer to themselves."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def gate(request: Request, steps: int, capture: bool) -> str:
     """Prove the request: eager twice, then captured, on the same prompts. Returns how exact the proof is.
 
     "bitwise": the logits of the prefill and of every step are equal bit for bit; "tokens": eager runs differ from each
     other in their last bits, so only the chosen tokens are compared; "eager": nothing is captured, as with a cache that
-    grows. Leaves the request
-    ready to be timed. Raises WrongOutput.
+    grows. Leaves the request ready to be timed. Raises WrongOutput.
     """
     request.capture(False)
     first, second = run(request, steps), run(request, steps)
