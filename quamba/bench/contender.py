@@ -75,7 +75,6 @@ def measured(make: Callable[[], Contender], device: torch.device) -> Contender:
     gc.collect()
     before = _held(device)
     contender = make()
-    gc.collect()
     memory.release()
     contender.resident_bytes = max(0, _held(device) - before)
     return contender

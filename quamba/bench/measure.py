@@ -103,9 +103,9 @@ def _prepare(
 
 
 def _free(device: torch.device) -> None:
-    """Give back the graphs and caches of requests that are gone; they refer to themselves."""
-    gc.collect()
+    """Give back the graphs and their memory of requests that are gone; they refer to themselves."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -26,7 +26,7 @@ def run(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="A Hugging Face Hub id, a directory (original or quantised), or an embedded checkpoint such as "
             "mamba2-tiny; or leave it out and give --shape.",
             show_default=False,
