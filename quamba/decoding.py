@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -62,6 +63,10 @@ class Decoder:
         self.model = model
         self.cache: dict[str, Any] = {}
         self._ids: torch.Tensor | None = None
+        self._mask: torch.Tensor | None = None
+        # not every model counts its tokens where its first layer is recurrent
+        self._counts = "position_ids" in inspect.signature(model.forward).parameters
+        self._position: torch.Tensor | None = None
         self.captured = Captured(self._step, capture=capture and model.device.type == "cuda")
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -74,7 +79,11 @@ class Decoder:
             self.cache = {}
         for cache in self.cache.values():
             cache.reset()
-        return self.forward(ids, logits_to_keep=1, **({} if mask is None else {"attention_mask": mask}))
+        if self._position is not None:
+            self._position.zero_()
+        self._mask = mask
+        positions = {} if mask is None else {"steps": (mask.cumsum(-1) - 1).clamp_min(0), "attention_mask": mask}
+        return self.forward(ids, logits_to_keep=1, **positions)
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int64 [B] -> logits [B, V], overwritten by the next captured step.
@@ -86,8 +95,16 @@ class Decoder:
         self._ids.copy_(ids.unsqueeze(1))
         return self.captured()
 
-    def forward(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-        """ids int64 [B, T] after what was seen so far -> logits [B, V] of the last token, without capture."""
+    def forward(self, ids: torch.Tensor, steps: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+        """ids int64 [B, T] after what was seen so far -> logits [B, V] of the last token, without capture.
+
+        steps [B, T]: positions from here on, where they are not 0, 1, 2, ...
+        """
+        if self._counts:
+            options["position_ids"] = self._positions(ids, steps)
+        if self.cache and not self.static and self._mask is not None:
+            self._mask = torch.cat([self._mask, torch.ones_like(ids)], 1)  # attention looks back at the padding
+            options["attention_mask"] = self._mask
         output = self.model(ids, use_cache=True, **options, **self.cache)
         self.cache = {name: output[name] for name in CACHE_NAMES if output.get(name) is not None}
         if not self.cache:
@@ -99,6 +116,14 @@ class Decoder:
     def static(self) -> bool:
         """Whether the cache stays in place from token to token, as a graph needs it."""
         return all(cache.is_compileable for cache in self.cache.values())
+
+    def _positions(self, ids: torch.Tensor, steps: torch.Tensor | None) -> torch.Tensor:
+        """Positions [B, T] of these tokens; that of the next is kept, in place."""
+        if self._position is None:
+            self._position = torch.zeros_like(ids[:, :1])
+        positions = self._position + (torch.arange(ids.shape[1], device=ids.device) if steps is None else steps)
+        self._position.copy_(positions[:, -1:] + 1)
+        return positions
 
     def _step(self) -> torch.Tensor:
         assert self._ids is not None

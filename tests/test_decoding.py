@@ -5,9 +5,12 @@ import torch
 
 import quamba
 from architectures import HOSTED, OWN
+from transformers import AutoConfig
 from quamba import generation
 from quamba.decoding import Captured, Continuation, Decoder
 from quamba.generation import Generator
+from quamba.models import ARCHITECTURES
+from quamba.recipe import load_recipe
 from quamba.sampling import Sampler
 
 
@@ -82,13 +85,18 @@ def test_a_cache_that_grows_is_never_captured(quantised, prompts, graphs, monkey
 
 
 @pytest.mark.parametrize("model_type", HOSTED)
-def test_a_cache_that_grows_begins_anew(model_type, stock, prompts, graphs):
-    model = quamba.load(stock("w8a8", model_type), device="cpu")[0]
+def test_a_cache_that_grows_gives_the_tokens_of_transformers_again_and_again(model_type, prompts, graphs):
+    config = AutoConfig.for_model(model_type, **ARCHITECTURES[model_type].tiny[0])
+    model = materialise.build(config, load_recipe("w4a16"), torch.float32, torch.device("cpu"))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     generator = Generator(model)
-    first, again = (all_tokens(generator, prompts, max_new_tokens=6) for _ in range(2))
-    options = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": 6, "do_sample": False}
-    assert torch.equal(first, model.generate(prompts, eos_token_id=None, **options)[:, 5:])
-    assert torch.equal(first, again) and not graphs
+    for given in (torch.ones_like(mask), mask):
+        wanted = model.generate(prompts * given, attention_mask=given, **options)[:, 5:]
+        for _ in range(2):
+            got = all_tokens(generator, prompts * given, mask=given if given is mask else None, max_new_tokens=5)
+            assert torch.equal(got, wanted)
+    assert not graphs
 
 
 def test_a_step_reads_nothing_on_the_host(graphs):
