@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import quamba
 from architectures import HOSTED, OWN
-from transformers import AutoConfig
 from quamba import generation
+from quamba.bench import materialise
 from quamba.decoding import Captured, Continuation, Decoder
 from quamba.generation import Generator
 from quamba.models import ARCHITECTURES
