@@ -11,6 +11,7 @@ setup(
     package_dir={"quamba_kernels": "kernels/quamba_kernels"},
     package_data={
         "quamba": ["recipes/*.yaml"],
+        "quamba.bench": ["*.yaml", "devices/*.yaml"],
         "quamba.embedded": ["*.md", "*.txt", "*/*.json", "*/*.safetensors"],
         "quamba_kernels": ["csrc/**/*"],
     },

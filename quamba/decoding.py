@@ -1,58 +1,190 @@
-"""One token for every sequence of a batch: transformers' forward, captured in a CUDA graph where there is a GPU."""
+"""Token after token over static caches: transformers' forward, captured in a CUDA graph where there is a GPU."""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from quamba.errors import UserError
+from quamba.sampling import Sampler
 
 CACHE_NAMES = ("cache_params", "past_key_values")
 """The name under which a model returns its cache is the name under which it takes it back."""
 EAGER_STEPS = 3
 """The first step fills the cache, the second binds the decode operators, the third lets libraries settle."""
 
+Result = TypeVar("Result")
+
+
+class Captured(Generic[Result]):
+    """``run`` over tensors that outlive it: eager for ``eager`` calls, then one CUDA graph that is replayed.
+
+    A replay does no host work but its launch; what ``run`` returned while it was recorded is returned each time, with
+    new values. With ``capture`` False every call is eager; it may be set between calls.
+    """
+
+    def __init__(self, run: Callable[[], Result], *, capture: bool, eager: int = EAGER_STEPS) -> None:
+        self.run, self.capture, self.eager = run, capture, eager
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: Result
+
+    def __call__(self) -> Result:
+        if not self.capture:
+            return self.run()
+        if self._graph is None:
+            if self.eager > 0:
+                self.eager -= 1
+                return self.run()
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                self._result = self.run()
+            self._graph = graph
+        self._graph.replay()
+        return self._result
+
+    @property
+    def replays(self) -> bool:
+        """Whether the next call is a replay."""
+        return self.capture and self._graph is not None
+
 
 class Decoder:
-    """Feed tokens one at a time over static caches.
+    """Feed tokens that are known, one at a time, over static caches.
 
-    On CUDA the step is captured after a few eager ones and replayed from then on; a captured step has no host work, and
-    states are updated in place. capture=False keeps every step eager.
+    On CUDA the step is captured after a few eager ones and replayed from then on; states are updated in place. With
+    capture=False, and for a model whose cache grows with the tokens, every step is eager.
     """
 
     def __init__(self, model: Any, *, capture: bool = True) -> None:
         self.model = model
-        self.capture = capture and model.device.type == "cuda"
         self.cache: dict[str, Any] = {}
-        self._seen = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._ids: torch.Tensor | None = None
+        self._mask: torch.Tensor | None = None
+        # not every model counts its tokens where its first layer is recurrent
+        self._counts = "position_ids" in inspect.signature(model.forward).parameters
+        self._position: torch.Tensor | None = None
+        self.captured = Captured(self._step, capture=capture and model.device.type == "cuda")
+
+    def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """ids int64 [B, T], mask [B, T] (0 for padding on the left) -> logits [B, V] of the last token.
+
+        Begins anew: states of an earlier prompt of the same batch size are cleared in place, and stay where they are; a
+        cache that grows is dropped.
+        """
+        if not self.static:
+            self.cache = {}
+        for cache in self.cache.values():
+            cache.reset()
+        if self._position is not None:
+            self._position.zero_()
+        self._mask = mask
+        positions = {} if mask is None else {"steps": (mask.cumsum(-1) - 1).clamp_min(0), "attention_mask": mask}
+        return self.forward(ids, logits_to_keep=1, **positions)
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int64 [B] -> logits [B, V], overwritten by the next captured step.
 
         Raises UserError for a model that returns no cache.
         """
-        if self._graph is None and self.capture and self._seen >= EAGER_STEPS:
-            self._record(ids)
-        self._seen += 1
-        if self._graph is None:
-            return self._eager(ids.unsqueeze(1))
+        if self._ids is None:
+            self._ids = ids.unsqueeze(1).clone()
         self._ids.copy_(ids.unsqueeze(1))
-        self._graph.replay()
-        return self._logits
+        return self.captured()
 
-    def _eager(self, ids: torch.Tensor) -> torch.Tensor:
-        output = self.model(ids, use_cache=True, **self.cache)
+    def forward(self, ids: torch.Tensor, steps: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+        """ids int64 [B, T] after what was seen so far -> logits [B, V] of the last token, without capture.
+
+        steps [B, T]: positions from here on, where they are not 0, 1, 2, ...
+        """
+        if self._counts:
+            options["position_ids"] = self._positions(ids, steps)
+        if self.cache and not self.static and self._mask is not None:
+            self._mask = torch.cat([self._mask, torch.ones_like(ids)], 1)  # attention looks back at the padding
+            options["attention_mask"] = self._mask
+        output = self.model(ids, use_cache=True, **options, **self.cache)
         self.cache = {name: output[name] for name in CACHE_NAMES if output.get(name) is not None}
         if not self.cache:
             raise UserError(f"{type(self.model).__name__} returns no cache, so it cannot decode one token at a time")
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 
-    def _record(self, ids: torch.Tensor) -> None:
-        self._ids = ids.unsqueeze(1).clone()
-        self._graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(self._graph):
-            self._logits = self._eager(self._ids)
+    @property
+    def static(self) -> bool:
+        """Whether the cache stays in place from token to token, as a graph needs it."""
+        return all(cache.is_compileable for cache in self.cache.values())
+
+    def _positions(self, ids: torch.Tensor, steps: torch.Tensor | None) -> torch.Tensor:
+        """Positions [B, T] of these tokens; that of the next is kept, in place."""
+        if self._position is None:
+            self._position = torch.zeros_like(ids[:, :1])
+        positions = self._position + (torch.arange(ids.shape[1], device=ids.device) if steps is None else steps)
+        self._position.copy_(positions[:, -1:] + 1)
+        return positions
+
+    def _step(self) -> torch.Tensor:
+        assert self._ids is not None
+        logits = self.forward(self._ids)
+        self.captured.capture = self.captured.capture and self.static
+        return logits
+
+
+class Continuation:
+    """The tokens that a model adds to prompts of one batch size: a prefill, then steps that choose their own tokens.
+
+    Everything a step reads and writes lies on the device: its token, the tokens so far, who has finished. So on CUDA
+    the whole step, sampling included, is one graph. It outlives a prompt, since ``begin`` clears the states in place.
+
+    room: tokens that fit; stop: ids after which a sequence only gets ``pad``. tokens int64 [B, room].
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batch: int,
+        *,
+        room: int,
+        sampler: Sampler | None = None,
+        stop: Sequence[int] = (),
+        pad: int = 0,
+        capture: bool = True,
+    ) -> None:
+        device = model.device
+        self.decoder, self.room, self.pad = Decoder(model, capture=False), room, pad
+        self.sampler = sampler or Sampler(device=device)
+        self.tokens = torch.zeros(batch, room, dtype=torch.int64, device=device)
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self._stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
+        self._next = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self._position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.captured = Captured(self._step, capture=capture and device.type == "cuda")
+        self.count = 0
+
+    def begin(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Read prompts [B, T] (mask 0 for padding on the left) and choose the first token; logits [B, V]."""
+        self._position.zero_()
+        self.finished.zero_()
+        self.count = 1
+        return self._choose(self.decoder.prefill(ids, mask))
+
+    def step(self) -> torch.Tensor:
+        """Choose one more token for every sequence; logits [B, V], overwritten by the next captured step."""
+        assert self.count < self.room
+        self.count += 1
+        return self.captured()
+
+    def _step(self) -> torch.Tensor:
+        logits = self.decoder.forward(self._next)
+        self.captured.capture = self.captured.capture and self.decoder.static
+        return self._choose(logits)
+
+    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
+        token = torch.where(self.finished, self.pad, self.sampler(logits))
+        self.finished |= (token.unsqueeze(1) == self._stop).any(1)
+        self.tokens.index_copy_(1, self._position, token.unsqueeze(1))
+        self._next.copy_(token.unsqueeze(1))
+        self._position += 1
+        return logits

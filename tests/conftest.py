@@ -1,5 +1,6 @@
 """Fixtures that more than one file of tests needs."""
 
+import contextlib
 import functools
 import os
 import shutil
@@ -13,9 +14,11 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import quamba
+import quamba.decoding
 from quamba import embedded
 from quamba.models import ARCHITECTURES
 
@@ -114,6 +117,77 @@ def stock(tiny_checkpoint, text, tmp_path_factory: pytest.TempPathFactory):
         output = tmp_path_factory.mktemp("stock") / recipe
         return quamba.quantize(folder, recipe, output, calibration_text=text, samples=4, seqlen=32, device="cpu").output
 
+    return made
+
+
+class FakeGraph:
+    """A CUDA graph on the CPU: recording changes no tensor, a replay repeats every operation on the recorded tensors.
+
+    What a real capture forbids, reading a value on the host, raises.
+    """
+
+    def __init__(self):
+        self.calls = []
+
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            new = func(*args, **kwargs)
+            writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+            if not writes:
+                for old, value in zip(_tensors(out), _tensors(new), strict=True):
+                    if old.data_ptr() != value.data_ptr():
+                        old.copy_(value)
+
+
+def _tensors(tree):
+    return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self, graph):
+        super().__init__()
+        self.graph, self.before = graph, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a value was read on the host while a graph was recorded")
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        for argument in func._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                storage = given[argument.name].untyped_storage()
+                self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        out = func(*args, **kwargs)
+        self.graph.calls.append((func, args, kwargs, out))
+        return out
+
+
+@contextlib.contextmanager
+def record(graph):
+    with Recorder(graph) as recorder:
+        yield
+    for storage, value in recorder.before.values():
+        storage.copy_(value)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch):
+    """CUDA graphs as FakeGraph, and capture allowed on the CPU; the list of graphs that were made."""
+    made = []
+
+    class Counted(FakeGraph):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    class Captures(quamba.decoding.Captured):
+        def __init__(self, run, *, capture, eager=quamba.decoding.EAGER_STEPS):
+            super().__init__(run, capture=True, eager=eager)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Counted)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(quamba.decoding, "Captured", Captures)
     return made
 
 

@@ -16,7 +16,7 @@ from quamba import embedded
 from quamba.cli import app, doctor, evaluate, files, quantize
 from quamba.errors import UserError
 
-COMMANDS = ["quantize", "eval", "generate", "inspect", "compare", "build", "doctor", "demo"]
+COMMANDS = ["quantize", "eval", "generate", "inspect", "compare", "bench", "build", "doctor", "demo"]
 # As the console script does it.
 run_app = "from quamba.cli import app; app()"
 
@@ -84,6 +84,15 @@ def test_version():
             ["quantize", "mamba2-tiny", "--recipe", "w8a8", "--output", "OUT", "--calibration", "missing.txt"],
             "There is no calibration file 'missing.txt'.",
         ),
+        (["bench"], "Give either a MODEL or a --shape."),
+        (["bench", "--shape", "mamba9"], "There is no shape 'mamba9'; known are mamba1-130m,"),
+        (["bench", "--shape", "mamba2-130m", "--predict", "tpu"], "There is no device 'tpu'; known are a100, a5000,"),
+        (["bench", "--shape", "mamba2-130m", "--recipe", "w3a3"], "w3a3"),
+        (["bench", "mamba2-tiny", "--batch", "1,0"], "--batch takes positive numbers"),
+        (["bench", "mamba2-tiny", "--baseline", "vllm"], "There is no baseline 'vllm'"),
+        (["bench", "mamba2-tiny", "--generate", "1"], "Invalid value for '--generate'"),
+        (["bench", "mamba2-tiny", "--predict", "a100", "--baseline", "hf"], "knows our operators only"),
+        (["bench", "mamba2-tiny", "--json", "no/where.json"], "no directory 'no'"),
         (["demo", "--model", "mamba9"], "No embedded checkpoint is called 'mamba9'"),
     ],
 )

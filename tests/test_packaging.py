@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # folder in the repository -> folder in the wheel
 SHIPPED = {
+    "quamba/bench": "quamba/bench",
     "quamba/embedded": "quamba/embedded",
     "recipes": "quamba/recipes",
     "csrc": "quamba_kernels/csrc",

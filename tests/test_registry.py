@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from quamba_kernels import OPS, BackendUnavailable, Op, Setting, doctor
-from quamba_kernels.registry import ENVIRONMENT
+from quamba_kernels import OPS, BackendUnavailable, Op, Setting, doctor, ops
+from quamba_kernels.registry import ENVIRONMENT, intercept
 
 CPU = Setting("cpu", torch.float32, {"K": 256, "O": 64, "S": 128})
 REFUSING = [(name, b) for name, op in OPS.items() for b in op.candidates if b.why_not(CPU) is not None]
@@ -113,3 +113,18 @@ def test_doctor_names_one_choice_and_every_reason() -> None:
             assert sum(r["chosen"] for r in mine) == 1
             assert all(r["usable"] == (r["reason"] is None) for r in mine)
             assert next(r for r in mine if r["usable"])["chosen"]
+
+
+def test_intercepted_calls_go_to_the_handler_until_the_end():
+    seen = []
+    bound = ops.quantize.bind(Setting("cpu"))
+
+    def handler(backend, args, kwargs):
+        seen.append((backend.name, len(args), kwargs))
+        return "counted"
+
+    with pytest.raises(KeyError), intercept(handler):
+        assert bound(torch.ones(2), scale=None) == "counted"
+        raise KeyError
+    assert seen == [(bound.name, 1, {"scale": None})]
+    assert bound(torch.ones(1, 2)).data.tolist() == [[127, 127]]

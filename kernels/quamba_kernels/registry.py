@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +59,26 @@ class Backend:
     unpack: Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]] = identity
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _handler is not None:
+            return _handler(self, args, kwargs)
         return self.fn(*args, **kwargs)
+
+
+Handler = Callable[[Backend, tuple[Any, ...], dict[str, Any]], Any]
+
+_handler: Handler | None = None
+
+
+@contextmanager
+def intercept(handler: Handler | None) -> Iterator[None]:
+    """Inside, every call of a bound operator goes to ``handler(backend, args, kwargs)``, whose result it returns; with
+    None calls run again. For counting what a model does without running it; not for threads."""
+    global _handler
+    before, _handler = _handler, handler
+    try:
+        yield
+    finally:
+        _handler = before
 
 
 @dataclass

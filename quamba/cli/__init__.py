@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from quamba.cli import build, comparison, console, demo, doctor, evaluate, generate, inspection, quantize
+from quamba.cli import bench, build, comparison, console, demo, doctor, evaluate, generate, inspection, quantize
 from quamba.errors import UserError
 
 # What a disk or its owner says, wherever it is said; other system errors are ours until shown otherwise.
@@ -104,6 +104,7 @@ app.command("eval")(evaluate.run)
 app.command("generate")(generate.run)
 app.command("inspect")(inspection.run)
 app.command("compare")(comparison.run)
+app.command("bench")(bench.run)
 app.command("build")(build.run)
 app.command("doctor")(doctor.run)
 app.command("demo")(demo.run)

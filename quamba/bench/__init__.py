@@ -1,0 +1,1 @@
+"""Latency, throughput, memory and energy of whole models, measured or predicted, and a table of them."""
