@@ -92,10 +92,11 @@ def state_kernel(
 
 
 def tile(tokens: int, width: int, element_size: int) -> tuple[int, int, int]:
-    """Tokens, channels and warps of a program: 16 bytes a load, and at least the tokens that look into the state."""
+    """Tokens, channels and warps of a program: 32 elements a thread, of which a load takes 4 (int8) to 16 bytes, and at
+    least the tokens that look into the state."""
     if tokens == 1:
         return 1, 256, 2
-    return max(min(32, triton.next_power_of_2(tokens)), triton.next_power_of_2(width)), 256 // element_size * 2, 4
+    return max(min(16, triton.next_power_of_2(tokens)), triton.next_power_of_2(width)), 256, 4
 
 
 def causal_conv1d(

@@ -156,6 +156,6 @@ def selective_scan(
                 packed(C_scale), packed(cu_seqlens), y, last, local, steps, tokens, channels, d_state, cuts,
                 x.stride(0), x.stride(1), dt.stride(0), dt.stride(1), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
                 OUTPUT=output, CHANNEL_SCALE=x_scale is not None and x_scale.numel() > 1,
-                BI=BI, BN=BN, num_warps=warps,
+                BI=BI, BN=BN, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     return y, last

@@ -5,9 +5,10 @@ states reach memory only where a sequence is cut: into as many segments as fill 
 each segment but the last would leave behind if it began at zero, then the outputs, every segment beginning with what
 those before it left. A sequence that is not cut takes the second launch alone.
 
-The value axis commutes with the scan, so the scale of x multiplies outputs. Products of int8 B and C are exact int32
-sums. The other factors are rounded to the type of the output: for a 16-bit one the products run on its tensor cores
-with fp32 sums, for fp32 as three tf32 products (22 bits).
+Scales meet their tensors where fewest products see them: those of B and C the sums, that of x its rows once, beside dt.
+Products of int8 B and C are exact int32
+sums. The other factors (dt x, the decayed C B^T, the state) are rounded to the type of the output: for a 16-bit one the
+products run on its tensor cores with fp32 sums, for fp32 as three tf32 products (22 bits).
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ def ssd_kernel(
     x_batch, x_token, x_head, dt_batch, dt_token, B_batch, B_token, B_group, C_batch, C_token, C_group,
     OUTPUT: tl.constexpr, LIMIT: tl.constexpr, DOT: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """BP channels of a head over one segment. The state is held as [BN, BP].
+    """BP channels of a head over one segment.
 
-    OUTPUT: y, and from the last segment the last state; else local [.., segments - 1, N, P], the state left by a
+    OUTPUT: y, and from the last segment the last state; else local [.., segments - 1, P, N], the state left by a
     segment that begins at zero, and decay [.., segments - 1], the logarithm of what it leaves of an earlier one."""
     blocks = tl.cdiv(P, BP)
     head, p = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BP + tl.arange(0, BP)
@@ -89,18 +90,17 @@ def ssd_kernel(
 
     owner = sequence.to(tl.int64) * H + head
     states = owner * (segments - 1)
-    tile = n[:, None] * P + p[None, :]
-    tile_in = n_in[:, None] & p_in[None, :]
-    own = owner * P * N + p[None, :] * N + n[:, None]
-    h = tl.zeros((BN, BP), tl.float32)
+    tile = p[:, None] * N + n[None, :]
+    tile_in = p_in[:, None] & n_in[None, :]
+    h = tl.zeros((BP, BN), tl.float32)
     if OUTPUT:
         D = tl.load(D_ptr + head).to(tl.float32)
         if state_ptr is not None:
-            h = tl.load(state_ptr + own, mask=tile_in, other=0).to(tl.float32)
+            h = tl.load(state_ptr + owner * P * N + tile, mask=tile_in, other=0).to(tl.float32)
         if local_ptr is not None:
             for i in range(0, segment):
                 left = tl.exp(tl.load(decay_ptr + states + i))
-                h = h * left + tl.load(local_ptr + (states + i) * N * P + tile, mask=tile_in, other=0)
+                h = h * left + tl.load(local_ptr + (states + i) * P * N + tile, mask=tile_in, other=0)
 
     total = 0.0
     for begin in range(first, stop, Q):
@@ -112,6 +112,9 @@ def ssd_kernel(
         end = tl.sum(tl.where(q == Q - 1, decay, 0.0), 0)
         x = tl.load(x_ptr + offset * x_token + p[None, :], mask=t_in[:, None] & p_in[None, :], other=0)
         B = tl.load(B_ptr + offset * B_token + n[None, :], mask=t_in[:, None] & n_in[None, :], other=0)
+        # dt goes to the rows of x alone: as a factor of the columns of mix each thread would hold sixteen of them
+        value = x.to(tl.float32) * x_scale[None, :]
+        xdt = value * dt[:, None]
         if OUTPUT:
             C = tl.load(C_ptr + offset * C_token + n[None, :], mask=t_in[:, None] & n_in[None, :], other=0)
             if B.dtype == tl.int8:
@@ -119,21 +122,21 @@ def ssd_kernel(
             else:
                 mix = product(C.to(DOT), tl.trans(B.to(DOT)), EXACT)
             gap = tl.where(q[:, None] >= q[None, :], decay[:, None] - decay[None, :], float("-inf"))
-            mix *= tl.exp(gap) * (dt * (B_scale * C_scale))[None, :]
-            y = product(C.to(DOT), h.to(DOT), EXACT) * (tl.exp(decay) * C_scale)[:, None]
-            y += product(mix.to(DOT), x.to(DOT), EXACT) * x_scale[None, :]
-            y += x.to(tl.float32) * (x_scale * D)[None, :]
+            mix *= tl.exp(gap) * (B_scale * C_scale)
+            y = product(C.to(DOT), tl.trans(h.to(DOT)), EXACT) * (tl.exp(decay) * C_scale)[:, None]
+            y += product(mix.to(DOT), xdt.to(DOT), EXACT)
+            y += value * D
             place = ((row * T + offset) * H + head) * P + p[None, :]
             tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=t_in[:, None] & p_in[None, :])
-        weighted = x.to(tl.float32) * x_scale[None, :] * (tl.exp(end - decay) * dt * B_scale)[:, None]
-        h = h * tl.exp(end) + product(tl.trans(B.to(DOT)), weighted.to(DOT), EXACT)
+        weighted = xdt * (tl.exp(end - decay) * B_scale)[:, None]
+        h = h * tl.exp(end) + product(tl.trans(weighted.to(DOT)), B.to(DOT), EXACT)
         total += end
 
     if OUTPUT:
         if segment == segments - 1:
-            tl.store(last_ptr + own, h, mask=tile_in)
+            tl.store(last_ptr + owner * P * N + tile, h, mask=tile_in)
     else:
-        tl.store(local_ptr + (states + segment) * N * P + tile, h, mask=tile_in)
+        tl.store(local_ptr + (states + segment) * P * N + tile, h, mask=tile_in)
         tl.store(decay_ptr + states + segment, total)
 
 
@@ -141,11 +144,12 @@ def tile(tokens: int, headdim: int, BN: int, exact: bool) -> tuple[int, int, int
     """Tokens of a chunk, channels of a program, warps and stages.
 
     A warp group multiplies 64 rows, and with d_state and headdim near 64 the work per token is least for chunks of 64.
-    The state takes 64 registers of a thread. fp32 factors need four times the shared memory of 16-bit ones.
+    Four warps hold a state of 8192 elements and the factors of a chunk in their registers, two such programs share a
+    processor. fp32 factors are split in two and take four times the room of 16-bit ones.
     """
-    Q = max(16, min(triton.next_power_of_2(tokens), 64 if not exact else 32 if BN <= 128 else 16))
-    BP = max(16, min(triton.next_power_of_2(headdim), (8192 if exact else 16384) // BN))
-    return Q, BP, 8 if BN * BP > 8192 else 4, 1 if exact else 3
+    Q = max(16, min(triton.next_power_of_2(tokens), 16 if exact else 64))
+    BP = max(16, min(triton.next_power_of_2(headdim), (8192 if exact else 16384) // BN, 64))
+    return Q, BP, 8 if exact or BN * BP > 8192 else 4, 1 if exact else 2
 
 
 def segments(programs: int, tokens: int, Q: int, processors: int) -> int:
@@ -185,7 +189,7 @@ def ssd_scan(
     last = x.new_empty((sequences, heads, headdim, d_state), dtype=torch.float32)
     local = decay = None
     if cuts > 1:
-        local = x.new_empty((sequences, heads, cuts - 1, d_state, headdim), dtype=torch.float32)
+        local = x.new_empty((sequences, heads, cuts - 1, headdim, d_state), dtype=torch.float32)
         decay = x.new_empty((sequences, heads, cuts - 1), dtype=torch.float32)
     with torch.cuda.device_of(x):
         for output in (False, True) if cuts > 1 else (True,):
@@ -196,7 +200,7 @@ def ssd_scan(
                 x.stride(0), x.stride(1), x.stride(2), dt.stride(0), dt.stride(1),
                 B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
                 OUTPUT=output, LIMIT=tuple(dt_limit) != NO_LIMIT, DOT=DOT[out_dtype],
-                Q=Q, BP=BP, BN=BN, num_warps=warps, num_stages=stages,
+                Q=Q, BP=BP, BN=BN, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
             )  # fmt: skip
     return y, last
 

@@ -159,7 +159,8 @@ def selective_update(
             state, state_scale, rng, x, dt, packed(A), B, C, packed(D), packed(dt_bias),
             packed(x_scale), packed(B_scale), packed(C_scale), y, batch, channels, d_state,
             x.stride(0), dt.stride(0), B.stride(0), C.stride(0),
-            CHANNEL_SCALE=x_scale is not None and x_scale.numel() > 1, BI=BI, BN=BN, num_warps=warps,
+            CHANNEL_SCALE=x_scale is not None and x_scale.numel() > 1, BI=BI, BN=BN,
+            num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
         advance(rng)
     return y
