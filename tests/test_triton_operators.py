@@ -127,7 +127,9 @@ def test_factors_of_half_precision() -> None:
     agree("ssd_scan", ssd(1, 40, 2, 16, 1, 16, out_dtype=torch.float16), tolerance=8e-4)
 
 
-ROTATIONS = [(12, 12), (20, 20), (28, 28), (36, 36), (40, 40), (24, 24), (80, 40), (144, 144), (96, 2), (48, 1), (48, 0)]
+ROTATIONS = [
+    (12, 12), (20, 20), (28, 28), (36, 36), (40, 40), (24, 24), (80, 40), (144, 144), (96, 2), (48, 1), (48, 0),
+]  # fmt: skip
 """Channels and block: the base matrices alone, times powers of two, several blocks."""
 
 
@@ -154,8 +156,8 @@ def test_what_is_written_in_place_must_be_contiguous() -> None:
 
 
 SSD_SIZES = [
-    (1, 1, 2, 32, 1, 16), (2, 3, 8, 64, 8, 64), (3, 63, 2, 128, 1, 128), (4, 255, 8, 32, 8, 256), (5, 257, 2, 64, 1, 16),
-    (1, 1000, 8, 128, 8, 64), (2, 257, 3, 48, 3, 24),
+    (1, 1, 2, 32, 1, 16), (2, 3, 8, 64, 8, 64), (3, 63, 2, 128, 1, 128), (4, 255, 8, 32, 8, 256),
+    (5, 257, 2, 64, 1, 16), (1, 1000, 8, 128, 8, 64), (2, 257, 3, 48, 3, 24),
 ]  # fmt: skip
 
 
@@ -171,7 +173,9 @@ def test_ssd_at_many_sizes(sizes: tuple[int, ...]) -> None:
         (codes(B, H, P, N), scale(B, H, P), None), (codes(B, H, P, N), scale(B, H, P), torch.tensor([2**40 + 3, 5])),
     ):  # fmt: skip
         args = (state, row, rng, x[:, 0], dt[:, 0], A, B_[:, 0], C_[:, 0], D, dt_bias)
-        agree("ssd_update", Case(f"update {state.dtype}", args, case.kwargs))
+        # a state that differs in its last fp32 bits differs by a step of fp16 where it lies on a tie
+        flips = 1e-5 if state.dtype == torch.float16 else None
+        agree("ssd_update", Case(f"update {state.dtype}", args, case.kwargs), flips)
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def conv_kernel(
         y = codes(y, tl.load(out_scale_ptr + c, mask=c_in, other=1)[None, :] + tl.zeros_like(y))
     place = (batch * T + t)[:, None] * C + c[None, :]
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=t_in[:, None] & c_in[None, :])
-    if state_ptr is not None and cu_ptr is None:
+    if state_ptr is not None and cu_ptr is None:  # noqa: SIM102 (decided when compiling, the inner one is not)
         if tl.program_id(0) == 0:
             shift_state(x_ptr, state_ptr + batch * (WIDTH - 1) * C, 0, T, x_token, c, C, WIDTH, BW)
 

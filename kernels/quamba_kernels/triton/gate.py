@@ -108,7 +108,8 @@ def factors(power: int) -> tuple[int, int, int]:
     bits = power.bit_length() - 1
     steps = max(1, -(-bits // 5))
     parts = [1 << ((bits + k) // steps) for k in range(steps)]
-    return (1, 1, 1, *parts)[-3:]
+    first, second, third = [1, 1, 1, *parts][-3:]
+    return first, second, third
 
 
 def gate_output(

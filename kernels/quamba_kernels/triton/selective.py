@@ -50,10 +50,7 @@ def selective_kernel(
     if dt_bias_ptr is not None:
         bias = tl.load(dt_bias_ptr + i, mask=i_in, other=0).to(tl.float32)
     if x_scale_ptr is not None:
-        if CHANNEL_SCALE:
-            x_scale = tl.load(x_scale_ptr + i, mask=i_in, other=0)
-        else:
-            x_scale = x_scale * tl.load(x_scale_ptr)
+        x_scale *= tl.load(x_scale_ptr + i, mask=i_in, other=0) if CHANNEL_SCALE else tl.load(x_scale_ptr)
     if B_scale_ptr is not None:
         B_scale = tl.load(B_scale_ptr)
     if C_scale_ptr is not None:
@@ -78,9 +75,8 @@ def selective_kernel(
     C_ptr += row * C_batch + first.to(tl.int64) * C_token + n
     y_ptr += (row * T + first) * I + i
     channels, width = tl.where(first < stop, I, 0), tl.where(first < stop, N, 0)
-    x, B, C = load_codes(x_ptr, i < channels, x_scale), load_codes(B_ptr, n < width, B_scale), 0.0
-    if OUTPUT:
-        C = load_codes(C_ptr, n < width, C_scale)
+    x, B = load_codes(x_ptr, i < channels, x_scale), load_codes(B_ptr, n < width, B_scale)
+    C = load_codes(C_ptr, n < tl.where(OUTPUT, width, 0), C_scale)
     dt = load_codes(dt_ptr, i < channels, 1.0)
     total = tl.zeros((BI,), tl.float32)
     for t in range(first, stop):
@@ -130,7 +126,7 @@ def selective_scan(
     out_dtype: torch.dtype,
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``ops.selective_scan``. Raises ValueError for a cu_seqlens of another shape; what it holds is not looked at."""
+    """As ``ops.selective_scan``. Raises ValueError for a cu_seqlens of another shape; what it holds is not read."""
     x, dt, B, C = unit(x), unit(dt), unit(B), unit(C)
     batch, tokens, channels = x.shape
     d_state = B.shape[-1]
@@ -154,7 +150,8 @@ def selective_scan(
             selective_kernel[(blocks, cuts if output else cuts - 1, sequences)](
                 x, dt, packed(A), B, C, packed(D), packed(dt_bias), packed(state), packed(x_scale), packed(B_scale),
                 packed(C_scale), packed(cu_seqlens), y, last, local, steps, tokens, channels, d_state, cuts,
-                x.stride(0), x.stride(1), dt.stride(0), dt.stride(1), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
+                x.stride(0), x.stride(1), dt.stride(0), dt.stride(1),
+                B.stride(0), B.stride(1), C.stride(0), C.stride(1),
                 OUTPUT=output, CHANNEL_SCALE=x_scale is not None and x_scale.numel() > 1,
                 BI=BI, BN=BN, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip

@@ -5,8 +5,7 @@ states reach memory only where a sequence is cut: into as many segments as fill 
 each segment but the last would leave behind if it began at zero, then the outputs, every segment beginning with what
 those before it left. A sequence that is not cut takes the second launch alone.
 
-Scales meet their tensors where fewest products see them: those of B and C the sums, that of x its rows once, beside dt.
-Products of int8 B and C are exact int32
+The scales of B and C multiply sums, that of x its values once, beside dt. Products of int8 B and C are exact int32
 sums. The other factors (dt x, the decayed C B^T, the state) are rounded to the type of the output: for a 16-bit one the
 products run on its tensor cores with fp32 sums, for fp32 as three tf32 products (22 bits).
 """
@@ -86,7 +85,7 @@ def ssd_kernel(
         B_scale = tl.load(B_scale_ptr + group)
     if C_scale_ptr is not None:
         C_scale = tl.load(C_scale_ptr + group)
-    EXACT: tl.constexpr = DOT == tl.float32
+    EXACT: tl.constexpr = tl.float32 == DOT
 
     owner = sequence.to(tl.int64) * H + head
     states = owner * (segments - 1)
