@@ -76,7 +76,9 @@ def selective_kernel(
     y_ptr += (row * T + first) * I + i
     channels, width = tl.where(first < stop, I, 0), tl.where(first < stop, N, 0)
     x, B = load_codes(x_ptr, i < channels, x_scale), load_codes(B_ptr, n < width, B_scale)
-    C = load_codes(C_ptr, n < tl.where(OUTPUT, width, 0), C_scale)
+    C = tl.zeros((BN,), tl.float32)
+    if OUTPUT:
+        C = load_codes(C_ptr, n < width, C_scale)
     dt = load_codes(dt_ptr, i < channels, 1.0)
     total = tl.zeros((BI,), tl.float32)
     for t in range(first, stop):

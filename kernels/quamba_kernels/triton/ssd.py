@@ -23,11 +23,9 @@ from quamba_kernels.triton.rounding import softplus
 
 
 @triton.jit
-def product(a, b, EXACT: tl.constexpr):
-    """a b in fp32, of fp32 or 16-bit factors."""
-    if EXACT:
-        return tl.dot(a, b, input_precision="tf32x3")
-    return tl.dot(a, b)
+def product(a, b, EXACT: tl.constexpr, acc=None):
+    """acc + a b in fp32, of fp32 or 16-bit factors."""
+    return tl.dot(a, b, acc, input_precision="tf32x3" if EXACT else None)
 
 
 @triton.jit
@@ -114,6 +112,7 @@ def ssd_kernel(
         # dt goes to the rows of x alone: as a factor of the columns of mix each thread would hold sixteen of them
         value = x.to(tl.float32) * x_scale[None, :]
         xdt = value * dt[:, None]
+        weighted = (xdt * (tl.exp(end - decay) * B_scale)[:, None]).to(DOT)
         if OUTPUT:
             C = tl.load(C_ptr + offset * C_token + n[None, :], mask=t_in[:, None] & n_in[None, :], other=0)
             if B.dtype == tl.int8:
@@ -122,13 +121,11 @@ def ssd_kernel(
                 mix = product(C.to(DOT), tl.trans(B.to(DOT)), EXACT)
             gap = tl.where(q[:, None] >= q[None, :], decay[:, None] - decay[None, :], float("-inf"))
             mix *= tl.exp(gap) * (B_scale * C_scale)
-            y = product(C.to(DOT), tl.trans(h.to(DOT)), EXACT) * (tl.exp(decay) * C_scale)[:, None]
-            y += product(mix.to(DOT), xdt.to(DOT), EXACT)
-            y += value * D
+            y = product(mix.to(DOT), xdt.to(DOT), EXACT, value * D)
+            y += product(C.to(DOT), tl.trans(h.to(DOT)), EXACT) * (tl.exp(decay) * C_scale)[:, None]
             place = ((row * T + offset) * H + head) * P + p[None, :]
             tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=t_in[:, None] & p_in[None, :])
-        weighted = xdt * (tl.exp(end - decay) * B_scale)[:, None]
-        h = h * tl.exp(end) + product(tl.trans(weighted.to(DOT)), B.to(DOT), EXACT)
+        h = product(tl.trans(weighted), B.to(DOT), EXACT, h * tl.exp(end))
         total += end
 
     if OUTPUT:
