@@ -152,7 +152,7 @@ def test_it_compiles(call: Callable[[], None], capability: int, launches: list[L
 
 @pytest.mark.parametrize("capability, product", [(80, "mma.sync"), (90, "wgmma.mma_async.sync")])
 def test_the_scan_of_mamba2_runs_on_tensor_cores(capability: int, product: str, launches: list[Launch]) -> None:
-    ssd_scan(2048, 80, 64, 1, 128, BF16)
+    ssd_scan(2048, 80, 64, 1, 64, BF16)
     assert [launch[1]["OUTPUT"] for launch in launches] == [False, True]
     ptx = compiled(launches[1], capability).asm["ptx"]
     used = [line for line in ptx.splitlines() if product in line]

@@ -6,8 +6,10 @@ each segment but the last would leave behind if it began at zero, then the outpu
 those before it left. A sequence that is not cut takes the second launch alone.
 
 The scales of B and C multiply sums, that of x its values once, beside dt. Products of int8 B and C are exact int32
-sums. The other factors (dt x, the decayed C B^T, the state) are rounded to the type of the output: for a 16-bit one the
-products run on its tensor cores with fp32 sums, for fp32 as three tf32 products (22 bits).
+sums. For an fp32 output the other products are three tf32 products (22 bits). For a 16-bit one they are products of
+bf16, or of fp16 where the inputs are; both hold int8 exactly, and fp32 factors are split into terms of 8 or 11 bits.
+With two terms of dt x, of the decayed C B^T and of the state the error stays below the rounding of the output, with one
+it would pass it. What is added to the state has three, so that a prompt in pieces leaves the state of the whole.
 """
 
 from __future__ import annotations
@@ -23,9 +25,16 @@ from quamba_kernels.triton.rounding import softplus
 
 
 @triton.jit
-def product(a, b, EXACT: tl.constexpr, acc=None):
-    """acc + a b in fp32, of fp32 or 16-bit factors."""
-    return tl.dot(a, b, acc, input_precision="tf32x3" if EXACT else None)
+def exact(a, b, acc):
+    """acc + a b of fp32 factors, as three tf32 products."""
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def split(a, DOT: tl.constexpr):
+    """fp32 a as a 16-bit number and what it lacks, in fp32."""
+    high = a.to(DOT)
+    return high, a - high.to(tl.float32)
 
 
 @triton.jit
@@ -112,20 +121,41 @@ def ssd_kernel(
         # dt goes to the rows of x alone: as a factor of the columns of mix each thread would hold sixteen of them
         value = x.to(tl.float32) * x_scale[None, :]
         xdt = value * dt[:, None]
-        weighted = (xdt * (tl.exp(end - decay) * B_scale)[:, None]).to(DOT)
         if OUTPUT:
             C = tl.load(C_ptr + offset * C_token + n[None, :], mask=t_in[:, None] & n_in[None, :], other=0)
             if B.dtype == tl.int8:
                 mix = tl.dot(C, tl.trans(B), out_dtype=tl.int32).to(tl.float32)
+            elif EXACT:
+                mix = exact(C.to(DOT), tl.trans(B.to(DOT)), tl.zeros((Q, Q), tl.float32))
             else:
-                mix = product(C.to(DOT), tl.trans(B.to(DOT)), EXACT)
+                mix = tl.dot(C.to(DOT), tl.trans(B.to(DOT)))
             gap = tl.where(q[:, None] >= q[None, :], decay[:, None] - decay[None, :], float("-inf"))
             mix *= tl.exp(gap) * (B_scale * C_scale)
-            y = product(mix.to(DOT), xdt.to(DOT), EXACT, value * D)
-            y += product(C.to(DOT), tl.trans(h.to(DOT)), EXACT) * (tl.exp(decay) * C_scale)[:, None]
+            if EXACT:
+                y = exact(mix, xdt, value * D)
+                carried = exact(C.to(DOT), tl.trans(h), tl.zeros((Q, BP), tl.float32))
+            else:
+                mix_high, mix_low = split(mix, DOT)
+                x_high, x_low = split(xdt, DOT)
+                y = tl.dot(mix_high, x_high, value * D)
+                y = tl.dot(mix_high, x_low.to(DOT), y)
+                y = tl.dot(mix_low.to(DOT), x_high, y)
+                h_high, h_low = split(h, DOT)
+                carried = tl.dot(C.to(DOT), tl.trans(h_high))
+                carried = tl.dot(C.to(DOT), tl.trans(h_low.to(DOT)), carried)
+            y += carried * (tl.exp(decay) * C_scale)[:, None]
             place = ((row * T + offset) * H + head) * P + p[None, :]
             tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=t_in[:, None] & p_in[None, :])
-        h = product(tl.trans(weighted), B.to(DOT), EXACT, h * tl.exp(end))
+        weighted = xdt * (tl.exp(end - decay) * B_scale)[:, None]
+        h *= tl.exp(end)
+        if EXACT:
+            h = exact(tl.trans(weighted), B.to(DOT), h)
+        else:
+            high, rest = split(weighted, DOT)
+            middle, low = split(rest, DOT)
+            h = tl.dot(tl.trans(high), B.to(DOT), h)
+            h = tl.dot(tl.trans(middle), B.to(DOT), h)
+            h = tl.dot(tl.trans(low.to(DOT)), B.to(DOT), h)
         total += end
 
     if OUTPUT:
@@ -176,9 +206,9 @@ def ssd_scan(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, x, state)
     sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    exact = out_dtype == torch.float32
+    dot = tl.float32 if out_dtype == torch.float32 else tl.float16 if B.dtype == torch.float16 else tl.bfloat16
     BN = max(32, triton.next_power_of_2(d_state))
-    Q, BP, warps, stages = tile(tokens, headdim, BN, exact)
+    Q, BP, warps, stages = tile(tokens, headdim, BN, out_dtype == torch.float32)
     blocks = heads * triton.cdiv(headdim, BP)
     cuts = segments(blocks * sequences, tokens // (1 if cu_seqlens is None else sequences), Q, processors(x.device))
     y = x.new_empty(x.shape, dtype=out_dtype)
@@ -195,10 +225,7 @@ def ssd_scan(
                 tokens, heads, headdim, groups, d_state, cuts, *dt_limit,
                 x.stride(0), x.stride(1), x.stride(2), dt.stride(0), dt.stride(1),
                 B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
-                OUTPUT=output, LIMIT=tuple(dt_limit) != NO_LIMIT, DOT=DOT[out_dtype],
+                OUTPUT=output, LIMIT=tuple(dt_limit) != NO_LIMIT, DOT=dot,
                 Q=Q, BP=BP, BN=BN, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
             )  # fmt: skip
     return y, last
-
-
-DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
