@@ -62,7 +62,8 @@ def ssd_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, dt_bias_ptr, state_ptr, x_scale_ptr, B_scale_ptr, C_scale_ptr, cu_ptr,
     y_ptr, last_ptr, local_ptr, decay_ptr, T, H, P, G, N, segments, lowest, highest,
     x_batch, x_token, x_head, dt_batch, dt_token, B_batch, B_token, B_group, C_batch, C_token, C_group,
-    OUTPUT: tl.constexpr, LIMIT: tl.constexpr, DOT: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+    OUTPUT: tl.constexpr, LIMIT: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
+    Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """BP channels of a head over one segment.
 
@@ -92,7 +93,6 @@ def ssd_kernel(
         B_scale = tl.load(B_scale_ptr + group)
     if C_scale_ptr is not None:
         C_scale = tl.load(C_scale_ptr + group)
-    EXACT: tl.constexpr = tl.float32 == DOT
 
     owner = sequence.to(tl.int64) * H + head
     states = owner * (segments - 1)
@@ -206,9 +206,10 @@ def ssd_scan(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, x, state)
     sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    dot = tl.float32 if out_dtype == torch.float32 else tl.float16 if B.dtype == torch.float16 else tl.bfloat16
+    exactly = out_dtype == torch.float32
+    dot = tl.float32 if exactly else tl.float16 if B.dtype == torch.float16 else tl.bfloat16
     BN = max(32, triton.next_power_of_2(d_state))
-    Q, BP, warps, stages = tile(tokens, headdim, BN, out_dtype == torch.float32)
+    Q, BP, warps, stages = tile(tokens, headdim, BN, exactly)
     blocks = heads * triton.cdiv(headdim, BP)
     cuts = segments(blocks * sequences, tokens // (1 if cu_seqlens is None else sequences), Q, processors(x.device))
     y = x.new_empty(x.shape, dtype=out_dtype)
@@ -225,7 +226,7 @@ def ssd_scan(
                 tokens, heads, headdim, groups, d_state, cuts, *dt_limit,
                 x.stride(0), x.stride(1), x.stride(2), dt.stride(0), dt.stride(1),
                 B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
-                OUTPUT=output, LIMIT=tuple(dt_limit) != NO_LIMIT, DOT=dot,
+                OUTPUT=output, LIMIT=tuple(dt_limit) != NO_LIMIT, EXACT=exactly, DOT=dot,
                 Q=Q, BP=BP, BN=BN, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
             )  # fmt: skip
     return y, last
