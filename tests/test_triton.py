@@ -50,8 +50,9 @@ def test_it_says_why_it_does_not_serve(name: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_it_stands_between_cuda_and_torch() -> None:
-    for op in OPS.values():
-        order = [b.name for b in op.candidates]
+    served = [order for op in OPS.values() if "triton" in (order := [b.name for b in op.candidates])]
+    assert len(served) >= 13
+    for order in served:
         assert order.index("triton") < order.index("torch")
         assert "cuda" not in order or order.index("cuda") < order.index("triton")
 
