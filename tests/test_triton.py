@@ -1,4 +1,4 @@
-"""Triton's linears: in its interpreter on the CPU, and compiled for cards that need not be here."""
+"""Triton's kernels: in its interpreter on the CPU, and the linears compiled for cards that need not be here."""
 
 import os
 import subprocess
@@ -15,18 +15,22 @@ triton = pytest.importorskip("triton", reason="the extra `triton` is not install
 
 ROOT = Path(__file__).resolve().parents[1]
 LINEARS = ("linear_w8a8", "linear_w4a8", "linear_w4a16")
-CHOICE = "triton and (agrees or exact or (strided and (w8a8 or embedding)))"
+CHOICE = "triton and (linear or embedding) and (agrees or exact or (strided and (w8a8 or embedding)))"
 """Of the loop over backends, what says most per second in the interpreter."""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device runs the same comparison compiled")
-def test_kernels_agree_with_the_torch_body_in_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    "chosen, passed",
+    [(["-k", CHOICE, "tests/test_ops.py"], 8), (["-m", "not slow", "tests/test_triton_operators.py"], 20)],
+)
+def test_kernels_agree_with_the_torch_body_in_the_interpreter(chosen: list[str], passed: int) -> None:
     # a process of its own: the interpreter is chosen when the kernels are imported, and would serve every other test
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", CHOICE, "tests/test_ops.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
     environment = {**os.environ, backend.INTERPRET: "1", "PYTEST_ADDOPTS": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "8 passed" in done.stdout and "skipped" not in done.stdout and "failed" not in done.stdout
+    assert f"{passed} passed" in done.stdout and "skipped" not in done.stdout and "failed" not in done.stdout
 
 
 @pytest.mark.parametrize("name", LINEARS)
@@ -46,8 +50,9 @@ def test_it_says_why_it_does_not_serve(name: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_it_stands_between_cuda_and_torch() -> None:
-    for name in LINEARS:
-        order = [b.name for b in OPS[name].candidates]
+    served = [order for op in OPS.values() if "triton" in (order := [b.name for b in op.candidates])]
+    assert len(served) >= 13
+    for order in served:
         assert order.index("triton") < order.index("torch")
         assert "cuda" not in order or order.index("cuda") < order.index("triton")
 

@@ -1,4 +1,4 @@
-"""Triton: the linears and the embedding on CUDA devices where the CUDA kernels do not serve.
+"""Triton: every operator on CUDA devices, where the CUDA kernels do not serve.
 
 With ``TRITON_INTERPRET=1`` in the environment the same kernels run in Triton's interpreter, on tensors of the CPU.
 """
@@ -11,9 +11,11 @@ from importlib.util import find_spec
 import torch
 
 from quamba_kernels import ops
+from quamba_kernels.ops.ssd import NO_LIMIT
 from quamba_kernels.registry import Setting
 
 INTERPRET = "TRITON_INTERPRET"
+MOST_STATES = 256
 
 
 def _why_not(setting: Setting) -> str | None:
@@ -32,6 +34,13 @@ def _int4_why_not(setting: Setting) -> str | None:
     features = setting.shape.get("K", 8)
     if features % 8:
         return f"reads words of eight int4 codes, got {features} in features"
+    return _why_not(setting)
+
+
+def _scan_why_not(setting: Setting) -> str | None:
+    d_state = setting.shape.get("N", 16)
+    if d_state > MOST_STATES:
+        return f"keeps a state of at most {MOST_STATES} per channel on chip, got {d_state}"
     return _why_not(setting)
 
 
@@ -76,3 +85,101 @@ def embedding(ids, weight, scale, *, out_dtype=torch.float32):
     from quamba_kernels.triton.linear import embedding as rows
 
     return rows(ids, weight, scale, out_dtype)
+
+
+@ops.quantize.backend("triton", why_not=_why_not, rank=20)
+def quantize(x, scale=None):
+    """One launch, each row read once."""
+    from quamba_kernels.triton import rowwise
+
+    return rowwise.quantize(x, scale)
+
+
+@ops.rms_norm.backend("triton", why_not=_why_not, rank=20)
+def rms_norm(x, weight, eps, *, out_scale=None, per_token=False, out_dtype=torch.float32):
+    """One launch, each row read once."""
+    from quamba_kernels.triton import rowwise
+
+    return rowwise.rms_norm(x, weight, eps, out_scale, per_token, out_dtype)
+
+
+@ops.gate_output.backend("triton", why_not=_why_not, rank=20)
+def gate_output(
+    y, z, weight, eps, *,
+    z_scale=None, norm_groups=0, block=0, out_scale=None, per_token=False, out_dtype=torch.float32,
+):  # fmt: skip
+    """One launch; the rotation as small fp32 products on chip."""
+    from quamba_kernels.triton import gate
+
+    return gate.gate_output(y, z, weight, eps, z_scale, norm_groups, block, out_scale, per_token, out_dtype)
+
+
+@ops.causal_conv1d.backend("triton", why_not=_why_not, rank=20)
+def causal_conv1d(
+    x, weight, bias=None, state=None, *,
+    x_scale=None, weight_scale=None, out_scale=None, out_dtype=torch.float32, cu_seqlens=None,
+):  # fmt: skip
+    """One launch, and one more for the states of packed sequences."""
+    from quamba_kernels.triton import conv
+
+    return conv.causal_conv1d(x, weight, bias, state, x_scale, weight_scale, out_scale, out_dtype, cu_seqlens)
+
+
+@ops.ssd_scan.backend("triton", why_not=_scan_why_not, rank=20)
+def ssd_scan(
+    x, dt, A, B, C, D, dt_bias=None, state=None, *,
+    x_scale=None, B_scale=None, C_scale=None, dt_limit=NO_LIMIT, out_dtype=torch.float32, cu_seqlens=None,
+):  # fmt: skip
+    """Chunks on tensor cores in the type of the output, one or two launches."""
+    from quamba_kernels.triton import ssd
+
+    return ssd.ssd_scan(
+        x, dt, A, B, C, D, dt_bias, state, x_scale, B_scale, C_scale, dt_limit, out_dtype, cu_seqlens
+    )
+
+
+@ops.ssd_update.backend("triton", why_not=_scan_why_not, rank=20)
+def ssd_update(
+    state, state_scale, rng, x, dt, A, B, C, D, dt_bias=None, *,
+    x_scale=None, B_scale=None, C_scale=None, dt_limit=NO_LIMIT, out_dtype=torch.float32,
+):  # fmt: skip
+    """The state is read and written once."""
+    from quamba_kernels.triton import update
+
+    return update.ssd_update(
+        state, state_scale, rng, x, dt, A, B, C, D, dt_bias, x_scale, B_scale, C_scale, dt_limit, out_dtype
+    )
+
+
+@ops.selective_scan.backend("triton", why_not=_scan_why_not, rank=20)
+def selective_scan(
+    x, dt, A, B, C, D, dt_bias=None, state=None, *,
+    x_scale=None, B_scale=None, C_scale=None, out_dtype=torch.float32, cu_seqlens=None,
+):  # fmt: skip
+    """A thread per channel, token after token, in one or two launches."""
+    from quamba_kernels.triton import selective
+
+    return selective.selective_scan(
+        x, dt, A, B, C, D, dt_bias, state, x_scale, B_scale, C_scale, out_dtype, cu_seqlens
+    )
+
+
+@ops.selective_update.backend("triton", why_not=_scan_why_not, rank=20)
+def selective_update(
+    state, state_scale, rng, x, dt, A, B, C, D, dt_bias=None, *,
+    x_scale=None, B_scale=None, C_scale=None, out_dtype=torch.float32,
+):  # fmt: skip
+    """The state is read and written once."""
+    from quamba_kernels.triton import update
+
+    return update.selective_update(
+        state, state_scale, rng, x, dt, A, B, C, D, dt_bias, x_scale, B_scale, C_scale, out_dtype
+    )
+
+
+@ops.quantize_state.backend("triton", why_not=_why_not, rank=20)
+def quantize_state(h, state, scale=None, rng=None):
+    """One launch, and one that advances the step."""
+    from quamba_kernels.triton import state as rows
+
+    rows.quantize_state(h, state, scale, rng)

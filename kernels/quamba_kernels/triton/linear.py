@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |y| < 2^22 half to even
+from quamba_kernels.triton.layout import packed, rows_of
+from quamba_kernels.triton.rounding import ROUND
 
 
 @triton.jit
@@ -115,17 +116,6 @@ def tile(rows: int, int8: bool, wide: bool) -> Tile:
     if rows <= 256:
         return Tile(64, 64, 128 if int8 else 64, 4, 4)
     return Tile(128, 128, 128 if int8 else 64, 8, 3)
-
-
-def rows_of(tensor: torch.Tensor) -> torch.Tensor:
-    """[..., C] as [M, C] with unit stride along C: a view where there is one, else a copy."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def packed(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Contiguous, as weights, scales and bias are read; they are so already unless someone sliced them."""
-    return None if tensor is None else tensor.contiguous()
 
 
 def check(x: torch.Tensor, weight: torch.Tensor, factor: torch.Tensor | None, per_element: int) -> None:

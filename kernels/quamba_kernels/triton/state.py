@@ -1,0 +1,96 @@
+"""Storage of the recurrent state in Triton: rows over d_state as fp32, fp16, or int8 with a scale and a dither each."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from quamba_kernels.triton.layout import in_place, packed
+from quamba_kernels.triton.rounding import ROUND, scale_of
+
+
+@triton.jit
+def mix(v):
+    """The 32-bit finaliser of ops.state."""
+    v = (v ^ (v >> 16)) * 0x7FEB352D
+    v = (v ^ (v >> 15)) * 0x846CA68B
+    return v ^ (v >> 16)
+
+
+@triton.jit
+def draw(rng_ptr, index):
+    """Number ``index`` of this step, in [0, 1)."""
+    seed, step = tl.load(rng_ptr).to(tl.uint32), tl.load(rng_ptr + 1).to(tl.uint32)
+    v = mix(index.to(tl.uint32) + mix(seed ^ mix(step)))
+    return tl.minimum(v.to(tl.float32) * (1 / 4294967296), 0.99999994)
+
+
+@triton.jit
+def load_rows(state_ptr, scale_ptr, row, N, inside, BN: tl.constexpr):
+    """fp32 [R, BN] of the rows int64 [R]; 0 outside."""
+    n = tl.arange(0, BN)
+    mask = inside[:, None] & (n < N)[None, :]
+    h = tl.load(state_ptr + row[:, None] * N + n[None, :], mask=mask, other=0).to(tl.float32)
+    if scale_ptr is not None:
+        h *= tl.load(scale_ptr + row, mask=inside, other=0)[:, None]
+    return h
+
+
+@triton.jit
+def store_rows(h, state_ptr, scale_ptr, rng_ptr, row, rows, N, inside, BN: tl.constexpr):
+    """ops.quantize_state of h [R, BN], which is 0 beyond N, into the rows int64 [R] of ``rows``; the step stays."""
+    n = tl.arange(0, BN)
+    mask = inside[:, None] & (n < N)[None, :]
+    if scale_ptr is not None:
+        scale = scale_of(tl.max(tl.abs(h), 1))
+        tl.store(scale_ptr + row, scale, mask=inside)
+        h = tl.div_rn(h, tl.broadcast_to(scale[:, None], h.shape))
+        if rng_ptr is not None:
+            dither = draw(rng_ptr, row)[:, None] + draw(rng_ptr, n + rows)[None, :]
+            h = tl.floor(h + (dither - tl.floor(dither)))
+        else:
+            h = h + ROUND - ROUND
+        h = tl.minimum(tl.maximum(h, -127.0), 127.0)
+    tl.store(state_ptr + row[:, None] * N + n[None, :], h.to(state_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def quantize_state_kernel(h_ptr, state_ptr, scale_ptr, rng_ptr, rows, N, BR: tl.constexpr, BN: tl.constexpr):
+    """BR rows."""
+    row = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
+    h = load_rows(h_ptr, None, row, N, row < rows, BN)
+    store_rows(h, state_ptr, scale_ptr, rng_ptr, row, rows, N, row < rows, BN)
+
+
+def check_rng(rng: torch.Tensor | None) -> None:
+    """Raises ValueError for anything but seed and step, int64 [2]."""
+    in_place("rng", rng)
+    if rng is not None and (rng.dtype != torch.int64 or rng.shape != (2,)):
+        raise ValueError(f"rng is int64 [2], seed and step, got {rng.dtype} {list(rng.shape)}")
+
+
+def advance(rng: torch.Tensor | None) -> None:
+    """The next step, in a launch of its own: every program of the kernel before it reads the old one."""
+    if rng is not None:
+        rng[1].add_(1)
+
+
+def quantize_state(
+    h: torch.Tensor, state: torch.Tensor, scale: torch.Tensor | None, rng: torch.Tensor | None
+) -> None:
+    """As ``ops.quantize_state``. Raises ValueError when what it writes is not contiguous."""
+    if scale is None:
+        state.copy_(h)
+        return
+    in_place("the state", state)
+    in_place("the state's scale", scale)
+    check_rng(rng)
+    N, rows = h.shape[-1], scale.numel()
+    BN = triton.next_power_of_2(N)
+    BR = max(1, 2048 // BN)
+    with torch.cuda.device_of(h):
+        quantize_state_kernel[(triton.cdiv(rows, BR),)](
+            packed(h), state, scale, rng, rows, N, BR=BR, BN=BN, num_warps=4, enable_fp_fusion=False
+        )
+        advance(rng)
