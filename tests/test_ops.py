@@ -1,6 +1,8 @@
 """Every op, every backend usable here, against the torch body."""
 
 import inspect
+import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ PAIRS = [
     for name, op in sorted(OPS.items()) for backend in op.candidates for device in DEVICES
 ]  # fmt: skip
 SCANS = [p for p in PAIRS if p.values[0].endswith("_scan")]
+CONVOLUTIONS = [p for p in PAIRS if p.values[0] == "causal_conv1d"]
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -117,19 +120,69 @@ def arguments(name: str, case: Case) -> dict:
     return dict(bound.arguments)
 
 
+def pieces(given: dict, names: tuple[str, ...]) -> Iterator[tuple[dict, list[slice]]]:
+    """Arguments of three calls that share out the tokens of each sequence, and where their outputs lie in the whole."""
+    bounds = given["cu_seqlens"]
+    spans = itertools.pairwise([0, given["x"].shape[1]] if bounds is None else bounds.tolist())
+    ends = [(start, start + (end - start) // 3, max(start, end - 1), end) for start, end in spans]
+    for i in range(3):
+        parts = [slice(cut[i], cut[i + 1]) for cut in ends]
+        part = {key: torch.cat([given[key][:, p] for p in parts], 1) for key in names}
+        if bounds is not None:
+            lengths = torch.tensor([0, *(p.stop - p.start for p in parts)])
+            part["cu_seqlens"] = lengths.cumsum(0, dtype=torch.int32)
+        if part["x"].shape[1]:
+            yield part, parts
+
+
 @pytest.mark.parametrize("name, backend, device", SCANS)
 def test_scan_in_pieces_equals_the_whole(name: str, backend: Backend, device: str) -> None:
     for case in served(name, backend, device):
         given = arguments(name, case)
-        tokens, parts, state = given["x"].shape[1], [], given["state"]
-        whole, last = call(backend, case, device)
-        for start, end in ((0, tokens // 3), (tokens // 3, tokens - 1), (tokens - 1, tokens)):
-            if end > start:
-                part = {key: given[key][:, start:end] for key in ("x", "dt", "B", "C")}
-                y, state = call(backend, case, device, state=state, **part)
-                parts.append(y)
-        assert error(torch.cat(parts, 1), whole) < TOLERANCE[name][case.dtype], case.label
+        state, (whole, last) = given["state"], call(backend, case, device)
+        joined = torch.full_like(whole, torch.nan)
+        for part, places in pieces(given, ("x", "dt", "B", "C")):
+            y, state = call(backend, case, device, state=state, **part)
+            for place, own in zip(places, y.split([p.stop - p.start for p in places], 1), strict=True):
+                joined[:, place] = own
+        assert error(joined, whole) < TOLERANCE[name][case.dtype], case.label
         assert error(state, last) < TOLERANCE[name][torch.float32], case.label
+
+
+@pytest.mark.parametrize("name, backend, device", CONVOLUTIONS)
+def test_convolution_in_pieces_equals_the_whole(name: str, backend: Backend, device: str) -> None:
+    for case in served(name, backend, device):
+        given = arguments(name, case)
+        if given["state"] is None:
+            continue
+        last, state = given["state"].to(device, copy=True), given["state"].to(device, copy=True)
+        whole = call(backend, case, device, state=last)
+        joined = torch.full_like(whole, 3)
+        for part, places in pieces(given, ("x",)):
+            y = call(backend, case, device, state=state, **part)
+            for place, own in zip(places, y.split([p.stop - p.start for p in places], 1), strict=True):
+                joined[:, place] = own
+        assert disagreement([joined.cpu()], [whole.cpu()], TOLERANCE[name][case.dtype]) is None, case.label
+        assert torch.equal(state, last), case.label
+
+
+@pytest.mark.parametrize("name, backend, device", SCANS + CONVOLUTIONS)
+def test_a_sequence_does_not_see_its_neighbours(name: str, backend: Backend, device: str) -> None:
+    for case in served(name, backend, device):
+        given = arguments(name, case)
+        if given["cu_seqlens"] is None or len(given["cu_seqlens"]) < 3:
+            continue
+        start, end = given["cu_seqlens"][-3:-1].tolist()
+        seen = []
+        for fill in (3, 5):
+            changed = {key: torch.full_like(given[key], fill) for key in ("x", "dt", "B", "C") if key in given}
+            for key, value in changed.items():
+                value[:, start:end] = given[key][:, start:end]
+            state = None if given["state"] is None else given["state"].clone()
+            result = call(backend, case, device, state=state, **changed)
+            y, last = result if isinstance(result, tuple) else (result, state)
+            seen.append((y[:, start:end], y.new_zeros(1) if last is None else last[-2]))
+        assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True)), case.label
 
 
 @pytest.mark.parametrize("name, backend, device", SCANS)
@@ -137,13 +190,14 @@ def test_scan_then_update_equals_a_longer_scan(name: str, backend: Backend, devi
     update = OPS[name.replace("_scan", "_update")]
     for case in served(name, backend, device):
         given = arguments(name, case)
-        if given["x"].shape[1] < 2:
+        if given["x"].shape[1] < 2 or given["cu_seqlens"] is not None:
             continue
         whole, last = call(backend, case, device)
         head = {key: given[key][:, :-1] for key in ("x", "dt", "B", "C")}
         _, state = call(backend, case, device, **head)
         rest = {key: given[key][:, -1].to(device) for key in ("x", "dt", "B", "C")}
-        shared = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items() if k != "state"}
+        kept = {k: v for k, v in given.items() if k not in ("state", "cu_seqlens")}
+        shared = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kept.items()}
         y = update(state, None, None, **{**shared, **rest})
         assert error(y, whole[:, -1]) < TOLERANCE[name][case.dtype], case.label
         assert error(state, last) < TOLERANCE[name][torch.float32], case.label

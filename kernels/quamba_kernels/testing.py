@@ -41,6 +41,8 @@ ZEROS = -0x77777778
 """A word of eight int4 zeros."""
 TOKENS = ((1, 1), (2, 3), (3, 63), (1, 130))
 """Batch and tokens."""
+LENGTHS = (0, 1, 3, 63, 0, 255, 257, 1000, 0)
+"""Tokens of the sequences that share a batch."""
 LINEARS = (
     (1, 64, 48), (3, 384, 32), (8, 1536, 16), (9, 1152, 80), (2, 3200, 16), (33, 256, 64),
     (17, 72, 24), (63, 96, 40), (129, 40, 8),
@@ -158,6 +160,11 @@ def _words(rng: torch.Generator, rows: int, features: int, lowest: int) -> torch
     return (nibbles << torch.arange(0, 32, 4, dtype=torch.int32)).sum(-1, dtype=torch.int32)
 
 
+def _bounds(lengths: tuple[int, ...]) -> torch.Tensor:
+    """cu_seqlens of sequences of these lengths."""
+    return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
 @_for("quantize")
 def _quantize(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[Case]:
     for batch, tokens in TOKENS:
@@ -241,6 +248,13 @@ def _conv(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[Case]
             codes = (_codes(rng, batch, tokens, 40), _codes(rng, 40, 4), bias, state)
             yield Case(f"int8 {label}", codes, {**scales, "out_dtype": dtype}, dtype=dtype)
             yield Case(f"int8 out {label}", codes, {**scales, "out_scale": _scale(rng, 40)}, dtype=dtype)
+    tokens = sum(LENGTHS)
+    for lengths, stateful in ((LENGTHS, True), (LENGTHS, False), ((tokens,), True)):
+        scales = {"x_scale": _scale(rng, 24), "weight_scale": _scale(rng, 24), "cu_seqlens": _bounds(lengths)}
+        state = _codes(rng, len(lengths), 3, 24) if stateful else None
+        codes = (_codes(rng, 1, tokens, 24), _codes(rng, 24, 4), _normal(rng, 24, dtype=dtype), state)
+        label = f"{len(lengths)} sequences state={stateful} {dtype}"
+        yield Case(label, codes, {**scales, "out_dtype": dtype}, dtype=dtype)
 
 
 def _low_bit(name: str, rng: torch.Generator, features: int, outputs: int) -> Iterator[tuple[int, tuple[Any, ...]]]:
@@ -325,6 +339,15 @@ def _ssd(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[Case]:
                 state, scale = _stored(rng, kind, batch, H, P, N)
                 noise = torch.tensor([11, 4]) if noisy else None
                 yield Case(f"{label} {kind} rng={noisy}", (state, scale, noise, *rest), options, shape, dtype)
+    if name == "ssd_scan":
+        long, H, P, G, N = sum(LENGTHS), 4, 16, 2, 8
+        static = {"x_scale": _scale(rng, H, P), "B_scale": _scale(rng, G), "C_scale": _scale(rng, G)}
+        x, B, C, scales = _scan_inputs(rng, dtype, dtype == F32, (1, long, H, P), (1, long, G, N), static)
+        state = _normal(rng, len(LENGTHS), H, P, N) if dtype == F32 else None
+        A, D = -torch.rand(H, generator=rng) * 2 - 0.1, _normal(rng, H)
+        args = (x, _normal(rng, 1, long, H, dtype=dtype), A, B, C, D, None, state)
+        options = {**scales, "out_dtype": dtype, "cu_seqlens": _bounds(LENGTHS)}
+        yield Case(f"{len(LENGTHS)} sequences {dtype}", args, options, {"H": H, "P": P, "G": G, "N": N}, dtype)
 
 
 @_for("selective_scan", "selective_update")
@@ -346,6 +369,15 @@ def _selective(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[
                 state, scale = _stored(rng, kind, batch, inner, N)
                 noise = torch.tensor([11, 4]) if noisy else None
                 yield Case(f"{label} {kind} rng={noisy}", (state, scale, noise, *rest), options, shape, dtype)
+    if name == "selective_scan":
+        long, inner, N = sum(LENGTHS), 24, 8
+        static = {"x_scale": _scale(rng, 1), "B_scale": _scale(rng, 1), "C_scale": _scale(rng, 1)}
+        x, B, C, scales = _scan_inputs(rng, dtype, dtype == F32, (1, long, inner), (1, long, N), static)
+        state = _normal(rng, len(LENGTHS), inner, N) if dtype == F32 else None
+        A, D = -torch.rand(inner, N, generator=rng) * 2 - 0.1, _normal(rng, inner)
+        args = (x, _normal(rng, 1, long, inner, dtype=dtype), A, B, C, D, None, state)
+        options = {**scales, "out_dtype": dtype, "cu_seqlens": _bounds(LENGTHS)}
+        yield Case(f"{len(LENGTHS)} sequences {dtype}", args, options, {"I": inner, "N": N}, dtype)
 
 
 assert set(TOLERANCE) == set(_GENERATORS), "every op needs a generator and a tolerance"

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from quamba_kernels import ops
 from quamba_kernels.ops import selective, ssd
 from quamba_kernels.ops.rowwise import dequantize
+from quamba_kernels.ops.sequences import scan_each
 
 SSD_CHUNK = 64
 SELECTIVE_CHUNK = 32
@@ -22,17 +23,26 @@ def _chunks(x: torch.Tensor, size: int) -> torch.Tensor:
     extra = -x.shape[1] % size
     if extra:
         x = pad(x, (0, 0) * (x.dim() - 2) + (0, extra))
-    return x.unflatten(1, (-1, size))
+    return x.unflatten(1, (x.shape[1] // size, size))
 
 
 @ops.ssd_scan.backend("chunked", rank=60)
 def ssd_scan(
     x, dt, A, B, C, D, dt_bias=None, state=None, *,
     x_scale=None, B_scale=None, C_scale=None, dt_limit=ssd.NO_LIMIT, out_dtype=torch.float32,
+    cu_seqlens=None,
 ):  # fmt: skip
     """State-space duality in chunks of 64 (2405.21060, section 6). x_scale multiplies the outputs: it commutes."""
+    if cu_seqlens is not None:
+        options = {
+            "x_scale": x_scale, "B_scale": B_scale, "C_scale": C_scale, "dt_limit": dt_limit, "out_dtype": out_dtype,
+        }  # fmt: skip
+        return scan_each(
+            lambda h, x, dt, B, C: ssd_scan(x, dt, A, B, C, D, dt_bias, h, **options),
+            cu_seqlens, state, x, dt, B, C,
+        )  # fmt: skip
     batch, tokens, heads, headdim = x.shape
-    size = min(SSD_CHUNK, tokens)
+    size = min(SSD_CHUNK, max(tokens, 1))
     groups, d_state = B.shape[2:]
     fold = heads // groups
     dt = _chunks(ssd.timestep(dt, dt_bias, dt_limit), size)  # B c l H
@@ -75,9 +85,18 @@ def ssd_scan(
 def selective_scan(
     x, dt, A, B, C, D, dt_bias=None, state=None, *,
     x_scale=None, B_scale=None, C_scale=None, out_dtype=torch.float32,
+    cu_seqlens=None,
 ):  # fmt: skip
     """All chunks of 32 tokens step together: once for their last states, then again from the states carried in."""
-    tokens, size = x.shape[1], min(SELECTIVE_CHUNK, x.shape[1])
+    if cu_seqlens is not None:
+        options = {
+            "x_scale": x_scale, "B_scale": B_scale, "C_scale": C_scale, "out_dtype": out_dtype,
+        }  # fmt: skip
+        return scan_each(
+            lambda h, x, dt, B, C: selective_scan(x, dt, A, B, C, D, dt_bias, h, **options),
+            cu_seqlens, state, x, dt, B, C,
+        )  # fmt: skip
+    tokens, size = x.shape[1], min(SELECTIVE_CHUNK, max(x.shape[1], 1))
     x, B, C = dequantize(x, x_scale), dequantize(B, B_scale), dequantize(C, C_scale)
     dt = selective.timestep(dt, dt_bias)
     dts = _chunks(dt, size)  # B c l I

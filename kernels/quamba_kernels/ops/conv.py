@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import silu
 
 from quamba_kernels.ops.rowwise import to_int8
+from quamba_kernels.ops.sequences import sequences
 from quamba_kernels.registry import op
 
 
@@ -22,13 +23,20 @@ def causal_conv1d(
     weight_scale: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y[t] = silu(sum_w weight[w] x[t - W + 1 + w] + bias), per channel; prefill for any T, decode for T = 1.
 
     x [B, T, C] int8 with x_scale [C], or float; weight [C, W] int8 with weight_scale [C], or float; bias [C].
     state [B, W - 1, C] of x's dtype holds the inputs before x[0] and is left holding the last W - 1 inputs; None
-    stands for zeros. out_scale fp32 [C] gives int8, else out_dtype. Returns [B, T, C].
+    stands for zeros. out_scale fp32 [C] gives int8, else out_dtype. cu_seqlens: ops/sequences.py. Returns [B, T, C].
     """
+    if cu_seqlens is not None:
+        options: dict[str, Any] = {
+            "x_scale": x_scale, "weight_scale": weight_scale, "out_scale": out_scale, "out_dtype": out_dtype,
+        }  # fmt: skip
+        parts = sequences(cu_seqlens, state, x)
+        return torch.cat([causal_conv1d(own, weight, bias, before, **options) for before, (own,) in parts], 1)
     width, tokens = weight.shape[-1], x.shape[1]
     past = x.new_zeros(x.shape[0], width - 1, x.shape[2]) if state is None else state
     full = torch.cat([past, x], 1)

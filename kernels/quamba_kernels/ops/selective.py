@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.functional import softplus
 
 from quamba_kernels.ops.rowwise import dequantize
+from quamba_kernels.ops.sequences import scan_each
 from quamba_kernels.ops.state import load_state, quantize_state
 from quamba_kernels.registry import op
 
@@ -39,13 +42,22 @@ def selective_scan(
     B_scale: torch.Tensor | None = None,
     C_scale: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """h[t] = exp(dt A) h[t-1] + dt B x;  y[t] = C h[t] + D x, dt = softplus(dt + dt_bias).
 
     x [B, T, I] int8 with x_scale [1] or [I], or float; dt [B, T, I] float; A [I, N] fp32, negative; B, C [B, T, N]
     int8 with B_scale, C_scale [1], or float; D, dt_bias [I]; state [B, I, N] fp32 before the first token, None for
-    zeros. Returns y [B, T, I] and the last state [B, I, N] fp32.
+    zeros. Returns y [B, T, I] and the last state [B, I, N] fp32. cu_seqlens: ops/sequences.py.
     """
+    if cu_seqlens is not None:
+        options: dict[str, Any] = {
+            "x_scale": x_scale, "B_scale": B_scale, "C_scale": C_scale, "out_dtype": out_dtype,
+        }  # fmt: skip
+        return scan_each(
+            lambda h, x, dt, B, C: selective_scan(x, dt, A, B, C, D, dt_bias, h, **options),
+            cu_seqlens, state, x, dt, B, C,
+        )  # fmt: skip
     x, B, C = dequantize(x, x_scale), dequantize(B, B_scale), dequantize(C, C_scale)
     dt = timestep(dt, dt_bias)
     h = x.new_zeros(x.shape[0], *A.shape) if state is None else state.float()

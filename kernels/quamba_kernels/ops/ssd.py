@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.functional import softplus
 
 from quamba_kernels.ops.rowwise import dequantize
+from quamba_kernels.ops.sequences import scan_each
 from quamba_kernels.ops.state import load_state, quantize_state
 from quamba_kernels.registry import op
 
@@ -54,13 +57,22 @@ def ssd_scan(
     C_scale: torch.Tensor | None = None,
     dt_limit: tuple[float, float] = NO_LIMIT,
     out_dtype: torch.dtype = torch.float32,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """h[t] = exp(dt A) h[t-1] + dt x B^T;  y[t] = h[t] C + D x, dt = clamp(softplus(dt + dt_bias), dt_limit).
 
     x [B, T, H, P] int8 with x_scale [H, P], or float; dt [B, T, H] float; A [H] fp32, negative; B, C [B, T, G, N] int8
     with B_scale, C_scale [G], or float; D, dt_bias [H]; state [B, H, P, N] fp32 before the first token, None for
-    zeros. Returns y [B, T, H, P] and the last state [B, H, P, N] fp32.
+    zeros. Returns y [B, T, H, P] and the last state [B, H, P, N] fp32. cu_seqlens: ops/sequences.py.
     """
+    if cu_seqlens is not None:
+        options: dict[str, Any] = {
+            "x_scale": x_scale, "B_scale": B_scale, "C_scale": C_scale, "dt_limit": dt_limit, "out_dtype": out_dtype,
+        }  # fmt: skip
+        return scan_each(
+            lambda h, x, dt, B, C: ssd_scan(x, dt, A, B, C, D, dt_bias, h, **options),
+            cu_seqlens, state, x, dt, B, C,
+        )  # fmt: skip
     heads = x.shape[2]
     x = dequantize(x, x_scale)
     B = per_head(dequantize(B, group_scale(B_scale)), heads)
