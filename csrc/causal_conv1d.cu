@@ -88,12 +88,12 @@ __global__ void __launch_bounds__(32 * kWarps) causal_conv1d(const __grid_consta
   const float4 out_inverse = each([](float s, float) { return __frcp_rn(s); }, out_scale, out_scale);
 
   auto enter = [&](uint4 raw) {
-    float4 v = to_floats(raw, type);
+    float4 v = to_floats_as<X>(raw, type);
     if (Rounds) v = each(round_code, v, in_scale, in_inverse);
     return v;
   };
   auto load = [&](long long at, bool exists) {
-    return load_raw(a.x, type, here + at * a.token_stride, exists ? count : 0, p.whole_x);
+    return load_raw_as<X>(a.x, type, here + at * a.token_stride, exists ? count : 0, p.whole_x);
   };
   auto state_at = [&](const Sequence& s, int i) {  // the i-th of the last three inputs
     return (static_cast<long long>(s.index) * (a.W - 1) + i - lead) * a.C + first;

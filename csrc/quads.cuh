@@ -10,6 +10,9 @@
 
 namespace quamba {
 
+// A type that is known when a kernel is compiled: one of linear.h, QUAMBA_F16 standing for both of 16 bits, or any.
+constexpr int kAny = -1;
+
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kRounder = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded half to even
 
@@ -78,6 +81,19 @@ __device__ __forceinline__ float4 to_floats(uint4 raw, int type) {
   if (type == QUAMBA_I8) return codes_to_floats(raw.x);
   if (type == QUAMBA_F32)
     return make_float4(__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z), __uint_as_float(raw.w));
+  float2 low = halves_to_floats(raw.x, type == QUAMBA_F16), high = halves_to_floats(raw.y, type == QUAMBA_F16);
+  return make_float4(low.x, low.y, high.x, high.y);
+}
+
+// The same where the type is known to be Type.
+template <int Type>
+__device__ __forceinline__ uint4 load_raw_as(const void* data, int type, long long at, int count, bool whole) {
+  return load_raw(data, Type == kAny ? type : Type, at, count, whole);
+}
+
+template <int Type>
+__device__ __forceinline__ float4 to_floats_as(uint4 raw, int type) {
+  if constexpr (Type != QUAMBA_F16) return to_floats(raw, Type == kAny ? type : Type);
   float2 low = halves_to_floats(raw.x, type == QUAMBA_F16), high = halves_to_floats(raw.y, type == QUAMBA_F16);
   return make_float4(low.x, low.y, high.x, high.y);
 }

@@ -19,5 +19,5 @@ typedef struct {         // quamba_selective_scan
   int I, N, sequences;
   int x_scale_count, lanes;  // lanes: of a channel, 0 for what fits the size
   int x_dtype, dt_dtype, b_dtype, c_dtype, D_dtype, dt_bias_dtype, y_dtype;
-  int polynomial;  // of eight exponentials, how many are computed on the pipe of the multiply-adds: 0, 1 or 2
+  int polynomial;  // of eight exponentials of int8 inputs, how many the multiply-adds compute: 0 or 1
 } QuambaScan;

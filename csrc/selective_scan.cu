@@ -41,18 +41,16 @@ __device__ __forceinline__ float exp2_polynomial(float v) {
 // log(1 + exp(v)) to a few units in the last place: max(v, 0) + 2 artanh(e / (2 + e)), e = exp(-|v|).
 __device__ __forceinline__ float softplus(float v) {
   const float e = exp2_approximate(-kLog2e * fabsf(v)), s = __fdividef(e, 2.f + e), q = s * s;
-  float sum = 2.f / 13.f;
-  sum = __fmaf_rn(sum, q, 2.f / 11.f);
-  sum = __fmaf_rn(sum, q, 2.f / 9.f);
-  sum = __fmaf_rn(sum, q, 2.f / 7.f);
-  sum = __fmaf_rn(sum, q, 2.f / 5.f);
-  sum = __fmaf_rn(sum, q, 2.f / 3.f);
+  float sum = 0.28011987f;
+  sum = __fmaf_rn(sum, q, 0.28001805f);
+  sum = __fmaf_rn(sum, q, 0.40021527f);
+  sum = __fmaf_rn(sum, q, 0.66666416f);
   sum = __fmaf_rn(sum, q, 2.f);
   return __fmaf_rn(sum, s, fmaxf(v, 0.f));
 }
 
-// Lanes x States = N. Polynomial: how many of eight exponentials do not go through the special function unit.
-template <int Lanes, int States, int Polynomial>
+// Lanes x States = N. Type: of x, B and C, and then dt has 16 bits and all rows lie in whole quads; or kAny. Polynomial: how many of eight exponentials do not go through the special function unit.
+template <int Lanes, int States, int Type, int Polynomial>
 __global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant__ Scan p) {
   constexpr int N = Lanes * States, kChannels = kThreads / Lanes, kPlanes = States / 2;
   constexpr int kQuads = kChannels / 4;                               // of channels
@@ -79,10 +77,15 @@ __global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant
     begin = min(max(static_cast<long long>(__ldg(a.cu_seqlens + sequence)), 0LL), a.T);
     tokens = max(min(static_cast<long long>(__ldg(a.cu_seqlens + sequence + 1)), a.T) - begin, 0LL);
   }
-  const long long x_base = batch * a.x_batch + begin * a.x_token + first;
-  const long long dt_base = batch * a.dt_batch + begin * a.dt_token + first;
-  const long long b_base = batch * a.b_batch + begin * a.b_token, c_base = batch * a.c_batch + begin * a.c_token;
-  const long long y_base = (batch * a.T + begin) * a.I + first;
+  constexpr int kDtType = Type == kAny ? kAny : QUAMBA_F16;
+  // where the first tile of each stream lies for this thread, and what leads from tile to tile
+  const long long row = thread / kQuads, column_row = thread / kRows;
+  long long x_at = batch * a.x_batch + (begin + row) * a.x_token + first, x_step = kTokens * a.x_token;
+  long long dt_at = batch * a.dt_batch + (begin + row) * a.dt_token + first, dt_step = kTokens * a.dt_token;
+  long long b_at = batch * a.b_batch + (begin + column_row) * a.b_token + thread % kRows * 4;
+  long long c_at = batch * a.c_batch + (begin + column_row) * a.c_token + thread % kRows * 4;
+  const long long b_step = kTokens * a.b_token, c_step = kTokens * a.c_token;
+  long long y_at = (batch * a.T + begin + row) * a.I + first;
 
   float decay[States], h[States];
   const long long at = (static_cast<long long>(sequence) * a.I + channel) * N + lane * States;
@@ -91,70 +94,75 @@ __global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant
     decay[s] = exists ? kLog2e * __ldg(a.A + static_cast<long long>(channel) * N + lane * States + s) : 0.f;
     h[s] = exists && a.state ? __ldcg(a.state + at + s) : 0.f;
   }
+  // x stands for x_scale x and b for b_scale b, so that codes are multiplied by the least: dt x and D x take the scales
+  const float b_scale = a.b_scale ? __ldg(a.b_scale) : 1.f, c_scale = a.c_scale ? __ldg(a.c_scale) : 1.f;
+  auto times = [](float v, float w) { return v * w; };
   const float4 x_scale = load_scales(a.x_scale, a.x_scale_count > 1, first, count, 1.f);
-  const float4 skip = load_quad(a.D, a.D_dtype, first, count, false);
+  const float4 skip = each(times, load_quad(a.D, a.D_dtype, first, count, false), x_scale);
+  const float4 x_factor = each([&](float v, float) { return v * b_scale; }, x_scale, x_scale);
   float4 bias = make_float4(0.f, 0.f, 0.f, 0.f);
   if (a.dt_bias) bias = load_quad(a.dt_bias, a.dt_bias_dtype, first, count, false);
-  const float b_scale = a.b_scale ? __ldg(a.b_scale) : 1.f, c_scale = a.c_scale ? __ldg(a.c_scale) : 1.f;
 
   uint4 raw_x[kItems], raw_dt[kItems], raw_b[kRowItems], raw_c[kRowItems];
-  auto fetch = [&](long long start) {
+  auto fetch = [&](int left) {  // of the tokens that are left, the next tile
+    constexpr int kApart = kThreads / kQuads, kColumnsApart = kThreads / kRows;  // rows between a thread's items
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const long long t = start + (thread + k * kThreads) / kQuads;
-      const int there = t < tokens ? count : 0;
-      raw_x[k] = load_raw(a.x, a.x_dtype, x_base + t * a.x_token, there, p.whole_x);
-      raw_dt[k] = load_raw(a.dt, a.dt_dtype, dt_base + t * a.dt_token, there, p.whole_dt);
+      const int there = static_cast<int>(row) + k * kApart < left ? count : 0;
+      raw_x[k] = load_raw_as<Type>(a.x, a.x_dtype, x_at + k * kApart * a.x_token, there, Type != kAny || p.whole_x);
+      raw_dt[k] =
+          load_raw_as<kDtType>(a.dt, a.dt_dtype, dt_at + k * kApart * a.dt_token, there, Type != kAny || p.whole_dt);
     }
 #pragma unroll
     for (int k = 0; k < kRowItems; ++k) {
-      const int item = thread + k * kThreads, row = item / kRows;
-      const long long t = start + row;
-      const int there = row < kTokens && t < tokens ? 4 : 0, from = item % kRows * 4;
-      raw_b[k] = load_raw(a.b, a.b_dtype, b_base + t * a.b_token + from, there, p.whole_b);
-      raw_c[k] = load_raw(a.c, a.c_dtype, c_base + t * a.c_token + from, there, p.whole_c);
+      const int item = static_cast<int>(column_row) + k * kColumnsApart;
+      const int there = item < kTokens && item < left ? 4 : 0;
+      raw_b[k] = load_raw_as<Type>(a.b, a.b_dtype, b_at + k * kColumnsApart * a.b_token, there, Type != kAny || p.whole_b);
+      raw_c[k] = load_raw_as<Type>(a.c, a.c_dtype, c_at + k * kColumnsApart * a.c_token, there, Type != kAny || p.whole_c);
     }
+    x_at += x_step, dt_at += dt_step, b_at += b_step, c_at += c_step;
   };
   float4 skipped[kItems];  // D x
-  auto stage = [&](long long start, int buffer) {
+  auto stage = [&](int left, int buffer) {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const int row = (thread + k * kThreads) / kQuads;
-      const bool real = start + row < tokens;  // dt = 0 leaves the states alone
-      const float4 x = each([](float v, float s) { return v * s; }, to_floats(raw_x[k], a.x_dtype), x_scale);
-      const float4 dt = each([&](float v, float b) { return real ? softplus(v + b) : 0.f; },
-                             to_floats(raw_dt[k], a.dt_dtype), bias);
-      skipped[k] = each([](float v, float d) { return v * d; }, x, skip);
-      float2* rate = reinterpret_cast<float2*>(&rates[buffer][row / 2][4 * quad]) + row % 2;
-      rate[0] = make_float2(dt.x, dt.x * x.x);
-      rate[2] = make_float2(dt.y, dt.y * x.y);
-      rate[4] = make_float2(dt.z, dt.z * x.z);
-      rate[6] = make_float2(dt.w, dt.w * x.w);
+      const int t = static_cast<int>(row) + k * (kThreads / kQuads);
+      const float4 x = to_floats_as<Type>(raw_x[k], a.x_dtype);
+      skipped[k] = each(times, x, skip);
+      float4 dt = make_float4(0.f, 0.f, 0.f, 0.f), dt_x = dt;  // beyond the last token dt = 0 leaves the states alone
+      if (t < left) {
+        dt = each([](float v, float b) { return softplus(v + b); }, to_floats_as<kDtType>(raw_dt[k], a.dt_dtype), bias);
+        dt_x = each(times, dt, each(times, x, x_factor));
+      }
+      float2* rate = reinterpret_cast<float2*>(&rates[buffer][t / 2][4 * quad]) + t % 2;
+      rate[0] = make_float2(dt.x, dt_x.x);
+      rate[2] = make_float2(dt.y, dt_x.y);
+      rate[4] = make_float2(dt.z, dt_x.z);
+      rate[6] = make_float2(dt.w, dt_x.w);
     }
 #pragma unroll
     for (int k = 0; k < kRowItems; ++k) {
-      const int item = thread + k * kThreads, row = item / kRows, q = item % kRows;
-      if (row >= kTokens) continue;
-      const float4 b = to_floats(raw_b[k], a.b_dtype), c = to_floats(raw_c[k], a.c_dtype);
-      const float4 bs = make_float4(b.x * b_scale, b.y * b_scale, b.z * b_scale, b.w * b_scale);
-      const float4 cs = make_float4(c.x * c_scale, c.y * c_scale, c.z * c_scale, c.w * c_scale);
+      const int t = static_cast<int>(column_row) + k * (kThreads / kRows), q = thread % kRows;
+      if (t >= kTokens) continue;
+      const float4 b = to_floats_as<Type>(raw_b[k], a.b_dtype), c = to_floats_as<Type>(raw_c[k], a.c_dtype);
       if constexpr (States == 2) {
-        columns[buffer][row][0][2 * q] = make_float4(bs.x, bs.y, cs.x, cs.y);
-        columns[buffer][row][0][2 * q + 1] = make_float4(bs.z, bs.w, cs.z, cs.w);
+        columns[buffer][t][0][2 * q] = make_float4(b.x, b.y, c.x, c.y);
+        columns[buffer][t][0][2 * q + 1] = make_float4(b.z, b.w, c.z, c.w);
       } else {
-        columns[buffer][row][0][q] = bs;
-        columns[buffer][row][1][q] = cs;
+        columns[buffer][t][0][q] = b;
+        columns[buffer][t][1][q] = c;
       }
     }
   };
 
-  fetch(0);
-  stage(0, 0);
+  const auto clamped = [&](long long left) { return static_cast<int>(min(left, static_cast<long long>(kTokens))); };
+  fetch(clamped(tokens));
+  stage(clamped(tokens), 0);
   __syncthreads();
   int buffer = 0;
-  for (long long start = 0; start < tokens; start += kTokens) {
-    fetch(start + kTokens);
-    const int here = static_cast<int>(min(tokens - start, static_cast<long long>(kTokens)));
+  for (long long left = tokens; left > 0; left -= kTokens) {
+    const int here = clamped(left), next = max(clamped(left - kTokens), 0);
+    fetch(next);
 #pragma unroll 1
     for (int group = 0; group < here; group += Lanes) {
       float sums[Lanes];
@@ -197,16 +205,17 @@ __global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant
     float4 added[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) added[k] = skipped[k];
-    if (start + kTokens < tokens) stage(start + kTokens, buffer ^ 1);
+    if (next) stage(next, buffer ^ 1);
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const int row = (thread + k * kThreads) / kQuads;
-      if (row >= here) continue;
-      const float4 y = each([](float v, float w) { return v + w; }, added[k],
-                            *reinterpret_cast<const float4*>(&outputs[buffer][row][4 * quad]));
-      store_quad(a.y, a.y_dtype, y_base + (start + row) * a.I, y, count, p.whole_y);
+      const int t = static_cast<int>(row) + k * (kThreads / kQuads);
+      if (t >= here) continue;
+      const float4 y = each([&](float v, float w) { return __fmaf_rn(c_scale, w, v); }, added[k],
+                            *reinterpret_cast<const float4*>(&outputs[buffer][t][4 * quad]));
+      store_quad(a.y, a.y_dtype, y_at + static_cast<long long>(k * (kThreads / kQuads)) * a.I, y, count, p.whole_y);
     }
+    y_at += static_cast<long long>(kTokens) * a.I;
     buffer ^= 1;
   }
   if (exists)
@@ -214,20 +223,33 @@ __global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant
     for (int s = 0; s < States; ++s) a.last[at + s] = h[s];
 }
 
-template <int Lanes, int States, int Polynomial = 0>
+template <int Lanes, int States, int Type, int Polynomial>
+int launch_as(const Scan& p, void* stream) {
+  const long long grid = static_cast<long long>(p.blocks) * p.a.sequences;
+  if (grid > 0x7fffffffLL) return QUAMBA_UNSUPPORTED;
+  return launch(selective_scan<Lanes, States, Type, Polynomial>, p, dim3(static_cast<unsigned>(grid)), kThreads,
+                stream);
+}
+
+template <int Lanes, int States>
 int launch_scan(const QuambaScan& a, void* stream) {
   const bool dense = a.I % 4 == 0;
-  const int blocks = (a.I - 1) / (kThreads / Lanes) + 1;
   const Scan p{a,
-               blocks,
+               (a.I - 1) / (kThreads / Lanes) + 1,
                dense && in_quads(a.x, a.x_dtype, a.x_token, a.x_batch),
                dense && in_quads(a.dt, a.dt_dtype, a.dt_token, a.dt_batch),
                in_quads(a.b, a.b_dtype, a.b_token, a.b_batch),
                in_quads(a.c, a.c_dtype, a.c_token, a.c_batch),
                dense && in_quads(a.y, a.y_dtype)};
-  const long long grid = static_cast<long long>(blocks) * a.sequences;
-  if (grid > 0x7fffffffLL) return QUAMBA_UNSUPPORTED;
-  return launch(selective_scan<Lanes, States, Polynomial>, p, dim3(static_cast<unsigned>(grid)), kThreads, stream);
+  if constexpr (Lanes * States == 16) {
+    const bool whole = p.whole_x && p.whole_dt && p.whole_b && p.whole_c && a.dt_dtype != QUAMBA_F32;
+    if (whole && a.x_dtype == QUAMBA_I8 && a.b_dtype == QUAMBA_I8 && a.c_dtype == QUAMBA_I8)
+      return a.polynomial ? launch_as<Lanes, States, QUAMBA_I8, 1>(p, stream)
+                          : launch_as<Lanes, States, QUAMBA_I8, 0>(p, stream);
+    if (whole && size_of(a.x_dtype) == 2 && size_of(a.b_dtype) == 2 && size_of(a.c_dtype) == 2)
+      return launch_as<Lanes, States, QUAMBA_F16, 0>(p, stream);
+  }
+  return launch_as<Lanes, States, kAny, 0>(p, stream);
 }
 
 }  // namespace
@@ -247,11 +269,5 @@ extern "C" int quamba_selective_scan(const QuambaScan* args, void* stream) {
   // four lanes need fewer shuffles and loads, eight make twice the warps
   const long long warps_of_four = static_cast<long long>(a.I) * a.sequences * 4 / 32;
   const int lanes = a.lanes ? a.lanes : warps_of_four >= 16LL * processors ? 4 : 8;
-  if (lanes == 4)
-    return a.polynomial == 2   ? launch_scan<4, 4, 2>(a, stream)
-           : a.polynomial == 1 ? launch_scan<4, 4, 1>(a, stream)
-                               : launch_scan<4, 4>(a, stream);
-  return a.polynomial == 2   ? launch_scan<8, 2, 2>(a, stream)
-         : a.polynomial == 1 ? launch_scan<8, 2, 1>(a, stream)
-                             : launch_scan<8, 2>(a, stream);
+  return lanes == 4 ? launch_scan<4, 4>(a, stream) : launch_scan<8, 2>(a, stream);
 }

@@ -13,7 +13,7 @@ STATES = (8, 16, 32)
 LANES = 0
 """Lanes of a warp that share a channel of 16 states, 4 or 8; 0 leaves it to the size of the problem."""
 POLYNOMIAL = 0
-"""Of eight exponentials of 16 states, how many are computed beside the special function unit: 0, 1 or 2."""
+"""Of eight exponentials of 16 states and int8 inputs, how many are left to the multiply-adds: 0 or 1."""
 
 
 class QuambaScan(Arguments):
