@@ -249,7 +249,10 @@ int launch_scan(const QuambaScan& a, void* stream) {
     if (whole && size_of(a.x_dtype) == 2 && size_of(a.b_dtype) == 2 && size_of(a.c_dtype) == 2)
       return launch_as<Lanes, States, QUAMBA_F16, 0>(p, stream);
   }
-  return launch_as<Lanes, States, kAny, 0>(p, stream);
+  if constexpr (States == 4 && Lanes == 4)
+    return launch_scan<8, 2>(a, stream);  // one for any types is enough
+  else
+    return launch_as<Lanes, States, kAny, 0>(p, stream);
 }
 
 }  // namespace

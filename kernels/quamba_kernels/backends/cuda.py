@@ -81,21 +81,22 @@ def linear_w4a16(x, weights, bias=None, residual=None, *, out_scale=None, out_dt
     return torch.ops.quamba.linear_w4a16.default(x, *weights, bias, residual, out_scale, out_dtype)
 
 
-def _activation(data: torch.Tensor, row_scale: torch.Tensor, static: torch.Tensor | None, per_token: bool):
+def _activation(done: tuple[torch.Tensor, torch.Tensor], static: torch.Tensor | None, per_token: bool) -> Activation:
+    data, row_scale = done
     return Activation(data, row_scale if per_token else static)
 
 
 @ops.quantize.backend("cuda", why_not=_why_not, rank=RANK)
 def quantize(x, scale=None):
     """A row a block, read once."""
-    return _activation(*torch.ops.quamba.quantize.default(x, scale), scale, scale is None)
+    return _activation(torch.ops.quamba.quantize.default(x, scale), scale, scale is None)
 
 
 @ops.rms_norm.backend("cuda", why_not=_why_not, rank=RANK)
 def rms_norm(x, weight, eps, *, out_scale=None, per_token=False, out_dtype=torch.float32):
     """A row a block, read once: norm, gain and quantisation."""
     done = torch.ops.quamba.rms_norm.default(x, weight, eps, out_scale, per_token, out_dtype)
-    return _activation(*done, out_scale, per_token)
+    return _activation(done, out_scale, per_token)
 
 
 @ops.gate_output.backend("cuda", why_not=_why_not_gate_output, rank=RANK)
@@ -107,7 +108,7 @@ def gate_output(
     done = torch.ops.quamba.gate_output.default(
         y, z, weight, eps, z_scale, norm_groups, block, out_scale, per_token, out_dtype
     )
-    return _activation(*done, out_scale, per_token)
+    return _activation(done, out_scale, per_token)
 
 
 @ops.causal_conv1d.backend("cuda", why_not=_why_not_conv, rank=RANK)

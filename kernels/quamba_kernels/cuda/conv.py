@@ -62,12 +62,16 @@ def causal_conv1d(
     a.state = constant("state", kept, x, (torch.int8 if in_scale is not None else x.dtype,), (sequences, W - 1, C))
     if x.numel():
         launch("quamba_causal_conv1d", a, x.device)
-    if state is not None and kept is not state:
+    if state is not None and kept is not None and kept is not state:
         state.copy_(kept)
     return y
 
 
-def _fake(x, weight, bias, state, in_scale, x_scale, weight_scale, out_scale, out_dtype, cu_seqlens):
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, in_scale: Tensor | None,
+    x_scale: Tensor | None, weight_scale: Tensor | None, out_scale: Tensor | None, out_dtype: torch.dtype,
+    cu_seqlens: Tensor | None,
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape, dtype=out_dtype if out_scale is None else torch.int8)
 
 

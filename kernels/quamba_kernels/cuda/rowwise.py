@@ -127,15 +127,20 @@ def _fake(x: Tensor, codes: bool, per_token: bool, out_dtype: torch.dtype) -> tu
     return y, x.new_empty(scale, dtype=torch.float32)
 
 
-def _fake_rms_norm(x, weight, eps, out_scale, per_token, out_dtype):
+def _fake_rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, out_scale: Tensor | None, per_token: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     return _fake(x, per_token or out_scale is not None, per_token, out_dtype)
 
 
-def _fake_quantize(x, scale):
+def _fake_quantize(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return _fake(x, True, scale is None, x.dtype)
 
 
-def _fake_gate_output(y, z, weight, eps, z_scale, norm_groups, block, out_scale, per_token, out_dtype):
+def _fake_gate_output(
+    y: Tensor, z: Tensor, weight: Tensor | None, eps: float, z_scale: Tensor | None, norm_groups: int, block: int,
+    out_scale: Tensor | None, per_token: bool, out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _fake(y, per_token or out_scale is not None, per_token, out_dtype)
 
 

@@ -75,7 +75,11 @@ def selective_scan(
     return y, last
 
 
-def _fake(x, dt, A, B, C, D, dt_bias, state, x_scale, B_scale, C_scale, out_dtype, cu_seqlens):
+def _fake(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None, state: Tensor | None,
+    x_scale: Tensor | None, B_scale: Tensor | None, C_scale: Tensor | None, out_dtype: torch.dtype,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return x.new_empty(x.shape, dtype=out_dtype), x.new_empty((sequences, *A.shape), dtype=torch.float32)
 
