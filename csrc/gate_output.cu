@@ -9,22 +9,23 @@ namespace {
 
 using namespace quamba;
 
-constexpr int kThreads = 256, kAhead = 4, kWarp = 32;
+constexpr int kThreads = 256, kWarp = 32;
 constexpr int kStretch = 4 * kWarp;  // channels of a warp's load: sums of squares are kept for each
 
 struct Gate {
   QuambaGate a;
   Rotation rotation;
   int quads, stretches, group;  // of a row; channels that are normalised together
-  bool whole_y, whole_z, whole_weight, whole_u;
+  bool whole_y, whole_z, whole_scale, whole_weight, whole_u;
 };
 
 // Floats of shared memory: the row, then the sums of its stretches, then a factor for each group.
 int shared_floats(const Gate& p) { return padded(4 * p.quads) + p.stretches + p.a.norm_groups; }
 
-// Base: of the rotation's matrix, a power of two being 1 or more times it.
-template <int Base>
-__global__ void __launch_bounds__(kThreads, Base <= 20 ? 3 : 2) gate_rows(const __grid_constant__ Gate p) {
+// Base: the part of the rotation that is no power of two. Common: y is fp32, z int8, and their rows lie in whole quads.
+template <int Base, bool Common>
+__global__ void __launch_bounds__(kThreads, Common ? 4 : 2) gate_rows(const __grid_constant__ Gate p) {
+  constexpr int kAhead = Common ? 4 : 2, kY = Common ? QUAMBA_F32 : kAny, kZ = Common ? QUAMBA_I8 : kAny;
   extern __shared__ float row[];
   __shared__ float peaks[32];
   const QuambaGate& a = p.a;
@@ -43,10 +44,7 @@ __global__ void __launch_bounds__(kThreads, Base <= 20 ? 3 : 2) gate_rows(const 
     const int at = padded(4 * quad);
     return make_float4(row[at], row[at + 1], row[at + 2], row[at + 3]);
   };
-  auto weigh = [&](int quad, float4 v) {
-    return each([](float x, float w) { return __fmul_rn(x, w); }, v,
-                load_quad(a.weight, a.weight_dtype, 4LL * quad, a.I - 4 * quad, p.whole_weight));
-  };
+  auto times = [](float x, float w) { return __fmul_rn(x, w); };
   const float z_scale = a.z_scale && a.z_scale_count == 1 ? __ldg(a.z_scale) : 1.f;
   const bool by_channel = a.z_scale && a.z_scale_count > 1;
 
@@ -55,24 +53,22 @@ __global__ void __launch_bounds__(kThreads, Base <= 20 ? 3 : 2) gate_rows(const 
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       const int quad = from + k * step + thread, count = min(a.I - 4 * quad, 4);
-      raw_y[k] = load_raw(a.y, a.y_dtype, y_start + 4LL * quad, count, p.whole_y);
-      raw_z[k] = load_raw(a.z, a.z_dtype, z_start + 4LL * quad, count, p.whole_z);
+      raw_y[k] = load_raw_as<kY>(a.y, a.y_dtype, y_start + 4LL * quad, count, Common || p.whole_y);
+      raw_z[k] = load_raw_as<kZ>(a.z, a.z_dtype, z_start + 4LL * quad, count, Common || p.whole_z);
     }
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       const int quad = from + k * step + thread, stretch = quad / kWarp;
       if (stretch >= p.stretches) continue;  // the same for a whole warp
-      const float4 scale = by_channel ? load_scales(a.z_scale, 1, 4 * quad, min(a.I - 4 * quad, 4))
-                                      : make_float4(z_scale, z_scale, z_scale, z_scale);
-      const float4 z = each([](float v, float s) { return v * s; }, to_floats(raw_z[k], a.z_dtype), scale);
-      float4 u = each([](float v, float g) { return v * silu(g); }, to_floats(raw_y[k], a.y_dtype), z);
+      float4 scale = make_float4(z_scale, z_scale, z_scale, z_scale);
+      if (by_channel) scale = load_quad(a.z_scale, QUAMBA_F32, 4LL * quad, a.I - 4 * quad, p.whole_scale);
+      const float4 z = each(times, to_floats_as<kZ>(raw_z[k], a.z_dtype), scale);
+      const float4 u = each([](float v, float g) { return v * silu(g); }, to_floats_as<kY>(raw_y[k], a.y_dtype), z);
       if (a.norm_groups) {
         float sum = (u.x * u.x + u.y * u.y) + (u.z * u.z + u.w * u.w);
 #pragma unroll
         for (int d = kWarp / 2; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
         if (lane == 0) sums[stretch] = sum;
-      } else if (a.weight) {
-        u = weigh(quad, u);
       }
       if (quad < p.quads) put(quad, u);
     }
@@ -95,25 +91,39 @@ __global__ void __launch_bounds__(kThreads, Base <= 20 ? 3 : 2) gate_rows(const 
       if (lane == 0) factors[g] = rsqrtf(sum / static_cast<float>(p.group) + a.eps);
     }
     __syncthreads();
+  }
+  if (a.norm_groups || a.weight) {
+    const float only = a.norm_groups == 1 ? factors[0] : 1.f;
     for (int quad = thread; quad < p.quads; quad += step) {
-      const int i = 4 * quad, last = a.norm_groups - 1;
-      float4 f;
-      if (p.group % 4 == 0) {
-        const float one = factors[i / p.group];
-        f = make_float4(one, one, one, one);
-      } else {
-        auto one = [&](int j) { return factors[min((i + j) / p.group, last)]; };
-        f = make_float4(one(0), one(1), one(2), one(3));
+      float4 f = make_float4(only, only, only, only);
+      if (a.norm_groups > 1) {
+        auto of = [&](int j) { return factors[min((4 * quad + j) / p.group, a.norm_groups - 1)]; };
+        f = make_float4(of(0), of(1), of(2), of(3));
       }
-      float4 u = each([](float v, float s) { return __fmul_rn(v, s); }, get(quad), f);
-      put(quad, a.weight ? weigh(quad, u) : u);
+      float4 u = each(times, get(quad), f);
+      if (a.weight)
+        u = each(times, u, load_quad(a.weight, a.weight_dtype, 4LL * quad, a.I - 4 * quad, p.whole_weight));
+      put(quad, u);
     }
   }
   if (p.rotation.base) {
     __syncthreads();
     Rotation rotation = p.rotation;
     rotation.base = Base;
-    rotate(row, a.I, rotation);
+    const bool first = rotation.bits >= kFirstBits;  // the first butterflies are among neighbours: fixed places
+    if (first) {
+      for (int item = thread; item < a.I >> kFirstBits; item += step) {
+        float v[1 << kFirstBits];
+        float* const at = row + padded(item << kFirstBits);
+#pragma unroll
+        for (int i = 0; i < 1 << kFirstBits; ++i) v[i] = at[i];
+        butterfly(v);
+#pragma unroll
+        for (int i = 0; i < 1 << kFirstBits; ++i) at[i] = v[i];
+      }
+      __syncthreads();
+    }
+    rotate(row, a.I, rotation, first ? kFirstBits : 0);
   }
 
   auto value = [&](int quad) {
@@ -162,14 +172,16 @@ extern "C" int quamba_gate_output(const QuambaGate* args, void* stream) {
   p.group = a.norm_groups ? a.I / a.norm_groups : a.I;
   p.whole_y = dense && in_quads(a.y, a.y_dtype, a.y_stride);
   p.whole_z = dense && in_quads(a.z, a.z_dtype, a.z_stride);
+  p.whole_scale = dense && in_quads(a.z_scale, QUAMBA_F32);
   p.whole_weight = dense && in_quads(a.weight, a.weight_dtype);
   p.whole_u = dense && in_quads(a.u, codes ? QUAMBA_I8 : a.u_dtype);
   const int shared = shared_floats(p) * static_cast<int>(sizeof(float));
-  auto kernel = p.rotation.base == 12   ? gate_rows<12>
-                : p.rotation.base == 20 ? gate_rows<20>
-                : p.rotation.base == 28 ? gate_rows<28>
-                : p.rotation.base == 36 ? gate_rows<36>
-                                        : gate_rows<1>;
+  const bool common = p.whole_y && p.whole_z && a.y_dtype == QUAMBA_F32 && a.z_dtype == QUAMBA_I8;
+  auto kernel = p.rotation.base == 12   ? (common ? gate_rows<12, true> : gate_rows<12, false>)
+                : p.rotation.base == 20 ? (common ? gate_rows<20, true> : gate_rows<20, false>)
+                : p.rotation.base == 28 ? gate_rows<28, false>
+                : p.rotation.base == 36 ? gate_rows<36, false>
+                                        : (common ? gate_rows<1, true> : gate_rows<1, false>);
   if (shared + 256 > limit) return QUAMBA_UNSUPPORTED;
   if (shared > 48 * 1024 - 256) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);

@@ -135,17 +135,19 @@ template <int SIZE, bool BASE>
 __device__ __forceinline__ void pass(float* row, int channels, int shift) {
   const int items = channels / SIZE;
   for (int item = threadIdx.x; item < items; item += blockDim.x) {
-    const int first = (((item >> shift) * SIZE) << shift) + (item & ((1 << shift) - 1));
+    int first = (((item >> shift) * SIZE) << shift) + (item & ((1 << shift) - 1));
     // powers of two are taken within a stretch of 32 or across whole stretches, so their places are equally far apart
     float* const at = row + padded(first);
     const int step = padded(1 << shift);
     float v[SIZE];
 #pragma unroll
     for (int i = 0; i < SIZE; ++i) v[i] = BASE ? row[padded(first + (i << shift))] : at[i * step];
-    if constexpr (BASE)
+    if constexpr (BASE) {
       multiply_base<SIZE>(v);
-    else
+      asm volatile("" : "+r"(first));  // so that places are computed again instead of kept in SIZE registers
+    } else {
       butterfly<SIZE>(v);
+    }
 #pragma unroll
     for (int i = 0; i < SIZE; ++i) (BASE ? row[padded(first + (i << shift))] : at[i * step]) = v[i];
   }

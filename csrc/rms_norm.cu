@@ -13,7 +13,7 @@ constexpr int kMaxThreads = 1024, kOctet = 8;
 struct Rows {
   QuambaRows a;
   int octets;
-  bool norm, whole, whole_weight, whole_y;
+  bool norm, whole, whole_weight, whole_scale, whole_y;
 };
 
 struct Octet {
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kMaxThreads) normalise_rows(const __grid_const
     if (per_channel) {
       auto quad = [&](float4 q, int from, int left) {
         return each([](float x, float s) { return round_code(x, s, __frcp_rn(s)); }, q,
-                    load_scales(a.out_scale, 1, from, left, 1.f));
+                    load_quad(a.out_scale, QUAMBA_F32, from, left, p.whole_scale));
       };
       v = {quad(v.low, first, count), quad(v.high, first + 4, count - 4)};
     } else if (codes) {
@@ -136,7 +136,8 @@ int launch_rows(const QuambaRows& a, bool norm, void* stream) {
                octets,
                norm,
                dense && in_quads(a.x, a.x_dtype, a.x_stride),
-               dense && a.weight && in_quads(a.weight, a.weight_dtype),
+               dense && in_quads(a.weight, a.weight_dtype),
+               dense && in_quads(a.out_scale, QUAMBA_F32),
                dense && in_quads(a.y, codes ? QUAMBA_I8 : a.y_dtype)};
   // few rows: as many threads as have work, for the latency; many: fewer, with more loads on their way
   const int held = a.rows <= processors && octets <= kMaxThreads ? 1 : octets <= 2 * kMaxThreads ? 2 : 0;

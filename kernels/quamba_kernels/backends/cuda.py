@@ -60,27 +60,6 @@ def load(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return weights
 
 
-@ops.linear_w8a8.backend("cuda", why_not=_why_not, rank=RANK, prepack=load)
-def linear_w8a8(
-    x, x_scale, weights: tuple[torch.Tensor, torch.Tensor], bias=None, residual=None, *,
-    out_scale=None, out_dtype=torch.float32,
-):  # fmt: skip
-    """int8 tensor cores; few rows in a kernel that streams the weights, many in CUTLASS."""
-    return torch.ops.quamba.linear_w8a8.default(x, x_scale, *weights, bias, residual, out_scale, out_dtype)
-
-
-@ops.linear_w4a8.backend("cuda", why_not=_why_not, rank=RANK, prepack=load)
-def linear_w4a8(x, x_scale, weights, bias=None, residual=None, *, out_scale=None, out_dtype=torch.float32):
-    """int8 tensor cores; few rows expand the weights in registers, many in scratch memory."""
-    return torch.ops.quamba.linear_w4a8.default(x, x_scale, *weights, bias, residual, out_scale, out_dtype)
-
-
-@ops.linear_w4a16.backend("cuda", why_not=_why_not_w4a16, rank=RANK, prepack=load)
-def linear_w4a16(x, weights, bias=None, residual=None, *, out_scale=None, out_dtype=torch.float32):
-    """16-bit tensor cores; few rows expand the weights in registers, many in registers or scratch memory."""
-    return torch.ops.quamba.linear_w4a16.default(x, *weights, bias, residual, out_scale, out_dtype)
-
-
 def _activation(done: tuple[torch.Tensor, torch.Tensor], static: torch.Tensor | None, per_token: bool) -> Activation:
     data, row_scale = done
     return Activation(data, row_scale if per_token else static)
@@ -131,3 +110,24 @@ def selective_scan(
     return torch.ops.quamba.selective_scan.default(
         x, dt, A, B, C, D, dt_bias, state, x_scale, B_scale, C_scale, out_dtype, cu_seqlens
     )
+
+
+@ops.linear_w8a8.backend("cuda", why_not=_why_not, rank=RANK, prepack=load)
+def linear_w8a8(
+    x, x_scale, weights: tuple[torch.Tensor, torch.Tensor], bias=None, residual=None, *,
+    out_scale=None, out_dtype=torch.float32,
+):  # fmt: skip
+    """int8 tensor cores; few rows in a kernel that streams the weights, many in CUTLASS."""
+    return torch.ops.quamba.linear_w8a8.default(x, x_scale, *weights, bias, residual, out_scale, out_dtype)
+
+
+@ops.linear_w4a8.backend("cuda", why_not=_why_not, rank=RANK, prepack=load)
+def linear_w4a8(x, x_scale, weights, bias=None, residual=None, *, out_scale=None, out_dtype=torch.float32):
+    """int8 tensor cores; few rows expand the weights in registers, many in scratch memory."""
+    return torch.ops.quamba.linear_w4a8.default(x, x_scale, *weights, bias, residual, out_scale, out_dtype)
+
+
+@ops.linear_w4a16.backend("cuda", why_not=_why_not_w4a16, rank=RANK, prepack=load)
+def linear_w4a16(x, weights, bias=None, residual=None, *, out_scale=None, out_dtype=torch.float32):
+    """16-bit tensor cores; few rows expand the weights in registers, many in registers or scratch memory."""
+    return torch.ops.quamba.linear_w4a16.default(x, *weights, bias, residual, out_scale, out_dtype)

@@ -11,10 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quamba_kernels.cuda.library import Arguments, library
+from quamba_kernels.cuda.library import library
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CODES = (torch.int8,)
+
+
+class Arguments(ctypes.Structure):
+    """What an entry point of csrc takes; a subclass has the fields of its struct."""
+
+    def __str__(self) -> str:
+        numbers = [name for name, kind, *_ in self._fields_ if kind is not ctypes.c_void_p]
+        return " ".join(f"{name}={getattr(self, name)}" for name in numbers)
 
 
 def fields(pointers: str, long_longs: str, ints: str, floats: str = "") -> list[tuple[str, type]]:

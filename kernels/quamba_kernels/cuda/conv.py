@@ -5,8 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quamba_kernels.cuda.arguments import CODES, FLOATS, constant, fields, launch, out_type, stream
-from quamba_kernels.cuda.library import DTYPES, Arguments
+from quamba_kernels.cuda.arguments import (
+    CODES,
+    FLOATS,
+    Arguments,
+    constant,
+    fields,
+    launch,
+    out_type,
+    stream,
+)
+from quamba_kernels.cuda.library import DTYPES
 from quamba_kernels.ops.sequences import check_cu_seqlens
 
 WIDTHS = (2, 3, 4)

@@ -1,4 +1,4 @@
-"""A loaded object: csrc/linear.h as ctypes, and calls of kernels that turn every status into an error."""
+"""A loaded object: csrc/linear.h as ctypes, and calls that turn every status into an error."""
 
 from __future__ import annotations
 
@@ -22,15 +22,7 @@ _INTEGERS = (
 )  # fmt: skip
 
 
-class Arguments(ctypes.Structure):
-    """What an entry point of csrc takes; a subclass has the fields of its struct."""
-
-    def __str__(self) -> str:
-        numbers = [name for name, kind, *_ in self._fields_ if kind is not ctypes.c_void_p]
-        return " ".join(f"{name}={getattr(self, name)}" for name in numbers)
-
-
-class QuambaLinear(Arguments):
+class QuambaLinear(ctypes.Structure):
     """The struct of csrc/linear.h, field by field."""
 
     _fields_ = [
@@ -80,23 +72,22 @@ class Library:
             workspace.argtypes, workspace.restype = [ctypes.c_void_p], ctypes.c_longlong
         return kernel, workspace
 
-    def call(self, name: str, arguments: Arguments, device: torch.device) -> None:
-        """Launch a kernel on the current stream of ``device``, which must be the current device. A kernel that needs
-        scratch memory has the fields ``workspace`` and ``workspace_bytes``.
+    def call(self, name: str, problem: Any, device: torch.device) -> None:
+        """Launch a kernel on the current stream of ``device``, which must be the current device; ``problem`` is the
+        struct that it takes.
 
         Raises RuntimeError when the kernel does not take the problem or CUDA reports an error.
         """
         kernel, workspace = self._kernels[name]
-        size = workspace(ctypes.byref(arguments)) if workspace is not None else 0
+        size = workspace(ctypes.byref(problem)) if workspace is not None else 0
         scratch = torch.empty(size, dtype=torch.uint8, device=device) if size > 0 else None
-        if scratch is not None:
-            arguments.workspace, arguments.workspace_bytes = scratch.data_ptr(), size
-        status = kernel(ctypes.byref(arguments), torch.cuda.current_stream(device).cuda_stream)
+        problem.workspace, problem.workspace_bytes = (0, 0) if scratch is None else (scratch.data_ptr(), size)
+        status = kernel(ctypes.byref(problem), torch.cuda.current_stream(device).cuda_stream)
         if status == UNSUPPORTED:
-            raise RuntimeError(f"{name} on {self.arch} does not serve {arguments}")
+            raise RuntimeError(f"{name} on {self.arch} does not serve {problem}")
         if status:
             why = self._loaded.quamba_error_string(status).decode()
-            raise RuntimeError(f"{name} on {self.arch} failed with {arguments}: CUDA error {status}, {why}")
+            raise RuntimeError(f"{name} on {self.arch} failed with {problem}: CUDA error {status}, {why}")
 
 
 @functools.cache
