@@ -27,7 +27,7 @@ struct Sequence {
 // X: QUAMBA_I8, QUAMBA_F32, or QUAMBA_F16 for both 16-bit types. Rounds: x becomes int8 on its way in.
 template <int X, bool Rounds>
 __global__ void __launch_bounds__(32 * kWarps) causal_conv1d(const __grid_constant__ Conv p) {
-  constexpr int kAhead = X == QUAMBA_F32 ? 4 : 8;
+  constexpr int kAhead = 4;  // tokens whose loads go out together
   const QuambaConv& a = p.a;
   const int type = X == QUAMBA_F16 ? a.x_dtype : X, state_type = Rounds ? QUAMBA_I8 : type;
   const int first = 4 * (blockIdx.x * 32 + threadIdx.x % 32), count = min(a.C - first, 4), lead = kWidth - a.W;
