@@ -157,7 +157,9 @@ __device__ __forceinline__ void pass(float* row, int channels, int shift) {
 }  // namespace hadamard
 
 // Rotate a row in place (see above), without the gain. `done`: factors 2 that have been dealt with, 0 or 5 (or all, if
-// there are fewer). All threads of the block take part, after a __syncthreads().
+// there are fewer). All threads of the block take part, after a __syncthreads(). The larger bases want more than 100
+// registers: MAX_BASE leaves them out of a kernel that is not called for them.
+template <int MAX_BASE = 36>
 __device__ __forceinline__ void rotate(float* row, int channels, const Rotation& r, int done = 0) {
   while (done < r.bits) {
     const int left = r.bits - done;
@@ -171,8 +173,10 @@ __device__ __forceinline__ void rotate(float* row, int channels, const Rotation&
   }
   if (r.base == 12) hadamard::pass<12, true>(row, channels, r.bits);
   if (r.base == 20) hadamard::pass<20, true>(row, channels, r.bits);
-  if (r.base == 28) hadamard::pass<28, true>(row, channels, r.bits);
-  if (r.base == 36) hadamard::pass<36, true>(row, channels, r.bits);
+  if constexpr (MAX_BASE >= 28)
+    if (r.base == 28) hadamard::pass<28, true>(row, channels, r.bits);
+  if constexpr (MAX_BASE >= 36)
+    if (r.base == 36) hadamard::pass<36, true>(row, channels, r.bits);
 }
 
 }  // namespace quamba
