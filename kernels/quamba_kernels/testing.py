@@ -222,7 +222,7 @@ def _gate_output(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterato
             options = {"norm_groups": groups, "block": block, "z_scale": z_scale, "out_dtype": dtype}
             out = outs[(i + (0 if static is None else static.numel())) % 3]
             label = f"{batch}x{tokens} groups={groups} block={block} z={z.dtype} {next(iter(out), 'float')} {dtype}"
-            yield Case(label, (y, z, weight, 1e-5), {**options, **out}, {"I": 192}, dtype)
+            yield Case(label, (y, z, weight, 1e-5), {**options, **out}, {"I": 192, "block": block}, dtype)
 
 
 @_for("rotate_input")
@@ -244,6 +244,8 @@ def _conv(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[Case]
             label = f"{batch}x{tokens} state={stateful} {dtype}"
             yield Case(f"float {label}", (x, weight, bias, state), {"out_dtype": dtype}, dtype=dtype)
             state = _codes(rng, batch, 3, 40) if stateful else None
+            rounded = {"in_scale": _scale(rng, 40), "out_scale": _scale(rng, 40)}
+            yield Case(f"rounds {label}", (x, weight, bias, state), rounded, dtype=dtype)
             scales = {"x_scale": _scale(rng, 40), "weight_scale": _scale(rng, 40)}
             codes = (_codes(rng, batch, tokens, 40), _codes(rng, 40, 4), bias, state)
             yield Case(f"int8 {label}", codes, {**scales, "out_dtype": dtype}, dtype=dtype)

@@ -80,7 +80,8 @@ class Mixer(LowBit):
         raise NotImplementedError
 
     def _bind(self) -> None:
-        setting = Setting(self._any_device().type, self.dtype)
+        shape = {**self.mixer_spec.sizes, "block": self.block}
+        setting = Setting(self._any_device().type, self.dtype, shape)
         self._conv, self._gate_output = ops.causal_conv1d.bind(setting), ops.gate_output.bind(setting)
         self._quantize_state = ops.quantize_state.bind(setting)
         self._conv_in_scale = self.conv_input.per_channel()
@@ -144,13 +145,17 @@ class Mixer(LowBit):
 
     def convolve(self, x: torch.Tensor, state: RecurrentState | None, mask: torch.Tensor | None) -> torch.Tensor:
         """conv + SiLU over x [B, T, C]; padded tokens (mask [B, T] 0) enter and leave as zeros."""
-        quantised = self.conv_input(x)
-        x = quantised.data
+        if self._conv_in_scale is None:
+            x, x_scale = self.conv_input(x)
+        else:  # the convolution rounds what it reads
+            self.conv_input.watch(x)
+            x_scale = None
         if mask is not None:
             x = x * mask.unsqueeze(-1).to(x.dtype)
         y = self._conv(
-            x, self.conv1d.taps, self.conv1d.bias, None if state is None else state.conv, x_scale=quantised.scale,
-            weight_scale=self.conv1d.scale, out_scale=self._conv_out_scale, out_dtype=self.dtype,
+            x, self.conv1d.taps, self.conv1d.bias, None if state is None else state.conv,
+            in_scale=self._conv_in_scale, x_scale=x_scale, weight_scale=self.conv1d.scale,
+            out_scale=self._conv_out_scale, out_dtype=self.dtype,
         )  # fmt: skip
         if mask is not None:
             y = y * mask.unsqueeze(-1).to(y.dtype)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from quamba_kernels import ops
-from quamba_kernels.cuda import linear, objects
+from quamba_kernels.cuda import conv, linear, objects, rowwise, scan
 from quamba_kernels.cuda.library import library
 from quamba_kernels.cuda.toolchain import CannotBuild, of_device
+from quamba_kernels.ops import Activation
 from quamba_kernels.registry import Setting
 
 RANK = 10
@@ -36,11 +37,79 @@ def _why_not_w4a16(setting: Setting) -> str | None:
     return _why_not(setting)
 
 
+def _why_not_gate_output(setting: Setting) -> str | None:
+    shape = setting.shape
+    reason = rowwise.gate_why_not(shape["I"], shape.get("block", 0)) if "I" in shape else None
+    return _why_not(setting) if setting.device != "cuda" else reason or _why_not(setting)
+
+
+def _why_not_conv(setting: Setting) -> str | None:
+    reason = conv.why_not(setting.shape["W"]) if "W" in setting.shape else None
+    return _why_not(setting) if setting.device != "cuda" else reason or _why_not(setting)
+
+
+def _why_not_scan(setting: Setting) -> str | None:
+    reason = scan.why_not(setting.shape["N"]) if "N" in setting.shape else None
+    return _why_not(setting) if setting.device != "cuda" else reason or _why_not(setting)
+
+
 def load(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """The weights as they are. Loads the kernels (and compiles them if need be), so that no call has to."""
     if weights[0].is_cuda:
         library(weights[0].device.index)
     return weights
+
+
+def _activation(done: tuple[torch.Tensor, torch.Tensor], static: torch.Tensor | None, per_token: bool) -> Activation:
+    data, row_scale = done
+    return Activation(data, row_scale if per_token else static)
+
+
+@ops.quantize.backend("cuda", why_not=_why_not, rank=RANK)
+def quantize(x, scale=None):
+    """A row a block, read once."""
+    return _activation(torch.ops.quamba.quantize.default(x, scale), scale, scale is None)
+
+
+@ops.rms_norm.backend("cuda", why_not=_why_not, rank=RANK)
+def rms_norm(x, weight, eps, *, out_scale=None, per_token=False, out_dtype=torch.float32):
+    """A row a block, read once: norm, gain and quantisation."""
+    done = torch.ops.quamba.rms_norm.default(x, weight, eps, out_scale, per_token, out_dtype)
+    return _activation(done, out_scale, per_token)
+
+
+@ops.gate_output.backend("cuda", why_not=_why_not_gate_output, rank=RANK)
+def gate_output(
+    y, z, weight, eps, *, z_scale=None, norm_groups=0, block=0, out_scale=None, per_token=False,
+    out_dtype=torch.float32,
+):  # fmt: skip
+    """A row a block, read once: gate, norm, gain, rotation and quantisation in shared memory."""
+    done = torch.ops.quamba.gate_output.default(
+        y, z, weight, eps, z_scale, norm_groups, block, out_scale, per_token, out_dtype
+    )
+    return _activation(done, out_scale, per_token)
+
+
+@ops.causal_conv1d.backend("cuda", why_not=_why_not_conv, rank=RANK)
+def causal_conv1d(
+    x, weight, bias=None, state=None, *, in_scale=None, x_scale=None, weight_scale=None, out_scale=None,
+    out_dtype=torch.float32, cu_seqlens=None,
+):  # fmt: skip
+    """Runs of tokens, four channels a thread; rounds float inputs on their way in, so that they are read once."""
+    return torch.ops.quamba.causal_conv1d.default(
+        x, weight, bias, state, in_scale, x_scale, weight_scale, out_scale, out_dtype, cu_seqlens
+    )
+
+
+@ops.selective_scan.backend("cuda", why_not=_why_not_scan, rank=RANK)
+def selective_scan(
+    x, dt, A, B, C, D, dt_bias=None, state=None, *, x_scale=None, B_scale=None, C_scale=None,
+    out_dtype=torch.float32, cu_seqlens=None,
+):  # fmt: skip
+    """The states of a channel lie in the lanes of a warp, which walks through the tokens."""
+    return torch.ops.quamba.selective_scan.default(
+        x, dt, A, B, C, D, dt_bias, state, x_scale, B_scale, C_scale, out_dtype, cu_seqlens
+    )
 
 
 @ops.linear_w8a8.backend("cuda", why_not=_why_not, rank=RANK, prepack=load)

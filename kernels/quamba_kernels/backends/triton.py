@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 
 from quamba_kernels import ops
+from quamba_kernels.ops.rowwise import to_int8
 from quamba_kernels.ops.ssd import NO_LIMIT
 from quamba_kernels.registry import Setting
 
@@ -117,11 +118,13 @@ def gate_output(
 @ops.causal_conv1d.backend("triton", why_not=_why_not, rank=20)
 def causal_conv1d(
     x, weight, bias=None, state=None, *,
-    x_scale=None, weight_scale=None, out_scale=None, out_dtype=torch.float32, cu_seqlens=None,
+    in_scale=None, x_scale=None, weight_scale=None, out_scale=None, out_dtype=torch.float32, cu_seqlens=None,
 ):  # fmt: skip
-    """One launch, and one more for the states of packed sequences."""
+    """One launch, and one more for the states of packed sequences; rounding on entry is a pass of torch's."""
     from quamba_kernels.triton import conv
 
+    if in_scale is not None:
+        x, x_scale = to_int8(x, in_scale), in_scale
     return conv.causal_conv1d(x, weight, bias, state, x_scale, weight_scale, out_scale, out_dtype, cu_seqlens)
 
 

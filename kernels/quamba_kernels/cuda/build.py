@@ -32,6 +32,7 @@ LAST_LINES = 30
 
 IDENTITY = ("quamba_identity", "quamba_error_string")
 KERNELS = (
+    "quamba_rms_norm", "quamba_quantize", "quamba_gate_output", "quamba_causal_conv1d", "quamba_selective_scan",
     "quamba_linear_w8a8_skinny", "quamba_linear_w4a8_skinny", "quamba_linear_w4a16_skinny", "quamba_linear_w8a8_gemm",
     "quamba_expand_w4a8", "quamba_expand_w4a16",
 )  # fmt: skip

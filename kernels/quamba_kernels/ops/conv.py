@@ -19,6 +19,7 @@ def causal_conv1d(
     bias: torch.Tensor | None = None,
     state: torch.Tensor | None = None,
     *,
+    in_scale: torch.Tensor | None = None,
     x_scale: torch.Tensor | None = None,
     weight_scale: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
@@ -27,10 +28,13 @@ def causal_conv1d(
 ) -> torch.Tensor:
     """y[t] = silu(sum_w weight[w] x[t - W + 1 + w] + bias), per channel; prefill for any T, decode for T = 1.
 
-    x [B, T, C] int8 with x_scale [C], or float; weight [C, W] int8 with weight_scale [C], or float; bias [C].
-    state [B, W - 1, C] of x's dtype holds the inputs before x[0] and is left holding the last W - 1 inputs; None
-    stands for zeros. out_scale fp32 [C] gives int8, else out_dtype. cu_seqlens: ops/sequences.py. Returns [B, T, C].
+    x [B, T, C] int8 with x_scale [1] or [C], or float; weight [C, W] int8 with weight_scale [C], or float; bias [C].
+    in_scale fp32 [1] or [C] rounds a float x to int8 first, as the op quantize would. state [B, W - 1, C] of the type
+    of x, once rounded, holds the inputs before x[0] and is left holding the last W - 1 inputs; None stands for zeros.
+    out_scale fp32 [C] gives int8, else out_dtype. cu_seqlens: ops/sequences.py. Returns [B, T, C].
     """
+    if in_scale is not None:
+        x, x_scale = to_int8(x, in_scale), in_scale
     if cu_seqlens is not None:
         options: dict[str, Any] = {
             "x_scale": x_scale, "weight_scale": weight_scale, "out_scale": out_scale, "out_dtype": out_dtype,

@@ -1,0 +1,191 @@
+// Causal depthwise convolution, SiLU and quantisation over tokens that lie one after the other.
+//
+// A thread takes four channels through a run of tokens with the last three inputs in registers, so x is read once but
+// for three tokens a run. Narrower kernels have leading taps of zero. Whoever reads the state of a sequence, which only
+// its first tokens do, also writes the new one: no run begins within the first W - 1 tokens.
+#include "conv.h"
+#include "launch.cuh"
+#include "quads.cuh"
+
+namespace {
+
+using namespace quamba;
+
+constexpr int kWarps = 4, kWidth = 4, kPast = kWidth - 1, kLeast = 8;
+
+struct Conv {
+  QuambaConv a;
+  int run;  // tokens of a thread
+  bool whole_x, whole_weight, whole_state, whole_y;
+};
+
+struct Sequence {
+  long long begin, end;
+  int index;
+};
+
+// X: QUAMBA_I8, QUAMBA_F32, or QUAMBA_F16 for both 16-bit types. Rounds: x becomes int8 on its way in.
+template <int X, bool Rounds>
+__global__ void __launch_bounds__(32 * kWarps) causal_conv1d(const __grid_constant__ Conv p) {
+  constexpr int kAhead = 4;  // tokens whose loads go out together
+  const QuambaConv& a = p.a;
+  const int type = X == QUAMBA_F16 ? a.x_dtype : X, state_type = Rounds ? QUAMBA_I8 : type;
+  const int first = 4 * (blockIdx.x * 32 + threadIdx.x % 32), count = min(a.C - first, 4), lead = kWidth - a.W;
+  const long long wanted = (static_cast<long long>(blockIdx.y) * (blockDim.x / 32) + threadIdx.x / 32) * p.run;
+  const long long here = blockIdx.z * a.batch_stride + first, row = static_cast<long long>(blockIdx.z) * a.T;
+  launch_dependents();
+  wait_for_previous_kernel();
+  if (count <= 0 || wanted >= a.T) return;
+
+  auto find = [&](long long t) {  // the sequence of token t: the last that begins at or before it
+    if (!a.cu_seqlens) return Sequence{0, a.T, static_cast<int>(blockIdx.z)};
+    int low = 0, high = a.sequences - 1;
+    while (low < high) {
+      int middle = (low + high + 1) / 2;
+      if (__ldg(a.cu_seqlens + middle) <= t)
+        low = middle;
+      else
+        high = middle - 1;
+    }
+    const long long begin = __ldg(a.cu_seqlens + low), end = __ldg(a.cu_seqlens + low + 1);
+    return Sequence{begin, end > t ? min(end, a.T) : a.T, low};
+  };
+  auto cut = [&](long long t) {  // where the run begins that was to begin at t
+    if (!a.cu_seqlens || t == 0 || t >= a.T) return min(t, a.T);
+    const Sequence s = find(t);
+    return t == s.begin ? t : max(t, min(s.begin + a.W - 1, s.end));
+  };
+  long long t = cut(wanted);
+  const long long end = cut(wanted + p.run);
+  if (t >= end) return;
+
+  const int in_step = a.in_scale_count > 1, x_step = a.x_scale_count > 1;
+  const float4 in_scale = load_scales(Rounds ? a.in_scale : nullptr, in_step, first, count, 1.f);
+  const float4 in_inverse = each([](float s, float) { return __frcp_rn(s); }, in_scale, in_scale);
+  float4 tap[kWidth];
+  {
+    const float4 x_scale = load_scales(a.x_scale, x_step, first, count, 1.f);
+    const float4 weight_scale = load_scales(a.weight_scale, 1, first, count, 1.f);
+    const float4 factor =
+        each([](float w, float x, float in) { return w * (x * in); }, weight_scale, x_scale, in_scale);
+    float taps[4][kWidth];  // [channel]
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const long long at = static_cast<long long>(first + j) * a.W;
+      const float4 w = load_quad(a.weight, a.weight_dtype, at, j < count ? a.W : 0, p.whole_weight);
+      taps[j][0] = lead == 0 ? w.x : 0.f;
+      taps[j][1] = lead == 0 ? w.y : lead == 1 ? w.x : 0.f;
+      taps[j][2] = lead == 0 ? w.z : lead == 1 ? w.y : w.x;
+      taps[j][3] = lead == 0 ? w.w : lead == 1 ? w.z : w.y;
+    }
+#pragma unroll
+    for (int w = 0; w < kWidth; ++w)
+      tap[w] = make_float4(taps[0][w] * factor.x, taps[1][w] * factor.y, taps[2][w] * factor.z, taps[3][w] * factor.w);
+  }
+  float4 bias = make_float4(0.f, 0.f, 0.f, 0.f);
+  if (a.bias) bias = load_quad(a.bias, a.bias_dtype, first, count, false);
+  const float4 out_scale = load_scales(a.out_scale, a.out_scale_count > 1, first, count, 1.f);
+  const float4 out_inverse = each([](float s, float) { return __frcp_rn(s); }, out_scale, out_scale);
+
+  auto enter = [&](uint4 raw) {
+    float4 v = to_floats_as<X>(raw, type);
+    if (Rounds) v = each(round_code, v, in_scale, in_inverse);
+    return v;
+  };
+  auto load = [&](long long at, bool exists) {
+    return load_raw_as<X>(a.x, type, here + at * a.token_stride, exists ? count : 0, p.whole_x);
+  };
+  auto state_at = [&](const Sequence& s, int i) {  // the i-th of the last three inputs
+    return (static_cast<long long>(s.index) * (a.W - 1) + i - lead) * a.C + first;
+  };
+  auto input = [&](long long at, const Sequence& s) {  // of any token of a sequence, or of the W - 1 before it
+    if (at >= s.begin) return enter(load(at, true));
+    const int i = kPast + static_cast<int>(at - s.begin);
+    return load_quad(a.state, state_type, state_at(s, max(i, lead)), a.state && i >= lead ? count : 0, p.whole_state);
+  };
+  float4 past[kPast];
+  auto begin_at = [&](long long at, const Sequence& s) {
+#pragma unroll
+    for (int i = 0; i < kPast; ++i)
+      past[i] = i >= lead ? input(at - kPast + i, s) : make_float4(0.f, 0.f, 0.f, 0.f);
+    if (at != s.begin || !a.state) return;
+    float4 last[kPast];
+#pragma unroll
+    for (int i = 0; i < kPast; ++i)
+      last[i] = i >= lead ? input(s.end - kPast + i, s) : make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int i = 0; i < kPast; ++i)
+      if (i >= lead) store_quad(a.state, state_type, state_at(s, i), last[i], count, p.whole_state);
+  };
+
+  Sequence s = find(t);
+  begin_at(t, s);
+  while (t < end) {
+    if (t >= s.end) {
+      s = find(t);
+      begin_at(t, s);
+    }
+    const int tokens = static_cast<int>(min(min(end, s.end) - t, static_cast<long long>(kAhead)));
+    uint4 raw[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) raw[u] = load(t + u, u < tokens);
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      if (u >= tokens) break;
+      const float4 now = enter(raw[u]);
+      auto add = [](float sum, float x, float w) { return __fmaf_rn(x, w, sum); };
+      float4 y = each(add, bias, past[0], tap[0]);
+      y = each(add, y, past[1], tap[1]);
+      y = each(add, y, past[2], tap[2]);
+      y = each(add, y, now, tap[3]);
+      const long long at = (row + t + u) * a.C + first;
+      if (a.out_scale) {
+        y = each([](float v, float inverse) { return saturate_code(silu(v) * inverse); }, y, out_inverse);
+        store_quad(a.y, QUAMBA_I8, at, y, count, p.whole_y);
+      } else {
+        y = each([](float v, float) { return silu(v); }, y, y);
+        store_quad(a.y, a.y_dtype, at, y, count, p.whole_y);
+      }
+      past[0] = past[1];
+      past[1] = past[2];
+      past[2] = now;
+    }
+    t += tokens;
+  }
+}
+
+}  // namespace
+
+extern "C" int quamba_causal_conv1d(const QuambaConv* args, void* stream) {
+  const QuambaConv& a = *args;
+  auto is_float = [](int type) { return type == QUAMBA_F32 || type == QUAMBA_F16 || type == QUAMBA_BF16; };
+  const bool rounds = a.in_scale;
+  if (a.B < 1 || a.B > 65535 || a.T < 1 || a.C < 1 || a.W < 2 || a.W > kWidth || a.sequences < 1 ||
+      (a.cu_seqlens ? a.B != 1 || a.T > 0x7fffffffLL : a.sequences != a.B) || (rounds && !is_float(a.x_dtype)) ||
+      (!a.out_scale && !is_float(a.y_dtype)) || (a.bias && !is_float(a.bias_dtype)))
+    return QUAMBA_UNSUPPORTED;
+  int processors = 0;
+  if (cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, processors); error != cudaSuccess)
+    return error;
+  const long long quads = (a.C - 1) / 4 + 1;
+  // runs that fill the GPU, and that a grid can count
+  long long run = a.T * quads * a.B / (static_cast<long long>(processors) * 2048);
+  run = run < 128 ? run : 128;
+  const long long fewest = a.T / (60000LL * kWarps);
+  run = ((run > fewest ? run : fewest) / kLeast + 1) * kLeast;
+  const long long runs = (a.T - 1) / run + 1;
+  const int warps = static_cast<int>(runs < kWarps ? runs : kWarps);
+  const bool dense = a.C % 4 == 0;
+  const Conv p{a,
+               static_cast<int>(run),
+               dense && in_quads(a.x, a.x_dtype, a.token_stride, a.batch_stride),
+               a.W == 4 && in_quads(a.weight, a.weight_dtype),
+               dense && in_quads(a.state, rounds ? QUAMBA_I8 : a.x_dtype),
+               dense && in_quads(a.y, a.out_scale ? QUAMBA_I8 : a.y_dtype)};
+  const dim3 grid(static_cast<unsigned>((quads - 1) / 32 + 1), static_cast<unsigned>((runs - 1) / warps + 1),
+                  static_cast<unsigned>(a.B));
+  auto kernel = a.x_dtype == QUAMBA_I8    ? causal_conv1d<QUAMBA_I8, false>
+                : a.x_dtype == QUAMBA_F32 ? (rounds ? causal_conv1d<QUAMBA_F32, true> : causal_conv1d<QUAMBA_F32, false>)
+                                          : (rounds ? causal_conv1d<QUAMBA_F16, true> : causal_conv1d<QUAMBA_F16, false>);
+  return launch(kernel, p, grid, 32 * warps, stream);
+}

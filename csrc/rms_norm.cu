@@ -1,0 +1,160 @@
+// RMS norm and quantisation, a row a block. Rows are read once and kept in registers as octets of elements, so that
+// a second look for the largest magnitude costs nothing; very long ones are read again.
+#include "launch.cuh"
+#include "quads.cuh"
+#include "rowwise.h"
+
+namespace {
+
+using namespace quamba;
+
+constexpr int kMaxThreads = 1024, kOctet = 8;
+
+struct Rows {
+  QuambaRows a;
+  int octets;
+  bool norm, whole, whole_weight, whole_scale, whole_y;
+};
+
+struct Octet {
+  float4 low, high;
+};
+
+// Held: octets of a thread that stay in registers; 0: none, for rows of any length.
+template <int Held>
+__global__ void __launch_bounds__(kMaxThreads) normalise_rows(const __grid_constant__ Rows p) {
+  const QuambaRows& a = p.a;
+  __shared__ float sums[32], peaks[32];
+  const long long row = blockIdx.x, start = row * a.x_stride;
+  const int step = blockDim.x;
+  launch_dependents();
+  wait_for_previous_kernel();
+
+  auto load = [&](const void* data, int type, long long from, int octet, bool whole) {
+    const int first = kOctet * octet, count = min(a.D - first, kOctet);
+    return Octet{load_quad(data, type, from + first, min(count, 4), whole),
+                 load_quad(data, type, from + first + 4, count - 4, whole)};
+  };
+  Octet held[Held ? Held : 1], gains[Held ? Held : 1];
+  if constexpr (Held > 0) {
+#pragma unroll
+    for (int k = 0; k < Held; ++k) held[k] = load(a.x, a.x_dtype, start, threadIdx.x + k * step, p.whole);
+    if (a.weight)
+#pragma unroll
+      for (int k = 0; k < Held; ++k) gains[k] = load(a.weight, a.weight_dtype, 0, threadIdx.x + k * step, p.whole_weight);
+  }
+  auto visit = [&](auto use) {
+    if constexpr (Held > 0) {
+#pragma unroll
+      for (int k = 0; k < Held; ++k) use(static_cast<int>(threadIdx.x) + k * step, held[k], gains[k]);
+    } else {
+      for (int octet = threadIdx.x; octet < p.octets; octet += step) {
+        Octet v = load(a.x, a.x_dtype, start, octet, p.whole), gain;
+        if (a.weight) gain = load(a.weight, a.weight_dtype, 0, octet, p.whole_weight);
+        use(octet, v, gain);
+      }
+    }
+  };
+
+  float inverse_rms = 1.f;
+  if (p.norm) {
+    float sum = 0.f;
+    visit([&](int, Octet& v, Octet&) {
+      auto square = [&](float4 q) { sum += (q.x * q.x + q.y * q.y) + (q.z * q.z + q.w * q.w); };
+      square(v.low), square(v.high);
+    });
+    sum = block_reduce(sum, sums, [](float x, float y) { return x + y; });
+    inverse_rms = rsqrtf(sum / static_cast<float>(a.D) + a.eps);
+  }
+  auto finish = [&](Octet& v, const Octet& gain) {
+    if (p.norm) {
+      auto scale = [&](float x, float) { return __fmul_rn(x, inverse_rms); };
+      v = {each(scale, v.low, v.low), each(scale, v.high, v.high)};
+    }
+    if (a.weight) {
+      auto times = [](float x, float w) { return __fmul_rn(x, w); };
+      v = {each(times, v.low, gain.low), each(times, v.high, gain.high)};
+    }
+  };
+  if constexpr (Held > 0) visit([&](int, Octet& v, Octet& gain) { finish(v, gain); });
+  auto visit_finished = [&](auto use) {
+    visit([&](int octet, Octet& v, Octet& gain) {
+      if constexpr (Held == 0) finish(v, gain);
+      use(octet, v);
+    });
+  };
+
+  float scale = 1.f;
+  if (a.y_scale) {
+    float peak = 0.f;
+    visit_finished([&](int, Octet& v) {
+      auto larger = [&](float4 q) {
+        peak = fmaxf(peak, fmaxf(fmaxf(fabsf(q.x), fabsf(q.y)), fmaxf(fabsf(q.z), fabsf(q.w))));
+      };
+      larger(v.low), larger(v.high);
+    });
+    peak = block_reduce(peak, peaks, [](float x, float y) { return fmaxf(x, y); });
+    scale = peak > 0.f ? __fdiv_rn(peak, 127.f) : 1.f;
+    if (threadIdx.x == 0) a.y_scale[row] = scale;
+  } else if (a.out_scale && a.out_scale_count == 1) {
+    scale = __ldg(a.out_scale);
+  }
+  const float inverse = __frcp_rn(scale);
+  const bool codes = a.y_scale || a.out_scale, per_channel = a.out_scale && a.out_scale_count > 1;
+  const int type = codes ? QUAMBA_I8 : a.y_dtype;
+  visit_finished([&](int octet, Octet& v) {
+    const int first = kOctet * octet, count = min(a.D - first, kOctet);
+    if (count <= 0) return;
+    if (per_channel) {
+      auto quad = [&](float4 q, int from, int left) {
+        return each([](float x, float s) { return round_code(x, s, __frcp_rn(s)); }, q,
+                    load_quad(a.out_scale, QUAMBA_F32, from, left, p.whole_scale));
+      };
+      v = {quad(v.low, first, count), quad(v.high, first + 4, count - 4)};
+    } else if (codes) {
+      auto code = [&](float x, float) { return round_code(x, scale, inverse); };
+      v = {each(code, v.low, v.low), each(code, v.high, v.high)};
+    }
+    const long long at = row * a.D + first;
+    store_quad(a.y, type, at, v.low, min(count, 4), p.whole_y);
+    store_quad(a.y, type, at + 4, v.high, count - 4, p.whole_y);
+  });
+}
+
+int launch_rows(const QuambaRows& a, bool norm, void* stream) {
+  auto is_float = [](int type) { return type == QUAMBA_F32 || type == QUAMBA_F16 || type == QUAMBA_BF16; };
+  const bool codes = a.y_scale || a.out_scale;
+  if (a.rows < 1 || a.rows > 0x7fffffffLL || a.D < 1 || !is_float(a.x_dtype) || (!codes && !is_float(a.y_dtype)) ||
+      (a.weight && !is_float(a.weight_dtype)))
+    return QUAMBA_UNSUPPORTED;
+  int processors = 0;
+  if (cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, processors); error != cudaSuccess)
+    return error;
+  const int octets = (a.D - 1) / kOctet + 1;
+  const bool dense = a.D % 4 == 0;
+  const Rows p{a,
+               octets,
+               norm,
+               dense && in_quads(a.x, a.x_dtype, a.x_stride),
+               dense && in_quads(a.weight, a.weight_dtype),
+               dense && in_quads(a.out_scale, QUAMBA_F32),
+               dense && in_quads(a.y, codes ? QUAMBA_I8 : a.y_dtype)};
+  // few rows: as many threads as have work, for the latency; many: fewer, with more loads on their way
+  const int held = a.rows <= processors && octets <= kMaxThreads ? 1 : octets <= 2 * kMaxThreads ? 2 : 0;
+  const int wanted = held ? (octets - 1) / held + 1 : kMaxThreads;
+  const int threads = (wanted + 31) / 32 * 32;
+  auto kernel = held == 1 ? normalise_rows<1> : held == 2 ? normalise_rows<2> : normalise_rows<0>;
+  return launch(kernel, p, dim3(static_cast<unsigned>(a.rows)), threads, stream);
+}
+
+}  // namespace
+
+// y = x / sqrt(mean(x^2) + eps) * weight, then as the scales say.
+extern "C" int quamba_rms_norm(const QuambaRows* a, void* stream) {
+  return a->out_scale && a->out_scale_count != 1 ? QUAMBA_UNSUPPORTED : launch_rows(*a, true, stream);
+}
+
+// y = the codes of x, with one scale, one a channel, or one a row that is found here.
+extern "C" int quamba_quantize(const QuambaRows* a, void* stream) {
+  return a->weight || (!a->out_scale && !a->y_scale) ? QUAMBA_UNSUPPORTED : launch_rows(*a, false, stream);
+}

@@ -1,0 +1,23 @@
+// The C ABI of the selective scan. Status and rules as in linear.h; there is no scratch.
+#pragma once
+
+#include "linear.h"
+
+typedef struct {         // quamba_selective_scan
+  const void *x, *dt;    // [B, T, I]: x int8 or float, dt float; the last axis is dense, strides in elements below
+  const void *b, *c;     // [B, T, N]: int8 or float
+  const float *x_scale;  // [1] or [I] beside int8 x; else null
+  const float *b_scale, *c_scale;  // [1] beside int8; else null
+  const float* A;                  // [I, N]
+  const void *D, *dt_bias;         // [I] float; dt_bias may be null
+  const float* state;              // [sequences, I, N] before the first token, or null
+  float* last;                     // [sequences, I, N] after the last
+  const int* cu_seqlens;           // [sequences + 1] where B is 1 and sequences lie one after the other; else null
+  void* y;                         // [B, T, I] contiguous
+  long long T;
+  long long x_batch, x_token, dt_batch, dt_token, b_batch, b_token, c_batch, c_token;
+  int I, N, sequences;
+  int x_scale_count, lanes;  // lanes: of a channel, 0 for what fits the size
+  int x_dtype, dt_dtype, b_dtype, c_dtype, D_dtype, dt_bias_dtype, y_dtype;
+  int polynomial;  // of eight exponentials of int8 inputs, how many the multiply-adds compute: 0 or 1
+} QuambaScan;

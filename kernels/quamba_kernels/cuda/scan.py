@@ -1,0 +1,103 @@
+"""Mamba1's scan as custom op quamba::selective_scan, of csrc/scan.h."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quamba_kernels.cuda.arguments import (
+    CODES,
+    FLOATS,
+    Arguments,
+    constant,
+    fields,
+    launch,
+    out_type,
+    stream,
+)
+from quamba_kernels.cuda.library import DTYPES
+from quamba_kernels.ops.sequences import check_cu_seqlens
+
+STATES = (8, 16, 32)
+LANES = 0
+"""Lanes of a warp that share a channel of 16 states, 4 or 8; 0 leaves it to the size of the problem."""
+POLYNOMIAL = 0
+"""Of eight exponentials of 16 states and int8 inputs, how many are left to the multiply-adds: 0 or 1."""
+
+
+class QuambaScan(Arguments):
+    """The struct of csrc/scan.h."""
+
+    _fields_ = fields(
+        "x dt b c x_scale b_scale c_scale A D dt_bias state last cu_seqlens y",
+        "T x_batch x_token dt_batch dt_token b_batch b_token c_batch c_token",
+        "I N sequences x_scale_count lanes x_dtype dt_dtype b_dtype c_dtype D_dtype dt_bias_dtype y_dtype polynomial",
+    )
+
+
+def why_not(N: int) -> str | None:
+    """Why the kernel does not take this number of states, in a sentence."""
+    return None if N in STATES else f"takes {', '.join(map(str, STATES))} states a channel, got {N}"
+
+
+def selective_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None, state: Tensor | None,
+    x_scale: Tensor | None, B_scale: Tensor | None, C_scale: Tensor | None, out_dtype: torch.dtype,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if x.dim() != 3:
+        raise ValueError(f"x has to be [B, T, I], got {list(x.shape)}")
+    batch, T, I = x.shape  # noqa: E741
+    N = A.shape[-1]
+    if reason := why_not(N):
+        raise ValueError(f"the CUDA selective_scan {reason}")
+    out_type(out_dtype)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, x, state)
+    sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    x = stream("x", x, x, (*FLOATS, *CODES))
+    dt = stream("dt", dt, x, FLOATS, (batch, T, I))
+    B, C = (stream(name, t, x, (*FLOATS, *CODES), (batch, T, N)) for name, t in (("B", B), ("C", C)))
+    y = torch.empty((batch, T, I), dtype=out_dtype, device=x.device)
+    last = torch.empty((sequences, I, N), dtype=torch.float32, device=x.device)
+    before = None if state is None else state.float().contiguous()
+
+    a = QuambaScan(T=T, I=I, N=N, sequences=sequences, lanes=LANES, polynomial=POLYNOMIAL)
+    for name, tensor in (("x", x), ("dt", dt), ("b", B), ("c", C)):
+        setattr(a, name, tensor.data_ptr())
+        setattr(a, f"{name}_batch", tensor.stride(0))
+        setattr(a, f"{name}_token", tensor.stride(1))
+        setattr(a, f"{name}_dtype", DTYPES[tensor.dtype])
+    a.y, a.y_dtype, a.last = y.data_ptr(), DTYPES[out_dtype], last.data_ptr()
+    fp32 = (torch.float32,)
+    a.x_scale = constant("x_scale", x_scale, x, fp32, (1,), (I,))
+    a.x_scale_count = 0 if x_scale is None else x_scale.numel()
+    a.b_scale, a.c_scale = constant("B_scale", B_scale, x, fp32, (1,)), constant("C_scale", C_scale, x, fp32, (1,))
+    a.A = constant("A", A, x, fp32, (I, N))
+    a.D, a.D_dtype = constant("D", D, x, FLOATS, (I,)), DTYPES[D.dtype]
+    a.dt_bias = constant("dt_bias", dt_bias, x, FLOATS, (I,))
+    a.dt_bias_dtype = 0 if dt_bias is None else DTYPES[dt_bias.dtype]
+    a.state = constant("state", before, x, fp32, (sequences, I, N))
+    a.cu_seqlens = constant("cu_seqlens", cu_seqlens, x, (torch.int32,), (sequences + 1,))
+    if sequences:
+        launch("quamba_selective_scan", a, x.device)
+    return y, last
+
+
+def _fake(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None, state: Tensor | None,
+    x_scale: Tensor | None, B_scale: Tensor | None, C_scale: Tensor | None, out_dtype: torch.dtype,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty((sequences, *A.shape), dtype=torch.float32)
+
+
+_LIBRARY = torch.library.Library("quamba", "FRAGMENT")
+_LIBRARY.define(
+    "selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? dt_bias, Tensor? state, "
+    "Tensor? x_scale, Tensor? B_scale, Tensor? C_scale, ScalarType out_dtype, Tensor? cu_seqlens) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("selective_scan", selective_scan, "CUDA")
+torch.library.register_fake("quamba::selective_scan", _fake, lib=_LIBRARY)

@@ -1,0 +1,313 @@
+"""The CUDA kernels between the linears on a GPU, beyond the loop of test_ops.py: real sizes, streams, graphs."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from quamba_kernels import OPS, Backend, Setting
+from quamba_kernels.cuda import scan
+from quamba_kernels.testing import TOLERANCE, change, disagreement, flat
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+NAMES = ["rms_norm", "quantize", "gate_output", "causal_conv1d", "selective_scan"]
+LENGTHS = [1, 3, 63, 255, 257, 1000]
+RAGGED = (0, 1, 3, 63, 0, 255, 257, 1000, 2, 0)
+
+
+def why_skip() -> str | None:
+    if not torch.cuda.is_available():
+        return "needs a CUDA device"
+    return OPS["rms_norm"].explain(Setting("cuda", BF16))["cuda"]
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(why_skip()), reason=str(why_skip()))]
+
+
+def backend(name: str) -> Backend:
+    return next(b for b in OPS[name].backends if b.name == "cuda")
+
+
+def normal(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def codes(*shape: int) -> torch.Tensor:
+    return torch.randint(-127, 128, shape, device="cuda", dtype=torch.int8)
+
+
+def scales(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, device="cuda") * 0.02 + 0.005
+
+
+def part_of_wider(tensor: torch.Tensor, left: int = 24, right: int = 40) -> torch.Tensor:
+    """The same values as columns of a wider tensor, as a projection's outputs lie."""
+    wide = torch.full((*tensor.shape[:-1], left + tensor.shape[-1] + right), 3, device="cuda").to(tensor.dtype)
+    view = wide[..., left : left + tensor.shape[-1]]
+    return view.copy_(tensor)
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of the same strides, of all that lies around it too."""
+    whole = tensor.untyped_storage().clone()
+    return tensor.new_empty(0).set_(whole, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def check(name: str, args: tuple[Any, ...], options: dict[str, Any], label: str) -> None:
+    """What the kernel returns and leaves in its arguments against the torch body, which runs on the same device."""
+    own, theirs = change((args, options), copied), change((args, options), copied)
+    want = flat(OPS[name].reference(*theirs[0], **theirs[1])) + flat(theirs)
+    got = flat(backend(name)(*own[0], **own[1])) + flat(own)  # states are updated in place
+    dtype = options.get("out_dtype", F32)
+    tolerance = TOLERANCE[name].get(dtype, TOLERANCE[name][BF16])
+    difference = disagreement([t.cpu() for t in got], [t.cpu() for t in want], tolerance)
+    assert difference is None, f"{name} {label}: {difference}"
+
+
+def outputs() -> list[dict[str, Any]]:
+    """int8 with a static scale and with one per row, and floats of each type."""
+    return [{"out_scale": scales(1)}, {"per_token": True}, *({"out_dtype": dtype} for dtype in (F32, F16, BF16))]
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("width", [1, 7, 1000, 2560, 4096, 5120, 8192, 10576, 16384, 20001])
+def test_rows(width: int) -> None:
+    for index, rows in enumerate([*LENGTHS, 131]):
+        dtype = (F32, F16, BF16)[index % 3]
+        x = normal(rows, width, dtype=dtype) * 5
+        x[-1] = 0
+        weight = [None, normal(width, dtype=dtype)][rows % 2]
+        for given in (x, part_of_wider(x), part_of_wider(x, 1, 2)):
+            for out in outputs():
+                check("rms_norm", (given, weight, 1e-5), out, f"{rows} x {width} {dtype} {list(out)}")
+            for scale in (None, scales(1), scales(width)):
+                check("quantize", (given, scale), {}, f"{rows} x {width} {dtype}")
+
+
+GATES = [
+    (192, (192, 64, 12, 0), (0, 1, 2)), (1536, (1536, 512), (1,)), (2560, (2560, 128), (0, 1)), (3072, (3072,), (1,)),
+    (4096, (4096,), (1, 8)), (5120, (5120, 1024, 0), (0, 1, 10)), (8192, (8192,), (1, 8)), (1792, (1792, 28), (1,)),
+    (9216, (9216, 36), (3,)), (10240, (10240,), (1,)), (20480, (20480,), (8,)), (130, (2, 0), (5, 13)),
+]  # fmt: skip
+"""Channels, Hadamard blocks, groups of the norm."""
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("inner, blocks, groups", GATES, ids=[str(g[0]) for g in GATES])
+def test_gate_output(inner: int, blocks: tuple[int, ...], groups: tuple[int, ...]) -> None:
+    for index, rows in enumerate((1, 3, 63, 300)):
+        for block in blocks:
+            for norm_groups in groups:
+                dtype = (F32, BF16, F16)[index % 3]
+                weight = normal(inner, dtype=dtype) if norm_groups else None
+                y = normal(rows, inner, dtype=dtype)
+                z = part_of_wider(codes(rows, inner)) if rows != 3 else part_of_wider(normal(rows, inner, dtype=dtype))
+                z_scale = None if rows == 3 else scales(inner) if rows == 63 else scales(1)
+                for out in outputs()[index % 2 :: 2]:
+                    options = {"z_scale": z_scale, "norm_groups": norm_groups, "block": block, **out}
+                    label = f"{rows} x {inner} block {block} groups {norm_groups} {dtype} {list(out)}"
+                    check("gate_output", (y, z, weight, 1e-5), options, label)
+
+
+def conv_arguments(
+    batch: int, tokens: int, channels: int, width: int, mode: str, sequences: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """mode: "int8", "float" or "rounds"."""
+    int8 = mode != "float"
+    x = codes(batch, tokens, channels) if mode == "int8" else normal(batch, tokens, channels, dtype=BF16)
+    state = codes(sequences, width - 1, channels) if int8 else normal(sequences, width - 1, channels, dtype=BF16)
+    weight = codes(channels, width) if int8 else normal(channels, width, dtype=BF16)
+    options: dict[str, Any] = {"weight_scale": scales(channels), "out_scale": scales(channels)} if int8 else {}
+    options |= {"int8": {"x_scale": scales(channels)}, "rounds": {"in_scale": scales(channels)}}.get(mode, {})
+    return (part_of_wider(x), weight, normal(channels, dtype=BF16), state), options
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("mode", ["int8", "float", "rounds"])
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_causal_conv1d(tokens: int, mode: str) -> None:
+    for batch, channels, width in ((1, 5376, 4), (2, 130, 4), (5, 41, 3), (3, 64, 2), (4, 3, 4)):
+        args, options = conv_arguments(batch, tokens, channels, width, mode, batch)
+        label = f"{batch} x {tokens} x {channels} W={width} {mode}"
+        check("causal_conv1d", args, options, label)
+        check("causal_conv1d", (args[0], args[1]), {**options, "out_scale": None, "out_dtype": F32}, label)
+
+
+def bounds(lengths: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor((0, *lengths), device="cuda").cumsum(0, dtype=torch.int32)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("mode", ["int8", "float", "rounds"])
+def test_convolution_of_sequences(mode: str) -> None:
+    for lengths in (RAGGED, (1,) * 40, (2, 9, 1, 8, 3, 7, 17) * 9, (1581,)):
+        for width in (2, 3, 4):
+            args, options = conv_arguments(1, sum(lengths), 72, width, mode, len(lengths))
+            check("causal_conv1d", args, {**options, "cu_seqlens": bounds(lengths)}, f"{lengths} W={width} {mode}")
+
+
+def scan_arguments(
+    batch: int, tokens: int, inner: int, d_state: int, int8: bool, sequences: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if int8:
+        x, B, C = codes(batch, tokens, inner), codes(batch, tokens, d_state), codes(batch, tokens, d_state)
+        options = {"x_scale": scales(1), "B_scale": scales(1), "C_scale": scales(1)}
+    else:
+        x, options = normal(batch, tokens, inner, dtype=BF16), {}
+        B, C = (part_of_wider(normal(batch, tokens, d_state, dtype=BF16), 160, 16) for _ in range(2))
+    A = -torch.rand(inner, d_state, device="cuda") * 16 - 0.01
+    dt = normal(batch, tokens, inner, dtype=BF16) - 2
+    state = normal(sequences, inner, d_state)
+    return (part_of_wider(x), dt, A, B, C, normal(inner), normal(inner), state), options
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("lanes, polynomial", [(4, 0), (8, 0), (4, 1), (8, 1)])
+def test_selective_scan(lanes: int, polynomial: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "LANES", lanes)
+    monkeypatch.setattr(scan, "POLYNOMIAL", polynomial)
+    for index, tokens in enumerate(LENGTHS):
+        for batch, inner in ((1, 1600), (index % 5 + 1, 83)):
+            args, options = scan_arguments(batch, tokens, inner, 16, bool(index % 2), batch)
+            options["out_dtype"] = (F32, BF16)[index % 2]
+            check("selective_scan", args, options, f"{batch} x {tokens} x {inner}")
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("d_state", [8, 16, 32])
+def test_scan_of_sequences(d_state: int) -> None:
+    for lengths in (RAGGED, (1,) * 40, (400,)):
+        args, options = scan_arguments(1, sum(lengths), 72, d_state, d_state == 16, len(lengths))
+        options["cu_seqlens"] = bounds(lengths)
+        check("selective_scan", args, options, f"{lengths} N={d_state}")
+        check("selective_scan", (*args[:6], None, None), options, f"{lengths} N={d_state} from zeros")
+
+
+def test_tensors_of_more_than_two_to_the_31_elements() -> None:
+    tokens, channels, tail = 131072, 16416, 200
+    assert tokens * channels > 1 << 31
+    x = torch.randint(-127, 128, (1, 1, channels), device="cuda", dtype=torch.int8).expand(1, tokens, -1).contiguous()
+    x[:, -tail:] = codes(1, tail, channels)
+    args, options = (codes(channels, 4), None), {"x_scale": scales(channels), "out_scale": scales(1)}
+    y = backend("causal_conv1d")(x, *args, **options)
+    want = OPS["causal_conv1d"].reference(x[:, -tail - 3 :], *args, **options)[:, 3:]
+    assert disagreement([y[:, -tail:].cpu()], [want.cpu()], 0) is None
+
+    dt, B, C = (normal(1, tokens, n, dtype=BF16) for n in (1, 16, 16))
+    dt = dt.expand(1, tokens, channels)
+    got, want = backend("quantize")(dt).data[0, -tail:], OPS["quantize"].reference(dt[0, -tail:]).data
+    assert disagreement([got.cpu()], [want.cpu()], 0) is None
+    del got
+    given = (-torch.rand(channels, 16, device="cuda"), normal(channels))
+    options = {"x_scale": scales(1), "out_dtype": BF16}
+
+    def run(part: slice, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        whole = x[:, part], dt[:, part].contiguous(), given[0], B[:, part], C[:, part], given[1]
+        return backend("selective_scan")(*whole, None, state, **options)
+
+    y, last = run(slice(0, tokens))
+    end = y[:, -tail:].clone()
+    del y
+    _, before = run(slice(0, tokens - tail))
+    again, last_again = run(slice(tokens - tail, tokens), before)
+    assert torch.equal(end, again) and torch.equal(last, last_again)
+
+
+def small(name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of one call of an op, on a prompt of 70 tokens."""
+    if name == "rms_norm":
+        return (normal(70, 2560), normal(2560), 1e-5), {"per_token": True}
+    if name == "quantize":
+        return (normal(70, 2560, dtype=BF16), scales(1)), {}
+    if name == "gate_output":
+        options = {"z_scale": scales(5120), "norm_groups": 1, "block": 5120, "out_scale": scales(1)}
+        return (normal(70, 5120), codes(70, 5120), normal(5120), 1e-5), options
+    if name == "causal_conv1d":
+        return conv_arguments(2, 70, 640, 4, "rounds", 2)
+    return scan_arguments(2, 70, 640, 16, True, 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_inputs_give_the_same_bits(name: str) -> None:
+    args, options = small(name)
+    outcomes = [flat(backend(name)(*change(args, torch.Tensor.clone), **options)) for _ in range(5)]
+    assert all(torch.equal(a, b) for other in outcomes[1:] for a, b in zip(outcomes[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_on_the_current_stream(name: str) -> None:
+    """The input is written on a stream of its own, late: a kernel on any other stream would read what was there."""
+    (x, *rest), options = small(name)
+    want = flat(backend(name)(x, *change(tuple(rest), torch.Tensor.clone), **options))
+    late, stream = torch.zeros_like(x), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(x)
+        got = flat(backend(name)(late, *rest, **options))
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chains_in_a_captured_graph(name: str) -> None:
+    """Kernels that may start before their predecessor ends still see all that it wrote."""
+    (x, *rest), options = small(name)
+    held = change(tuple(rest), torch.Tensor.clone)
+    backend(name)(x, *held, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outcomes = []
+        for _ in range(20):
+            x.add_(1)
+            for own, first in zip(flat(held), flat(tuple(rest)), strict=True):
+                own.copy_(first)
+            outcomes.append(flat(backend(name)(x, *held, **options)))
+    start = x.clone()
+    for _ in range(3):
+        x.copy_(start)
+        graph.replay()
+        torch.cuda.synchronize()
+        x.copy_(start)
+        for got in outcomes:
+            x.add_(1)
+            want = flat(backend(name)(x, *change(tuple(rest), torch.Tensor.clone), **options))
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_norm_and_quantisation_follow_each_other() -> None:
+    """Two kernels of ours back to back, so that the second starts early."""
+    x = normal(300, 2560, dtype=BF16)
+    for _ in range(20):
+        x = x.roll(1, 0)
+        middle = backend("rms_norm")(x, None, 1e-5, out_dtype=BF16).data
+        got = backend("quantize")(middle)
+        want = OPS["quantize"].reference(OPS["rms_norm"].reference(x, None, 1e-5, out_dtype=BF16).data)
+        assert disagreement([t.cpu() for t in got], [t.cpu() for t in want], 1e-6) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_custom_op_is_registered_right(name: str) -> None:
+    x, w, b = normal(1, 8, 16), normal(16), None
+    state, A, D = normal(1, 3, 16), -torch.rand(16, 16, device="cuda"), normal(16)
+    given = {
+        "rms_norm": (x, w, 1e-5, None, True, BF16),
+        "quantize": (x, None),
+        "gate_output": (x, x, w, 1e-5, None, 1, 16, scales(1), False, BF16),
+        "causal_conv1d": (x, normal(16, 4), b, state, None, None, None, None, BF16, None),
+        "selective_scan": (x, x, A, x, x, D, None, None, None, None, None, BF16, None),
+    }[name]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.quamba, name).default, given, test_utils=checks)
+
+
+def test_what_a_kernel_would_misread_is_refused() -> None:
+    args, options = small("causal_conv1d")
+    with pytest.raises(ValueError, match=r"state has to be \[2, 3, 640\]"):
+        backend("causal_conv1d")(*args[:3], args[3][:1], **options)
+    with pytest.raises(TypeError, match="state has to be torch.int8"):
+        backend("causal_conv1d")(*args[:3], args[3].float(), **options)
+    with pytest.raises(ValueError, match="block"):
+        backend("gate_output")(normal(2, 44), normal(2, 44), None, 1e-5, block=44)
+    with pytest.raises(ValueError, match="lies on cpu"):
+        backend("rms_norm")(normal(2, 44), torch.ones(44), 1e-5)

@@ -1,0 +1,139 @@
+"""The cuda backend between the linears without a GPU: structs as in C, what a kernel is given, what is refused."""
+
+import contextlib
+import ctypes
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from quamba_kernels import OPS, Setting
+from quamba_kernels.cuda import arguments, conv, rowwise, scan
+from quamba_kernels.cuda.build import CSRC
+
+STRUCTS = [rowwise.QuambaRows, rowwise.QuambaGate, conv.QuambaConv, scan.QuambaScan]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_structs_are_laid_out_as_in_c(tmp_path) -> None:
+    lines = []
+    for struct in STRUCTS:
+        lines.append(f'printf("{struct.__name__} %zu\\n", sizeof({struct.__name__}));')
+        for name, *_ in struct._fields_:
+            lines.append(f'printf("{name} %zu\\n", offsetof({struct.__name__}, {name}));')
+    headers = "".join(f'#include "{name}.h"\n' for name in ("rowwise", "conv", "scan"))
+    source = tmp_path / "layout.c"
+    source.write_text(f"#include <stdio.h>\n#include <stddef.h>\n{headers}int main(void) {{ {' '.join(lines)} }}\n")
+    subprocess.run(["cc", f"-I{CSRC}", str(source), "-o", str(tmp_path / "layout")], check=True)
+    said = subprocess.run([str(tmp_path / "layout")], capture_output=True, text=True, check=True).stdout.split("\n")
+    want = []
+    for struct in STRUCTS:
+        want.append(f"{struct.__name__} {ctypes.sizeof(struct)}")
+        want += [f"{name} {getattr(struct, name).offset}" for name, *_ in struct._fields_]
+    assert said[:-1] == want
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch):
+    """(kernel, its arguments) of every call; no kernel runs."""
+    seen = []
+
+    class Recorder:
+        def call(self, name, given, device):
+            seen.append((name, type(given).from_buffer_copy(given)))
+
+    monkeypatch.setattr(arguments, "library", lambda index: Recorder())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return seen
+
+
+def test_rows_of_a_wider_tensor_are_read_where_they_lie(calls) -> None:
+    wide = torch.randn(2, 5, 24).half()
+    part = wide[..., 8:16]
+    rowwise.quantize(part, torch.ones(8))
+    rowwise.rms_norm(part, None, 1e-5, None, True, torch.float32)
+    rowwise.rms_norm(part.transpose(0, 1), torch.ones(8), 1e-5, None, False, torch.bfloat16)
+    (name, a), (_, b), (_, c) = calls
+    assert name == "quamba_quantize" and a.x == part.data_ptr() and (a.rows, a.x_stride, a.D) == (10, 24, 8)
+    assert a.out_scale_count == 8 and a.x_dtype == 1 and a.y_dtype == 3 and not a.y_scale and not a.weight
+    assert b.y_scale and not b.out_scale and b.y_dtype == 3
+    assert c.x != part.data_ptr() and c.x_stride == 8 and c.y_dtype == 2 and c.weight_dtype == 0
+
+
+def test_a_convolution_gets_strides_and_scales(calls) -> None:
+    wide, state = torch.randn(3, 7, 48).half(), torch.zeros(3, 3, 16, dtype=torch.int8)
+    x, weight = wide[..., 16:32], torch.ones(16, 4, dtype=torch.int8)
+    y = conv.causal_conv1d(
+        x, weight, None, state, torch.ones(16), None, torch.ones(16), torch.ones(1), torch.float32, None
+    )
+    (name, a), = calls  # fmt: skip
+    assert name == "quamba_causal_conv1d" and y.dtype == torch.int8
+    assert (a.B, a.T, a.C, a.W, a.sequences, a.batch_stride, a.token_stride) == (3, 7, 16, 4, 3, 7 * 48, 48)
+    assert a.x == x.data_ptr() and a.state == state.data_ptr() and a.in_scale_count == 16 and a.out_scale_count == 1
+    conv.causal_conv1d(x[:0], weight, None, state[:0], torch.ones(1), None, None, None, torch.float32, None)
+    assert len(calls) == 1
+
+
+def test_a_scan_without_tokens_still_returns_states(calls) -> None:
+    x, A = torch.randn(1, 0, 8), torch.ones(8, 16)
+    bounds = torch.zeros(3, dtype=torch.int32)
+    y, last = scan.selective_scan(
+        x, x, A, x.new_empty(1, 0, 16), x.new_empty(1, 0, 16), torch.ones(8), None, None, None, None, None,
+        torch.float16, bounds,
+    )  # fmt: skip
+    (name, a), = calls  # fmt: skip
+    assert name == "quamba_selective_scan" and (a.T, a.sequences, a.N, a.I) == (0, 2, 16, 8)
+    assert y.shape == (1, 0, 8) and last.shape == (2, 8, 16) and a.last == last.data_ptr() and not a.state
+
+
+X, ONES = torch.randn(2, 3, 16), torch.ones(16)
+REFUSED = {
+    r"weight has to be \[16\], got \[8\]": lambda: rowwise.rms_norm(X, torch.ones(8), 1e-5, None, False, X.dtype),
+    "x has to be torch.float32 or torch.float16 or torch.bfloat16, got torch.int8": lambda: rowwise.quantize(
+        X.to(torch.int8), None
+    ),
+    "out_dtype has to be one of": lambda: rowwise.rms_norm(X, None, 1e-5, None, False, torch.int8),
+    "weight .* is not contiguous": lambda: rowwise.rms_norm(X, torch.ones(32)[::2], 1e-5, None, False, X.dtype),
+    "z lies on meta, and x on cpu": lambda: rowwise.gate_output(
+        X, X.to("meta"), None, 1e-5, None, 0, 0, None, False, X.dtype
+    ),
+    "norm_groups has to divide the 16 channels, got 3": lambda: rowwise.gate_output(
+        X, X, None, 1e-5, None, 3, 0, None, False, X.dtype
+    ),
+    "Hadamard blocks that divide the 16 channels, got 12": lambda: rowwise.gate_output(
+        X, X, None, 1e-5, None, 0, 12, None, False, X.dtype
+    ),
+    "convolutions of width 2 to 4, got 5": lambda: conv.causal_conv1d(
+        X, torch.ones(16, 5), None, None, None, None, None, None, X.dtype, None
+    ),
+    r"state has to be \[2, 3, 16\], got \[1, 3, 16\]": lambda: conv.causal_conv1d(
+        X, torch.ones(16, 4), None, X[:1], None, None, None, None, X.dtype, None
+    ),
+    "takes 8, 16, 32 states a channel, got 4": lambda: scan.selective_scan(
+        X, X, torch.ones(16, 4), X, X, ONES, None, None, None, None, None, X.dtype, None
+    ),
+    r"B has to be \[2, 3, 8\], got \[2, 3, 16\]": lambda: scan.selective_scan(
+        X, X, torch.ones(16, 8), X, X, ONES, None, None, None, None, None, X.dtype, None
+    ),
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_a_kernel_would_misread_is_refused(calls, sentence: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        REFUSED[sentence]()
+    assert not calls
+
+
+def test_shapes_that_no_kernel_serves_are_passed_over_in_a_sentence() -> None:
+    for name, shape, sentence in (
+        ("gate_output", {"I": 88, "block": 88}, "orders 2^k times 1, 12, 20, 28, 36, got blocks of 88"),
+        ("gate_output", {"I": 10**6}, "holds a row in shared memory"),
+        ("causal_conv1d", {"W": 8}, "width 2 to 4, got 8"),
+        ("selective_scan", {"N": 64}, "8, 16, 32 states a channel, got 64"),
+    ):
+        reason = OPS[name].explain(Setting("cuda", torch.float16, shape))["cuda"]
+        assert sentence in reason
+        assert "GPU" in OPS[name].explain(Setting("cpu", torch.float16, shape))["cuda"]
+
