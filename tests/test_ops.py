@@ -8,13 +8,15 @@ import torch
 from quamba_kernels import OPS, Backend
 from quamba_kernels.ops.rowwise import dequantize
 from quamba_kernels.ops.ssd import group_scale
-from quamba_kernels.testing import TOLERANCE, Case, cases, disagreement, error, outcome
+from quamba_kernels.testing import PER_TOKEN, TOLERANCE, Case, cases, disagreement, error, outcome
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PAIRS = [
     pytest.param(name, backend, device, id=f"{name}-{backend.name}-{device}")
     for name, op in sorted(OPS.items()) for backend in op.candidates for device in DEVICES
 ]  # fmt: skip
+GROUP_SCALES = ("B_scale", "C_scale", "q_scale", "k_scale")
+VALUE_SCALES = ("x_scale", "v_scale", *GROUP_SCALES)
 SCANS = [p for p in PAIRS if p.values[0].endswith("_scan")]
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -117,15 +119,20 @@ def arguments(name: str, case: Case) -> dict:
     return dict(bound.arguments)
 
 
+def per_token(name: str, given: dict) -> dict[str, torch.Tensor]:
+    """The arguments of a scan that have an axis of tokens."""
+    return {key: given[key] for key in PER_TOKEN[name] if given[key] is not None}
+
+
 @pytest.mark.parametrize("name, backend, device", SCANS)
 def test_scan_in_pieces_equals_the_whole(name: str, backend: Backend, device: str) -> None:
     for case in served(name, backend, device):
         given = arguments(name, case)
-        tokens, parts, state = given["x"].shape[1], [], given["state"]
+        tokens, parts, state = case.args[0].shape[1], [], given["state"]
         whole, last = call(backend, case, device)
         for start, end in ((0, tokens // 3), (tokens // 3, tokens - 1), (tokens - 1, tokens)):
             if end > start:
-                part = {key: given[key][:, start:end] for key in ("x", "dt", "B", "C")}
+                part = {key: t[:, start:end] for key, t in per_token(name, given).items()}
                 y, state = call(backend, case, device, state=state, **part)
                 parts.append(y)
         assert error(torch.cat(parts, 1), whole) < TOLERANCE[name][case.dtype], case.label
@@ -137,12 +144,12 @@ def test_scan_then_update_equals_a_longer_scan(name: str, backend: Backend, devi
     update = OPS[name.replace("_scan", "_update")]
     for case in served(name, backend, device):
         given = arguments(name, case)
-        if given["x"].shape[1] < 2:
+        if case.args[0].shape[1] < 2:
             continue
         whole, last = call(backend, case, device)
-        head = {key: given[key][:, :-1] for key in ("x", "dt", "B", "C")}
+        head = {key: t[:, :-1] for key, t in per_token(name, given).items()}
         _, state = call(backend, case, device, **head)
-        rest = {key: given[key][:, -1].to(device) for key in ("x", "dt", "B", "C")}
+        rest = {key: t[:, -1].to(device) for key, t in per_token(name, given).items()}
         shared = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items() if k != "state"}
         y = update(state, None, None, **{**shared, **rest})
         assert error(y, whole[:, -1]) < TOLERANCE[name][case.dtype], case.label
@@ -154,13 +161,13 @@ def test_scales_stand_for_the_values(name: str, backend: Backend, device: str) -
     seen = 0
     for case in served(name, backend, device):
         given = arguments(name, case)
-        if given["x_scale"] is None or case.dtype != torch.float32:
+        scales = {key: t for key, t in given.items() if key in VALUE_SCALES and t is not None}
+        if not scales or case.dtype != torch.float32:
             continue
-        floats = {
-            "x": dequantize(given["x"], given["x_scale"]), "x_scale": None,
-            "B": dequantize(given["B"], group_scale(given["B_scale"])), "B_scale": None,
-            "C": dequantize(given["C"], group_scale(given["C_scale"])), "C_scale": None,
-        }  # fmt: skip
+        floats = dict.fromkeys(scales)
+        for key, scale in scales.items():
+            x = key.removesuffix("_scale")
+            floats[x] = dequantize(given[x], group_scale(scale) if key in GROUP_SCALES else scale)
         kept = {k: v.clone() for k, v in given.items() if k in ("state", "state_scale", "rng") and v is not None}
         with_scales, without = call(backend, case, device, **kept), call(backend, case, device, **floats)
         if isinstance(without, torch.Tensor):
