@@ -111,6 +111,21 @@ def test_generate(name: str, opened) -> None:
     assert distance(model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits) < CLOSE
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "hybrid" not in name])
+@torch.inference_mode()
+def test_states_stay_where_they_are_for_a_captured_graph(name: str, opened) -> None:
+    model, (ids, _) = opened[name], inputs(name)
+    cache = model(ids[:, :4], use_cache=True).past_key_values
+    before = [{key: tensor.data_ptr() for key, tensor in layer.tensors.items()} for layer in cache.layers]
+    want = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(4, 7)]
+    cache.reset()
+    model(ids[:, :4], past_key_values=cache)
+    got = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(4, 7)]
+    assert cache.is_compileable and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert before == [{key: tensor.data_ptr() for key, tensor in layer.tensors.items()} for layer in cache.layers]
+    assert all(before)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_bf16(name: str, opened) -> None:

@@ -15,18 +15,28 @@ class NamedTensors:
     def __init__(self) -> None:
         super().__init__()
         self.tensors: dict[str, torch.Tensor] = {}
+        self.empty: dict[str, float] = {}
 
     def get(self, name: str) -> torch.Tensor | None:
         """The tensor of that name, None before the first token."""
         return self.tensors.get(name)
 
-    def put(self, name: str, value: torch.Tensor) -> None:
-        """Keep a copy, in the memory of the last one where it fits: a captured graph finds it again."""
+    def put(self, name: str, value: torch.Tensor, empty: float = 0.0) -> None:
+        """Keep a copy, in the memory of the last one where it fits: a captured graph finds it again.
+
+        empty: what it holds where no token has been seen.
+        """
+        self.empty[name] = empty
         old = self.tensors.get(name)
         if old is not None and old.shape == value.shape:
             old.copy_(value)
         else:
             self.tensors[name] = value.clone(memory_format=torch.contiguous_format)
+
+    def clear(self) -> None:
+        """As before the first token, in place."""
+        for name, tensor in self.tensors.items():
+            tensor.fill_(self.empty[name])
 
     def change(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """``fn`` of every tensor."""
@@ -36,7 +46,6 @@ class NamedTensors:
 class LayerState(NamedTensors, LinearAttentionLayer):
     """A recurrent layer: its tensors, and how many tokens it has seen."""
 
-    is_compileable = False
     seen = 0
 
     def advance(self, tokens: int) -> None:
@@ -48,7 +57,8 @@ class LayerState(NamedTensors, LinearAttentionLayer):
         return self.seen
 
     def reset(self) -> None:
-        self.tensors, self.seen = {}, 0
+        self.clear()
+        self.seen = 0
         self.has_previous_state[0] = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -66,7 +76,7 @@ class AttentionState(NamedTensors, DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.tensors = {}
+        self.clear()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)

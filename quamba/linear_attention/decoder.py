@@ -186,6 +186,11 @@ class LinearAttentionForCausalLM(LinearAttentionPreTrainedModel, GenerationMixin
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the first pass makes its own cache
 
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+        """Blocks take the mask as it is; transformers would make one for each kind of layer."""
+        return attention_mask
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

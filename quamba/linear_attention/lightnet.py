@@ -68,5 +68,5 @@ class LightNetAttention(Mixer):
             before = torch.full_like(k[:, :1], NO_KEY)
         z = torch.logcumsumexp(torch.cat([before, k], 1), 1)
         if state is not None:
-            state.put("z", z[:, -1:])
+            state.put("z", z[:, -1:], empty=NO_KEY)
         return torch.exp(k - z[:, 1:]), z[:, :-1] - z[:, 1:]

@@ -36,8 +36,8 @@ class MultiScaleRetention(Mixer, Leave):
     ) -> torch.Tensor:
         q, k = heads(self.q_proj(x), self.k_size), heads(self.k_proj(x), self.k_size)
         v = heads(masked(self.v_proj(x), mask), self.v_size)
-        seen = 0 if state is None else state.seen
-        q, k = rotate_positions(self.feature_map(q), seen), rotate_positions(self.feature_map(k), seen)
+        first = self._position(x, state)
+        q, k = rotate_positions(self.feature_map(q), first), rotate_positions(self.feature_map(k), first)
         k, v = (t.repeat_interleave(self.groups, 2) if self.groups > 1 else t for t in (k, v))
         rates = torch.arange(5, 5 + q.shape[2], device=x.device, dtype=torch.float32)
         g = torch.log1p(-torch.exp2(-rates)).view(1, 1, -1, 1).expand(*q.shape[:3], 1)
@@ -45,3 +45,12 @@ class MultiScaleRetention(Mixer, Leave):
             (ops.gla_scan, ops.gla_update), state, q, k, v, g, fixed=(None,), scale=self.k_size**-0.5, out_dtype=x.dtype
         )
         return self.leave(o, x)
+
+    @staticmethod
+    def _position(x: torch.Tensor, state: LayerState | None) -> torch.Tensor:
+        """Position [B] of the first token, read from the state, where a captured graph can advance it."""
+        found = None if state is None else state.get("position")
+        first = torch.zeros(x.shape[0], device=x.device) if found is None else found.clone()
+        if state is not None:
+            state.put("position", first + x.shape[1])
+        return first
