@@ -154,6 +154,9 @@ def test_loading_is_strict(tmp_path: Path) -> None:
     extra = changed(tmp_path / "b", "gla", lambda t: t.update({"model.layers.0.attn.z_proj.weight": torch.ones(2)}))
     with pytest.raises(UserError, match="1 unexpected tensors, the first is .*z_proj"):
         AutoModelForCausalLM.from_pretrained(extra)
+    other = changed(tmp_path / "c", "gla", lambda t: t.update({"model.norm.weight": torch.ones(3)}))
+    with pytest.raises(UserError, match="1 mismatched tensors, the first is .*model.norm.weight"):
+        AutoModelForCausalLM.from_pretrained(other)
 
 
 def test_published_gated_deltanet_has_one_tensor_more(tmp_path: Path, opened) -> None:
@@ -169,6 +172,8 @@ def test_published_gated_deltanet_has_one_tensor_more(tmp_path: Path, opened) ->
         ("gla", {"attn": {"layers": [9], "num_heads": 2}}, "attn layers"),
         ("gla", {"attn": [{"layers": [1], "num_heads": 2}] * 2}, "attn layers"),
         ("gla", {"attn": {"layers": [1]}}, "num_heads"),
+        ("gla", {"attn": {"layers": 1, "num_heads": 2}}, "a list of layers"),
+        ("gla", {"attn": 7}, "a list of layers"),
         ("gla", {"attnres_block_size": 2}, "attnres_block_size"),
         ("gla", {"hidden_act": "powlu"}, "hidden_act='powlu'; supported is 'swish'"),
         ("rwkv6", {"hidden_act": "gelu"}, "hidden_act='gelu'; supported is 'sqrelu'"),

@@ -66,12 +66,13 @@ class LinearAttentionConfig(PreTrainedConfig):
 
         Raises UserError for an ``attn`` that cannot be read, whichever layer is asked for.
         """
-        specs = [self.attn] if isinstance(self.attn, dict) else self.attn or []
+        specs = self.attn or [] if isinstance(self.attn, (list, type(None))) else [self.attn]
         taken: set[int] = set()
         found = None
         for spec in specs:
-            if not isinstance(spec, dict) or not {"layers", "num_heads"} <= set(spec):
-                raise UserError(f"{self.model_type} config has attn={self.attn!r}; expected are layers and num_heads")
+            if not (isinstance(spec, dict) and isinstance(spec.get("layers"), list) and spec.get("num_heads")):
+                wanted = "a list of layers and num_heads"
+                raise UserError(f"{self.model_type} config has attn={self.attn!r}; expected are {wanted}")
             layers = set(spec["layers"])
             if not layers <= set(range(self.num_hidden_layers)) - taken:
                 raise UserError(

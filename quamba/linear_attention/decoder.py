@@ -91,14 +91,16 @@ class LinearAttentionPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As transformers'. Raises UserError for tensors that are missing, left over, or of another shape."""
+        # what does not fit is then listed instead of ending in a traceback
+        kwargs.setdefault("ignore_mismatched_sizes", True)
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         if getattr(model.config, "quantization_config", None) is None:
-            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-                if found := sorted(map(str, info.get(kind) or ())):
+            for kind in ("missing", "unexpected", "mismatched"):
+                if found := sorted(map(str, info.get(f"{kind}_keys") or ())):
                     raise UserError(
-                        f"{args[0]}: {len(found)} {kind.removesuffix('_keys')} tensors, the first is {found[0]}; "
-                        f"expected are names and shapes of a {model.config.model_type} checkpoint of fla 0.6.0"
+                        f"{model.name_or_path} has {len(found)} {kind} tensors, the first is {found[0]}; expected are "
+                        f"names and shapes of a {model.config.model_type} checkpoint of fla 0.6.0"
                     )
         return (model, info) if output_loading_info else model
 
