@@ -10,13 +10,15 @@ import torch
 from quamba_kernels import OPS, Backend
 from quamba_kernels.ops.rowwise import dequantize
 from quamba_kernels.ops.ssd import group_scale
-from quamba_kernels.testing import TOLERANCE, Case, cases, disagreement, error, outcome
+from quamba_kernels.testing import PER_TOKEN, TOLERANCE, Case, cases, disagreement, error, outcome
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PAIRS = [
     pytest.param(name, backend, device, id=f"{name}-{backend.name}-{device}")
     for name, op in sorted(OPS.items()) for backend in op.candidates for device in DEVICES
 ]  # fmt: skip
+GROUP_SCALES = ("B_scale", "C_scale", "q_scale", "k_scale")
+VALUE_SCALES = ("x_scale", "v_scale", *GROUP_SCALES)
 SCANS = [p for p in PAIRS if p.values[0].endswith("_scan")]
 CONVOLUTIONS = [p for p in PAIRS if p.values[0] == "causal_conv1d"]
 
@@ -120,18 +122,24 @@ def arguments(name: str, case: Case) -> dict:
     return dict(bound.arguments)
 
 
-def pieces(given: dict, names: tuple[str, ...]) -> Iterator[tuple[dict, list[slice]]]:
+def per_token(name: str, given: dict) -> dict[str, torch.Tensor]:
+    """The arguments of a scan or a convolution that have an axis of tokens."""
+    return {key: given[key] for key in PER_TOKEN.get(name, ("x",)) if given[key] is not None}
+
+
+def pieces(name: str, given: dict) -> Iterator[tuple[dict, list[slice]]]:
     """Arguments of three calls that share out the tokens of each sequence, and where their outputs lie in the whole."""
-    bounds = given["cu_seqlens"]
-    spans = itertools.pairwise([0, given["x"].shape[1]] if bounds is None else bounds.tolist())
+    bounds, inputs = given.get("cu_seqlens"), per_token(name, given)
+    total = next(iter(inputs.values())).shape[1]
+    spans = itertools.pairwise([0, total] if bounds is None else bounds.tolist())
     ends = [(start, start + (end - start) // 3, max(start, end - 1), end) for start, end in spans]
     for i in range(3):
         parts = [slice(cut[i], cut[i + 1]) for cut in ends]
-        part = {key: torch.cat([given[key][:, p] for p in parts], 1) for key in names}
+        part = {key: torch.cat([t[:, p] for p in parts], 1) for key, t in inputs.items()}
         if bounds is not None:
             lengths = torch.tensor([0, *(p.stop - p.start for p in parts)])
             part["cu_seqlens"] = lengths.cumsum(0, dtype=torch.int32)
-        if part["x"].shape[1]:
+        if any(p.stop > p.start for p in parts):
             yield part, parts
 
 
@@ -141,7 +149,7 @@ def test_scan_in_pieces_equals_the_whole(name: str, backend: Backend, device: st
         given = arguments(name, case)
         state, (whole, last) = given["state"], call(backend, case, device)
         joined = torch.full_like(whole, torch.nan)
-        for part, places in pieces(given, ("x", "dt", "B", "C")):
+        for part, places in pieces(name, given):
             y, state = call(backend, case, device, state=state, **part)
             for place, own in zip(places, y.split([p.stop - p.start for p in places], 1), strict=True):
                 joined[:, place] = own
@@ -158,7 +166,7 @@ def test_convolution_in_pieces_equals_the_whole(name: str, backend: Backend, dev
         last, state = given["state"].to(device, copy=True), given["state"].to(device, copy=True)
         whole = call(backend, case, device, state=last)
         joined = torch.full_like(whole, 3)
-        for part, places in pieces(given, ("x",)):
+        for part, places in pieces(name, given):
             y = call(backend, case, device, state=state, **part)
             for place, own in zip(places, y.split([p.stop - p.start for p in places], 1), strict=True):
                 joined[:, place] = own
@@ -170,7 +178,7 @@ def test_convolution_in_pieces_equals_the_whole(name: str, backend: Backend, dev
 def test_a_sequence_does_not_see_its_neighbours(name: str, backend: Backend, device: str) -> None:
     for case in served(name, backend, device):
         given = arguments(name, case)
-        if given["cu_seqlens"] is None or len(given["cu_seqlens"]) < 3:
+        if given.get("cu_seqlens") is None or len(given["cu_seqlens"]) < 3:
             continue
         start, end = given["cu_seqlens"][-3:-1].tolist()
         seen = []
@@ -190,12 +198,12 @@ def test_scan_then_update_equals_a_longer_scan(name: str, backend: Backend, devi
     update = OPS[name.replace("_scan", "_update")]
     for case in served(name, backend, device):
         given = arguments(name, case)
-        if given["x"].shape[1] < 2 or given["cu_seqlens"] is not None:
+        if case.args[0].shape[1] < 2 or given.get("cu_seqlens") is not None:
             continue
         whole, last = call(backend, case, device)
-        head = {key: given[key][:, :-1] for key in ("x", "dt", "B", "C")}
+        head = {key: t[:, :-1] for key, t in per_token(name, given).items()}
         _, state = call(backend, case, device, **head)
-        rest = {key: given[key][:, -1].to(device) for key in ("x", "dt", "B", "C")}
+        rest = {key: t[:, -1].to(device) for key, t in per_token(name, given).items()}
         kept = {k: v for k, v in given.items() if k not in ("state", "cu_seqlens")}
         shared = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kept.items()}
         y = update(state, None, None, **{**shared, **rest})
@@ -208,13 +216,13 @@ def test_scales_stand_for_the_values(name: str, backend: Backend, device: str) -
     seen = 0
     for case in served(name, backend, device):
         given = arguments(name, case)
-        if given["x_scale"] is None or case.dtype != torch.float32:
+        scales = {key: t for key, t in given.items() if key in VALUE_SCALES and t is not None}
+        if not scales or case.dtype != torch.float32:
             continue
-        floats = {
-            "x": dequantize(given["x"], given["x_scale"]), "x_scale": None,
-            "B": dequantize(given["B"], group_scale(given["B_scale"])), "B_scale": None,
-            "C": dequantize(given["C"], group_scale(given["C_scale"])), "C_scale": None,
-        }  # fmt: skip
+        floats = dict.fromkeys(scales)
+        for key, scale in scales.items():
+            x = key.removesuffix("_scale")
+            floats[x] = dequantize(given[x], group_scale(scale) if key in GROUP_SCALES else scale)
         kept = {k: v.clone() for k, v in given.items() if k in ("state", "state_scale", "rng") and v is not None}
         with_scales, without = call(backend, case, device, **kept), call(backend, case, device, **floats)
         if isinstance(without, torch.Tensor):

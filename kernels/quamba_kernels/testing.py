@@ -34,6 +34,23 @@ TOLERANCE: dict[str, dict[torch.dtype, float]] = {
     "ssd_update": {F32: 2e-6, BF16: 2e-3},
     "selective_scan": {F32: 5e-6, BF16: 2e-3},
     "selective_update": {F32: 2e-6, BF16: 2e-3},
+    "gla_scan": {F32: 5e-6, BF16: 2e-3},
+    "gla_update": {F32: 2e-6, BF16: 2e-3},
+    "delta_scan": {F32: 5e-6, BF16: 2e-3},
+    "delta_update": {F32: 2e-6, BF16: 2e-3},
+    "dplr_scan": {F32: 5e-6, BF16: 2e-3},
+    "dplr_update": {F32: 2e-6, BF16: 2e-3},
+    "elementwise_scan": {F32: 5e-6, BF16: 2e-3},
+    "elementwise_update": {F32: 2e-6, BF16: 2e-3},
+}
+PER_TOKEN: dict[str, tuple[str, ...]] = {
+    # what a scan takes for every token, [B, T, ...]
+    "ssd_scan": ("x", "dt", "B", "C"),
+    "selective_scan": ("x", "dt", "B", "C"),
+    "gla_scan": ("q", "k", "v", "g"),
+    "delta_scan": ("q", "k", "v", "beta", "g"),
+    "dplr_scan": ("q", "k", "v", "g", "a", "b"),
+    "elementwise_scan": ("x", "g"),
 }
 FLIPS = 1e-3
 """Share of int8 codes that may be off by one: where x / scale lies on a tie, the last bit of x decides."""
@@ -381,6 +398,8 @@ def _selective(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[
         options = {**scales, "out_dtype": dtype, "cu_seqlens": _bounds(LENGTHS)}
         yield Case(f"{len(LENGTHS)} sequences {dtype}", args, options, {"I": inner, "N": N}, dtype)
 
+
+from quamba_kernels import testing_linear_attention  # noqa: E402, F401  adds its generators
 
 assert set(TOLERANCE) == set(_GENERATORS), "every op needs a generator and a tolerance"
 assert set(OPS) <= set(_GENERATORS) or not OPS, f"ops without cases: {sorted(set(OPS) - set(_GENERATORS))}"

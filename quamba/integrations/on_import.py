@@ -1,4 +1,4 @@
-"""Register with transformers the moment it imports its quantizers, so that `import quamba` waits for nothing heavy."""
+"""Register with transformers the moment it imports what we add to, so that `import quamba` waits for nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-WATCHED = "transformers.quantizers"
-REGISTERS = "quamba.integrations.transformers"
+REGISTERS = {
+    "transformers.quantizers": "quamba.integrations.transformers",
+    "transformers.models.auto.configuration_auto": "quamba.integrations.auto_config",
+    "transformers.models.auto.modeling_auto": "quamba.integrations.auto_model",
+}
+"""The module to watch -> ours, which registers and may import no other watched module that is not loaded before it."""
 
 
 class _ThenRegister(Loader):
@@ -27,14 +31,14 @@ class _ThenRegister(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        import_module(REGISTERS)
+        import_module(REGISTERS[module.__name__])
 
 
 class _Watch(MetaPathFinder):
-    """Finds the watched module where the other finders do, and nothing else."""
+    """Finds the watched modules where the other finders do, and nothing else."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != WATCHED:
+        if name not in REGISTERS:
             return None
         others = (finder for finder in sys.meta_path if not isinstance(finder, _Watch))
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
@@ -44,8 +48,9 @@ class _Watch(MetaPathFinder):
 
 
 def install() -> None:
-    """Register now if transformers has its quantizers already, else when it imports them."""
-    if WATCHED in sys.modules:
-        import_module(REGISTERS)
-    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+    """Register now where transformers has the module already, else when it imports it."""
+    for watched, registers in REGISTERS.items():
+        if watched in sys.modules:
+            import_module(registers)
+    if not any(isinstance(finder, _Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watch())

@@ -1,12 +1,17 @@
 """The contract: signatures, shapes, dtypes, equations. The body of each op is its definition.
 
 Axes, everywhere: B batch, T tokens, D d_model, I d_inner = H * P, H heads, P headdim, G state groups, N d_state,
-W convolution width, K in features and O out features of a linear, S group size along K, V vocabulary.
+W convolution width, M delta-rule steps of a token, K in features and O out features of a linear, S group size along K,
+V vocabulary.
 
 Every quantisation is symmetric, saturating, round half to even: value = scale * code.
 """
 
 from quamba_kernels.ops.conv import causal_conv1d
+from quamba_kernels.ops.delta import delta_scan, delta_update
+from quamba_kernels.ops.dplr import dplr_scan, dplr_update
+from quamba_kernels.ops.elementwise import elementwise_scan, elementwise_update
+from quamba_kernels.ops.gla import gla_scan, gla_update
 from quamba_kernels.ops.linear import embedding, linear_w4a8, linear_w4a16, linear_w8a8
 from quamba_kernels.ops.rowwise import Activation, dequantize, gate_output, quantize, rms_norm, rotate_input
 from quamba_kernels.ops.selective import selective_scan, selective_update
@@ -14,7 +19,8 @@ from quamba_kernels.ops.ssd import ssd_scan, ssd_update
 from quamba_kernels.ops.state import quantize_state
 
 __all__ = [
-    "Activation", "causal_conv1d", "dequantize", "embedding", "gate_output", "linear_w4a16", "linear_w4a8",
-    "linear_w8a8", "quantize", "quantize_state", "rms_norm", "rotate_input", "selective_scan", "selective_update",
-    "ssd_scan", "ssd_update",
+    "Activation", "causal_conv1d", "delta_scan", "delta_update", "dequantize", "dplr_scan", "dplr_update",
+    "elementwise_scan", "elementwise_update", "embedding", "gate_output", "gla_scan", "gla_update", "linear_w4a16",
+    "linear_w4a8", "linear_w8a8", "quantize", "quantize_state", "rms_norm", "rotate_input", "selective_scan",
+    "selective_update", "ssd_scan", "ssd_update",
 ]

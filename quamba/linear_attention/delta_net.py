@@ -1,0 +1,79 @@
+"""DeltaNet: the delta rule without decay. Yang et al., 2406.06484."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.functional import elu, normalize, relu, sigmoid, silu
+
+from quamba.errors import UserError
+from quamba.linear_attention.cache import LayerState
+from quamba.linear_attention.configs import DeltaNetConfig
+from quamba.linear_attention.conv import ShortConvolution
+from quamba.linear_attention.mixer import Mixer, heads, masked, whole
+from quamba.linear_attention.norm import GatedRMSNorm, RMSNorm
+from quamba_kernels import ops
+
+L2_EPS = L1_EPS = 1e-6
+ACTIVATIONS = {"silu": silu, "relu": relu, "elu": lambda x: elu(x) + 1, "identity": lambda x: x}
+
+
+class DeltaNet(Mixer):
+    """q, k = norm(act(conv(proj(x)))), v = silu(conv(v_proj(x))), beta = sigmoid(b_proj(x)).
+
+    Raises UserError for an activation or a norm of q and k that fla does not have either.
+    """
+
+    def __init__(self, config: DeltaNetConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        for name, known in (("qk_activation", tuple(ACTIVATIONS)), ("qk_norm", ("l2", "sum"))):
+            if getattr(config, name) not in known:
+                wanted = " or ".join(map(repr, known))
+                given = getattr(config, name)
+                raise UserError(f"{config.model_type} config has {name}={given!r}; supported is {wanted}")
+        size = config.hidden_size
+        keys, values = whole(config, config.expand_k, "expand_k"), whole(config, config.expand_v, "expand_v")
+        self.k_size, self.v_size = keys // config.num_heads, values // config.num_heads
+        self.activation, self.l2 = ACTIVATIONS[config.qk_activation], config.qk_norm == "l2"
+        self.beta_range = 2.0 if config.allow_neg_eigval else 1.0
+        self.q_proj = nn.Linear(size, keys, bias=False)
+        self.k_proj = nn.Linear(size, keys, bias=False)
+        self.v_proj = nn.Linear(size, values, bias=False)
+        self.use_beta, self.use_short_conv, self.use_gate = config.use_beta, config.use_short_conv, config.use_gate
+        if self.use_beta:
+            self.b_proj = nn.Linear(size, config.num_heads, bias=False)
+        if self.use_short_conv:
+            self.q_conv1d = ShortConvolution(keys, config.conv_size, activation=False)
+            self.k_conv1d = ShortConvolution(keys, config.conv_size, activation=False)
+            self.v_conv1d = ShortConvolution(values, config.conv_size)
+        if self.use_gate:
+            self.g_proj = nn.Linear(size, values, bias=False)
+            self.o_norm: nn.Module = GatedRMSNorm(self.v_size, config.norm_eps)
+        else:
+            self.o_norm = RMSNorm(self.v_size, config.norm_eps)
+        self.o_proj = nn.Linear(values, size, bias=False)
+
+    def mix(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        state: LayerState | None,
+        carry: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        q, k, v = masked(self.q_proj(x), mask), masked(self.k_proj(x), mask), masked(self.v_proj(x), mask)
+        if self.use_short_conv:
+            q, k, v = self.q_conv1d(q, state, "q"), self.k_conv1d(k, state, "k"), self.v_conv1d(v, state, "v")
+        else:
+            v = silu(v)
+        q, k = (heads(self.activation(t), self.k_size) for t in (q, k))
+        if not self.l2:
+            q, k = (normalize(t, p=1, dim=-1, eps=L1_EPS) for t in (q, k))
+        beta = sigmoid(self.b_proj(x).float()) if self.use_beta else torch.ones_like(q[..., 0], dtype=torch.float32)
+        o = self.scan(
+            (ops.delta_scan, ops.delta_update), state, q, k.unsqueeze(2),
+            heads(masked(v, mask), self.v_size).unsqueeze(2), (beta * self.beta_range).unsqueeze(2), None,
+            scale=self.k_size**-0.5, norm_eps=L2_EPS if self.l2 else None, out_dtype=x.dtype,
+        )  # fmt: skip
+        o = self.o_norm(o, heads(self.g_proj(x), self.v_size)) if self.use_gate else self.o_norm(o)
+        out: torch.Tensor = self.o_proj(o.flatten(2))
+        return out

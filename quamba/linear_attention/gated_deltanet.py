@@ -1,0 +1,70 @@
+"""Gated DeltaNet: the delta rule after a scalar decay per head. Yang et al., 2412.06464."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.functional import sigmoid, silu, softplus
+
+from quamba.linear_attention.cache import LayerState
+from quamba.linear_attention.configs import GatedDeltaNetConfig
+from quamba.linear_attention.conv import ShortConvolution
+from quamba.linear_attention.mixer import Mixer, heads, masked
+from quamba.linear_attention.norm import GatedRMSNorm, RMSNorm
+from quamba_kernels import ops
+
+L2_EPS = 1e-6
+
+
+class GatedDeltaNet(Mixer):
+    """q, k, v = silu(conv(proj(x))); beta = sigmoid(b_proj(x)); g = -exp(A_log) softplus(a_proj(x) + dt_bias)."""
+
+    def __init__(self, config: GatedDeltaNetConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        size, self.k_size, self.v_size = config.hidden_size, config.head_dim, int(config.head_dim * config.expand_v)
+        v_heads = config.num_v_heads or config.num_heads
+        keys, values = config.num_heads * self.k_size, v_heads * self.v_size
+        self.beta_range = 2.0 if config.allow_neg_eigval else 1.0
+        self.q_proj = nn.Linear(size, keys, bias=False)
+        self.k_proj = nn.Linear(size, keys, bias=False)
+        self.v_proj = nn.Linear(size, values, bias=False)
+        self.a_proj = nn.Linear(size, v_heads, bias=False)
+        self.b_proj = nn.Linear(size, v_heads, bias=False)
+        self.A_log = nn.Parameter(torch.zeros(v_heads))
+        self.dt_bias = nn.Parameter(torch.zeros(v_heads))
+        self.use_short_conv, self.use_gate = config.use_short_conv, config.use_gate
+        if self.use_short_conv:
+            self.q_conv1d = ShortConvolution(keys, config.conv_size)
+            self.k_conv1d = ShortConvolution(keys, config.conv_size)
+            self.v_conv1d = ShortConvolution(values, config.conv_size)
+        if self.use_gate:
+            self.g_proj = nn.Linear(size, values, bias=False)
+            self.o_norm: nn.Module = GatedRMSNorm(
+                self.v_size, config.norm_eps, activation=config.output_gate_activation
+            )
+        else:
+            self.o_norm = RMSNorm(self.v_size, config.norm_eps)
+        self.o_proj = nn.Linear(values, size, bias=False)
+
+    def mix(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        state: LayerState | None,
+        carry: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        q, k, v = masked(self.q_proj(x), mask), masked(self.k_proj(x), mask), masked(self.v_proj(x), mask)
+        if self.use_short_conv:
+            q, k, v = self.q_conv1d(q, state, "q"), self.k_conv1d(k, state, "k"), self.v_conv1d(v, state, "v")
+        else:
+            q, k, v = silu(q), silu(k), silu(v)
+        beta = sigmoid(self.b_proj(x).float()) * self.beta_range
+        g = -torch.exp(self.A_log.float()) * softplus(self.a_proj(x).float() + self.dt_bias.float())
+        o = self.scan(
+            (ops.delta_scan, ops.delta_update), state, heads(q, self.k_size), heads(k, self.k_size).unsqueeze(2),
+            heads(masked(v, mask), self.v_size).unsqueeze(2), beta.unsqueeze(2), g.unsqueeze(-1),
+            scale=self.k_size**-0.5, norm_eps=L2_EPS, out_dtype=x.dtype,
+        )  # fmt: skip
+        o = self.o_norm(o, heads(self.g_proj(x), self.v_size)) if self.use_gate else self.o_norm(o)
+        out: torch.Tensor = self.o_proj(o.flatten(2))
+        return out
