@@ -135,17 +135,19 @@ template <int SIZE, bool BASE>
 __device__ __forceinline__ void pass(float* row, int channels, int shift) {
   const int items = channels / SIZE;
   for (int item = threadIdx.x; item < items; item += blockDim.x) {
-    const int first = (((item >> shift) * SIZE) << shift) + (item & ((1 << shift) - 1));
+    int first = (((item >> shift) * SIZE) << shift) + (item & ((1 << shift) - 1));
     // powers of two are taken within a stretch of 32 or across whole stretches, so their places are equally far apart
     float* const at = row + padded(first);
     const int step = padded(1 << shift);
     float v[SIZE];
 #pragma unroll
     for (int i = 0; i < SIZE; ++i) v[i] = BASE ? row[padded(first + (i << shift))] : at[i * step];
-    if constexpr (BASE)
+    if constexpr (BASE) {
       multiply_base<SIZE>(v);
-    else
+      asm volatile("" : "+r"(first));  // so that places are computed again instead of kept in SIZE registers
+    } else {
       butterfly<SIZE>(v);
+    }
 #pragma unroll
     for (int i = 0; i < SIZE; ++i) (BASE ? row[padded(first + (i << shift))] : at[i * step]) = v[i];
   }
@@ -155,7 +157,9 @@ __device__ __forceinline__ void pass(float* row, int channels, int shift) {
 }  // namespace hadamard
 
 // Rotate a row in place (see above), without the gain. `done`: factors 2 that have been dealt with, 0 or 5 (or all, if
-// there are fewer). All threads of the block take part, after a __syncthreads().
+// there are fewer). All threads of the block take part, after a __syncthreads(). The larger bases want more than 100
+// registers: MAX_BASE leaves them out of a kernel that is not called for them.
+template <int MAX_BASE = 36>
 __device__ __forceinline__ void rotate(float* row, int channels, const Rotation& r, int done = 0) {
   while (done < r.bits) {
     const int left = r.bits - done;
@@ -169,8 +173,10 @@ __device__ __forceinline__ void rotate(float* row, int channels, const Rotation&
   }
   if (r.base == 12) hadamard::pass<12, true>(row, channels, r.bits);
   if (r.base == 20) hadamard::pass<20, true>(row, channels, r.bits);
-  if (r.base == 28) hadamard::pass<28, true>(row, channels, r.bits);
-  if (r.base == 36) hadamard::pass<36, true>(row, channels, r.bits);
+  if constexpr (MAX_BASE >= 28)
+    if (r.base == 28) hadamard::pass<28, true>(row, channels, r.bits);
+  if constexpr (MAX_BASE >= 36)
+    if (r.base == 36) hadamard::pass<36, true>(row, channels, r.bits);
 }
 
 }  // namespace quamba

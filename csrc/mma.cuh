@@ -76,6 +76,9 @@ __device__ __forceinline__ void load_constant(uint32_t& v, const uint8_t* p, boo
 // 16 bytes of activations, through L2: L1 may hold what the buffer had before.
 __device__ __forceinline__ uint4 load_through_l2(const void* p) { return __ldcg(static_cast<const uint4*>(p)); }
 
+// The 32 bytes around p into L2, which a later write finds there: unlike a load, it may run ahead of one.
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // 16 bytes from global to shared memory, through L2 only; zeros when `inside` is false (p must be valid all the same).
 __device__ __forceinline__ void copy_async(void* shared, const void* p, bool inside) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));

@@ -67,26 +67,27 @@ class Library:
     def _kernel(self, name: str) -> tuple[Any, Any]:
         """A kernel's entry point, and the function that says how many bytes of scratch it needs (or None)."""
         kernel, workspace = getattr(self._loaded, name), getattr(self._loaded, f"{name}_workspace", None)
-        kernel.argtypes, kernel.restype = [ctypes.POINTER(QuambaLinear), ctypes.c_void_p], ctypes.c_int
+        kernel.argtypes, kernel.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int
         if workspace is not None:
-            workspace.argtypes, workspace.restype = [ctypes.POINTER(QuambaLinear)], ctypes.c_longlong
+            workspace.argtypes, workspace.restype = [ctypes.c_void_p], ctypes.c_longlong
         return kernel, workspace
 
-    def call(self, name: str, linear: QuambaLinear, device: torch.device) -> None:
-        """Launch a kernel on the current stream of ``device``, which must be the current device.
+    def call(self, name: str, problem: Any, device: torch.device) -> None:
+        """Launch a kernel on the current stream of ``device``, which must be the current device; ``problem`` is the
+        struct that it takes.
 
         Raises RuntimeError when the kernel does not take the problem or CUDA reports an error.
         """
         kernel, workspace = self._kernels[name]
-        size = workspace(linear) if workspace is not None else 0
+        size = workspace(ctypes.byref(problem)) if workspace is not None else 0
         scratch = torch.empty(size, dtype=torch.uint8, device=device) if size > 0 else None
-        linear.workspace, linear.workspace_bytes = (0, 0) if scratch is None else (scratch.data_ptr(), size)
-        status = kernel(linear, torch.cuda.current_stream(device).cuda_stream)
+        problem.workspace, problem.workspace_bytes = (0, 0) if scratch is None else (scratch.data_ptr(), size)
+        status = kernel(ctypes.byref(problem), torch.cuda.current_stream(device).cuda_stream)
         if status == UNSUPPORTED:
-            raise RuntimeError(f"{name} on {self.arch} does not serve {linear}")
+            raise RuntimeError(f"{name} on {self.arch} does not serve {problem}")
         if status:
             why = self._loaded.quamba_error_string(status).decode()
-            raise RuntimeError(f"{name} on {self.arch} failed with {linear}: CUDA error {status}, {why}")
+            raise RuntimeError(f"{name} on {self.arch} failed with {problem}: CUDA error {status}, {why}")
 
 
 @functools.cache

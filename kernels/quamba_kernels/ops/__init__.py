@@ -7,6 +7,7 @@ Every quantisation is symmetric, saturating, round half to even: value = scale *
 """
 
 from quamba_kernels.ops.conv import causal_conv1d
+from quamba_kernels.ops.decode import conv_decode, selective_decode, ssd_decode
 from quamba_kernels.ops.linear import embedding, linear_w4a8, linear_w4a16, linear_w8a8
 from quamba_kernels.ops.rowwise import Activation, dequantize, gate_output, quantize, rms_norm, rotate_input
 from quamba_kernels.ops.selective import selective_scan, selective_update
@@ -14,7 +15,7 @@ from quamba_kernels.ops.ssd import ssd_scan, ssd_update
 from quamba_kernels.ops.state import quantize_state
 
 __all__ = [
-    "Activation", "causal_conv1d", "dequantize", "embedding", "gate_output", "linear_w4a16", "linear_w4a8",
-    "linear_w8a8", "quantize", "quantize_state", "rms_norm", "rotate_input", "selective_scan", "selective_update",
-    "ssd_scan", "ssd_update",
+    "Activation", "causal_conv1d", "conv_decode", "dequantize", "embedding", "gate_output", "linear_w4a16",
+    "linear_w4a8", "linear_w8a8", "quantize", "quantize_state", "rms_norm", "rotate_input", "selective_decode",
+    "selective_scan", "selective_update", "ssd_decode", "ssd_scan", "ssd_update",
 ]
