@@ -46,16 +46,22 @@ __global__ void __launch_bounds__(kMaxFinishThreads) decode_finish(const __grid_
   float* const peaks = groups + (q.norm_groups + 3) / 4 * 4;
 
   uint4 gain[QUADS];  // as they lie
-  const float out_scale = q.out_scale ? __ldg(q.out_scale) : 1.f;
+  const float out_scale = constant(q.out_scale, 0, 1.f);
 #pragma unroll
-  for (int i = 0; i < QUADS; ++i) {
-    const int at = i * blockDim.x + threadIdx.x;
-    gain[i] = make_uint4(0, 0, 0, 0);
-    if (!q.norm_weight || at * 4 >= inner) continue;
-    if (q.norm_weight_type == QUAMBA_F32) {
-      gain[i] = __ldg(static_cast<const uint4*>(q.norm_weight) + at);
-    } else {
-      const uint2 two = __ldg(static_cast<const uint2*>(q.norm_weight) + at);
+  for (int i = 0; i < QUADS; ++i) gain[i] = make_uint4(0, 0, 0, 0);
+  // the type is asked for once, so that no load waits for another that might have filled the same registers
+  if (q.norm_weight && q.norm_weight_type == QUAMBA_F32) {
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i) {
+      const int at = i * blockDim.x + threadIdx.x;
+      if (at * 4 < inner) gain[i] = constant_quad(static_cast<const uint4*>(q.norm_weight) + at);
+    }
+  } else if (q.norm_weight) {
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i) {
+      const int at = i * blockDim.x + threadIdx.x;
+      if (at * 4 >= inner) continue;
+      const uint2 two = constant_pair(static_cast<const uint2*>(q.norm_weight) + at);
       gain[i].x = two.x, gain[i].y = two.y;
     }
   }
@@ -70,7 +76,7 @@ __global__ void __launch_bounds__(kMaxFinishThreads) decode_finish(const __grid_
     const float4 four = at * 4 < inner ? __ldcg(u + at) : make_float4(0.f, 0.f, 0.f, 0.f);
     v[i][0] = four.x, v[i][1] = four.y, v[i][2] = four.z, v[i][3] = four.w;
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0 && q.rng) q.rng[1] += 1;
+  if (blockIdx.x == 0 && threadIdx.x == 0 && q.rng) q.rng[1] = __ldcg(q.rng + 1) + 1;
 
   if (q.norm_groups) {
 #pragma unroll

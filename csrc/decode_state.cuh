@@ -26,7 +26,7 @@ __device__ __forceinline__ unsigned fetch(const void* data, int type, long long 
 }
 
 __device__ __forceinline__ unsigned fetch_constant(const void* data, int type, long long at) {
-  return __ldg(reinterpret_cast<const unsigned*>(address(data, type, at) & ~static_cast<uintptr_t>(3)));
+  return constant_word(reinterpret_cast<const void*>(address(data, type, at) & ~static_cast<uintptr_t>(3)));
 }
 
 __device__ __forceinline__ float to_float(unsigned bits, int type) {
@@ -43,7 +43,7 @@ __device__ __forceinline__ float value(unsigned word, const void* data, int type
 }
 
 // One fp32 constant of the model, or `none` where there is no tensor.
-__device__ __forceinline__ float constant(const float* data, int at, float none) { return data ? __ldg(data + at) : none; }
+__device__ __forceinline__ float constant(const float* data, int at, float none) { return data ? __uint_as_float(constant_word(data + at)) : none; }
 
 __device__ __forceinline__ void store(void* data, int type, long long at, float v) {
   if (type == QUAMBA_F32) static_cast<float*>(data)[at] = v;
@@ -102,10 +102,10 @@ __device__ __forceinline__ Taps taps_of(const QuambaDecode& q, int channel) {
   Taps t{};
   const int type = Types<CODES>::weight(q);
   if (type == QUAMBA_F32) {
-    t.weight = __ldg(static_cast<const uint4*>(q.conv_weight) + channel);
+    t.weight = constant_quad(static_cast<const uint4*>(q.conv_weight) + channel);
   } else {
     const int pair = type == QUAMBA_I8 ? channel / 2 : channel;  // int8: of two channels
-    const uint2 two = __ldg(static_cast<const uint2*>(q.conv_weight) + pair);
+    const uint2 two = constant_pair(static_cast<const uint2*>(q.conv_weight) + pair);
     t.weight.x = two.x, t.weight.y = two.y;
   }
   if (q.conv_bias) t.bias = fetch_constant(q.conv_bias, q.conv_bias_type, channel);

@@ -45,14 +45,14 @@ __global__ void __launch_bounds__(kRowThreads, 4) selective_rows(const __grid_co
     }
 
   float A[COUNT];
+  const float* const rates = q.A + static_cast<long long>(channel) * kStates + column;
 #pragma unroll
   for (int i = 0; i < COUNT / 4; ++i) {
-    const float4 four = __ldg(reinterpret_cast<const float4*>(q.A + static_cast<long long>(channel) * kStates + column) + i);
-    constexpr float kLog2e = 1.44269504088896341f;
-    A[4 * i] = four.x * kLog2e, A[4 * i + 1] = four.y * kLog2e;
-    A[4 * i + 2] = four.z * kLog2e, A[4 * i + 3] = four.w * kLog2e;
+    const uint4 four = constant_quad(rates + 4 * i);
+    A[4 * i] = __uint_as_float(four.x), A[4 * i + 1] = __uint_as_float(four.y);
+    A[4 * i + 2] = __uint_as_float(four.z), A[4 * i + 3] = __uint_as_float(four.w);
   }
-  const float D = __ldg(q.D + channel), dt_bias = constant(q.dt_bias, channel, 0.f);
+  const float D = constant(q.D, channel, 0.f), dt_bias = constant(q.dt_bias, channel, 0.f);
   const float x_scale = constant(q.x_scale, q.x_count > 1 ? channel : 0, 1.f);
   const float z_scale = constant(q.z_scale, q.z_count > 1 ? channel : 0, 1.f);
   const float B_scale = constant(q.B_scale, 0, 1.f), C_scale = constant(q.C_scale, 0, 1.f);
@@ -105,7 +105,8 @@ __global__ void __launch_bounds__(kRowThreads, 4) selective_rows(const __grid_co
       const float x = __fmul_rn(value(xs[u], q.x, q.x_in, batch * q.x_stride + channel), x_scale);
       const float z = value(zs[u], q.z, q.in, batch * q.z_stride + channel), scale = scales[u];
       const float rate = value(dts[u], q.dt, q.in, batch * q.dt_stride + channel);
-      const float dt = softplus(__fadd_rn(rate, dt_bias)), input = __fmul_rn(dt, x);
+      constexpr float kLog2e = 1.44269504088896341f;
+      const float dt = softplus(__fadd_rn(rate, dt_bias)), input = __fmul_rn(dt, x), power = dt * kLog2e;
       float h[COUNT], y = 0.f;
       unpack(ring[u], h);
       load(u, i + kAhead);
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) selective_rows(const __grid_co
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const float before = kCodes ? h[j + k] * scale : h[j + k];
-          h[j + k] = fmaf(exp2f(dt * A[j + k]), before, input * bs[k]);
+          h[j + k] = fmaf(exp2f(power * A[j + k]), before, input * bs[k]);
           y = fmaf(h[j + k], cs[k], y);
         }
       }

@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(SsdConfig<State, N, COUNT>::kThreads, SsdConfi
   if (has_row) {
     row_taps = taps_of<CODES>(q, channel);
     row_unit = constant(q.x_scale, q.x_count > 1 ? channel : 0, 1.f);
-    rates = {__ldg(q.A + head), __ldg(q.D + head), constant(q.dt_bias, head, 0.f),
+    rates = {constant(q.A, head, 0.f), constant(q.D, head, 0.f), constant(q.dt_bias, head, 0.f),
              constant(q.z_scale, q.z_count > 1 ? channel : 0, 1.f)};
   }
 
