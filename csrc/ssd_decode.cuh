@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(SsdConfig<State, N, COUNT>::kThreads, SsdConfi
 #pragma unroll 1
   for (int base = 0; base < passes; base += kRing) {
     // kept as they are: computed again for every access they would take a sixth of the instructions
-    asm volatile("" : "+l"(state), "+l"(state_scale), "+l"(u_out), "+l"(own_info));
+    asm volatile("" : "+l"(state), "+l"(state_scale), "+l"(u_out));
 #pragma unroll
     for (int u = 0; u < kRing; ++u) {
       const int pass = base + u, at = pass * kPass + own;

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from timing import copies_needed, copy_bandwidth, launches_needed, replay
@@ -33,6 +34,7 @@ Row = dict[str, Any]
 BATCHES = (1, 16, 64, 128, 256)
 STATES = ("fp16", "int8")
 MOST_BYTES = 40 << 30
+STEPS = ("ssd_decode", "selective_decode", "conv_decode")
 
 
 class Model(NamedTuple):
@@ -113,26 +115,21 @@ def problems(model: Model, batch: int, state: str, rng: torch.Generator, device:
 def implementations(op: str, shape: dict[str, int]) -> dict[str, Callable[..., Any]]:
     """Every fused backend that serves the step, and the chain of ops."""
     setting = Setting("cuda", torch.float16, shape)
-    found: dict[str, Callable[..., Any]] = {
-        b.name: b for b in OPS[op].backends if b.why_not(setting) is None
-    }  # fmt: skip
+    found: dict[str, Callable[..., Any]] = {b.name: b for b in OPS[op].backends if b.why_not(setting) is None}
     return {**found, "chain": chained(op, setting)}
 
 
 def chained(op: str, setting: Setting) -> Callable[..., Any]:
     """The torch body of a step with each op in it replaced by the backend that a mixer binds for it."""
-    body = OPS[op].reference
-    scope = dict(vars(bodies))
-    scope |= {name: part.bind(setting) for name, part in scope.items() if isinstance(part, Op) and name not in STEPS}
-    made: dict[str, Callable[..., Any]] = {}
-    for function in (bodies.codes, bodies.conv_decode.reference, body):
-        copy = type(body)(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
-        copy.__kwdefaults__ = function.__kwdefaults__
-        scope[function.__name__] = made[function.__name__] = copy
-    return made[op]
+    parts = {
+        name: part.bind(setting) for name, part in vars(bodies).items() if isinstance(part, Op) and name not in STEPS
+    }  # fmt: skip
 
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with patch.multiple(bodies, **parts):
+            return OPS[op].reference(*args, **kwargs)
 
-STEPS = ("ssd_decode", "selective_decode", "conv_decode")
+    return run
 
 
 def copied(given: Problem) -> Problem:
