@@ -76,6 +76,28 @@ __device__ __forceinline__ void load_constant(uint32_t& v, const uint8_t* p, boo
 // 16 bytes of activations, through L2: L1 may hold what the buffer had before.
 __device__ __forceinline__ uint4 load_through_l2(const void* p) { return __ldcg(static_cast<const uint4*>(p)); }
 
+// Constants of the model, 4, 8 or 16 bytes. Not .nc: ptxas would move those behind the dependency wait.
+__device__ __forceinline__ uint32_t constant_word(const void* p) {
+  uint32_t v;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+
+__device__ __forceinline__ uint2 constant_pair(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
+__device__ __forceinline__ uint4 constant_quad(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+// The 32 bytes around p into L2, which a later write finds there: unlike a load, it may run ahead of one.
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // 16 bytes from global to shared memory, through L2 only; zeros when `inside` is false (p must be valid all the same).
 __device__ __forceinline__ void copy_async(void* shared, const void* p, bool inside) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));

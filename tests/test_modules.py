@@ -11,10 +11,11 @@ from quamba.modules.block import RecurrentBlock
 from quamba.modules.lowbit import LowBit
 from quamba.modules.state import RecurrentState
 from quamba.recipe import parse_recipe, stock_recipes
-from quamba_kernels import ops
+from quamba_kernels import OPS, Backend, ops
 from quamba_kernels.ops.state import load_state
 
 PAIRS = [(recipe, name) for recipe in stock_recipes() for name in OWN]
+FUSED = ("ssd_decode", "selective_decode", "conv_decode")
 IDS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(0))
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -102,6 +103,34 @@ def test_decode_keeps_its_memory(model) -> None:
     assert [(s.conv.data_ptr(), s.recurrent.data_ptr()) for s in states(out)] == pointers
     assert [s.bytes for s in states(out)] == sizes
     assert live[0] == live[1], f"live tensors after 2 and 8 tokens: {live}"
+
+
+@over_stock
+def test_a_fused_decode_step_equals_the_chain_of_ops(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUAMBA_BACKEND", "torch")
+    chained, calls = [run(model, IDS)], []
+    for t in range(4):
+        chained.append(run(model, IDS[:, t : t + 1], cache_params=chained[0].cache_params))
+    monkeypatch.delenv("QUAMBA_BACKEND")
+    for name, op in OPS.items():
+
+        def body(*args, op=op, **kwargs):
+            calls.append(op.name)
+            return op.reference(*args, **kwargs)
+
+        monkeypatch.setattr(op, "backends", [Backend("fused", body)] if name in FUSED else [])
+    for module in model.modules():
+        if isinstance(module, LowBit):
+            module.unbind()
+    fused = [run(model, IDS)]
+    assert not calls
+    for t in range(4):
+        fused.append(run(model, IDS[:, t : t + 1], cache_params=fused[0].cache_params))
+    blocks = sum(isinstance(module, RecurrentBlock) for module in model.modules())
+    assert len(calls) == 4 * blocks * len(set(calls))
+    assert all(torch.equal(a.logits, b.logits) for a, b in zip(fused, chained, strict=True))
+    for a, b in zip(states(fused[0]), states(chained[0]), strict=True):
+        assert torch.equal(a.conv, b.conv) and torch.equal(a.recurrent, b.recurrent)
 
 
 @over_stock

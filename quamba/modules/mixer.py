@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from quamba.models.spec import MixerSpec
+from quamba.models.spec import MixerSpec, OutSite
 from quamba.modules.conv import Conv
 from quamba.modules.linear import Linear
 from quamba.modules.lowbit import LowBit
@@ -15,7 +15,9 @@ from quamba.modules.site import Site
 from quamba.modules.state import HybridState, RecurrentState
 from quamba.recipe import Recipe
 from quamba.transforms.rotate import output_block
-from quamba_kernels import Setting, ops
+from quamba_kernels import Backend, Op, Setting, ops
+from quamba_kernels.ops import Activation
+from quamba_kernels.registry import forced_backend
 
 
 class Mixer(LowBit):
@@ -84,10 +86,36 @@ class Mixer(LowBit):
         setting = Setting(self._any_device().type, self.dtype, shape)
         self._conv, self._gate_output = ops.causal_conv1d.bind(setting), ops.gate_output.bind(setting)
         self._quantize_state = ops.quantize_state.bind(setting)
-        self._conv_in_scale = self.conv_input.per_channel()
+        self._conv_in_scale, self._z_scale = self.conv_input.per_channel(), self.gate.per_channel()
         parts = [self.sites[name].per_channel() for name in self.conv_channels]
         fused = all(p is not None for p in parts)
         self._conv_out_scale = torch.cat([p for p in parts if p is not None]) if fused else None
+
+    def _fused(self, op: Op) -> Backend | None:
+        """The backend of an op that decodes a token of the whole mixer; None where only the torch body would.
+
+        Then the mixer chains the ops that it has bound, as it does where a scale varies by token and so has no place
+        in the op, and where a backend is forced that does not know the op.
+        """
+        if forced_backend(op.name) not in (None, *(known.name for known in op.candidates)):
+            return None
+        shape = {**self.mixer_spec.sizes, "norm_groups": self.out.norm_groups, "block": self.block}
+        backend = op.bind(Setting(self._any_device().type, self.dtype, shape))
+        static = all(site.ready or not site.quantised for site in (self.conv_input, self.gate, *self.sites.values()))
+        return backend if backend.name != "torch" and static and self.out.gate is not None else None
+
+    def decodes(self, state: RecurrentState | None, tokens: int, mask: torch.Tensor | None) -> bool:
+        """Whether this call is one token of sequences under way, and nobody wants to see what lies in between."""
+        if state is None or tokens > 1 or mask is not None or not state.filled:
+            return False
+        sites = self.conv_input, self.gate, *self.sites.values(), self.linear(self.out.role).input
+        return not any(site.watched for site in sites)
+
+    @property
+    def out(self) -> OutSite:
+        """What stands before out_proj."""
+        assert self.mixer_spec.out is not None
+        return self.mixer_spec.out
 
     def linear(self, role: str) -> Linear:
         """The linear of that role."""
@@ -167,18 +195,27 @@ class Mixer(LowBit):
             return x
         return self.sites[name](x).data
 
+    def output_options(self) -> dict[str, Any]:
+        """What gate_output, and the ops that end in it, take beside their tensors."""
+        site = self.linear(self.out.role).input
+        return {"block": self.block, "out_scale": site.shared_scale, "per_token": site.per_token,
+                "out_dtype": self.dtype}  # fmt: skip
+
     def leave(self, y: torch.Tensor, z: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """Gate, norm, rotate and project y [B, T, I] back into the residual stream."""
         gate = self.gate(z)
-        out = self.mixer_spec.out
-        assert out is not None
-        out_proj = self.linear(out.role)
-        site = out_proj.input
         norm = getattr(self, "norm", None)
         u = self._gate_output(
             y, gate.data, None if norm is None else norm.weight, self.eps, z_scale=gate.scale,
-            norm_groups=out.norm_groups, block=self.block, out_scale=site.shared_scale,
-            per_token=site.per_token, out_dtype=self.dtype,
+            norm_groups=self.out.norm_groups, **self.output_options(),
         )  # fmt: skip
-        site.watch(u.data)
+        return self.project(u, residual)
+
+    def project(self, u: Activation, residual: torch.Tensor | None) -> torch.Tensor:
+        """out_proj of u [B, T, I], or of one token [B, I]."""
+        if u.data.dim() == 2:
+            by_token = u.scale is not None and u.scale.dim() == 2
+            u = Activation(u.data.unsqueeze(1), u.scale.unsqueeze(1) if u.scale is not None and by_token else u.scale)
+        out_proj = self.linear(self.out.role)
+        out_proj.input.watch(u.data)
         return out_proj(u, residual, out_dtype=self.dtype if residual is None else residual.dtype)

@@ -63,6 +63,14 @@ class SelectiveMixer(Mixer):
         sites = self.sites
         self._scales = {f"{name}_scale": sites[name].shared_scale for name in ("B", "C")}
         self._scales["x_scale"] = sites["x"].per_channel()
+        self._decode = self._fused(ops.selective_decode) if self._has_decode() else None
+        self._conv_decode = None if self._decode is None else ops.conv_decode.bind(setting)
+
+    def _has_decode(self) -> bool:
+        """Whether selective_decode can say what stands between this scan and out_proj: a gate, and B and C with a
+        scale each."""
+        shared = all(scale is None or scale.numel() == 1 for name, scale in self._scales.items() if name != "x_scale")
+        return shared and not self.out.norm_groups and self.out.norm_weight is None
 
     def forward(
         self,
@@ -79,15 +87,27 @@ class SelectiveMixer(Mixer):
         x, z = self.linear("in_proj")(hidden_states).chunk(2, -1)
         batch, tokens, _ = x.shape
         state = self.state_of(cache_params, batch, x.device)
-        x = self.convolve(x, state, attention_mask)
-        x = self.quantise_part("x", x)
+        decode = self._decode if self.decodes(state, tokens, attention_mask) else None
+        if decode is not None and self._conv_decode is not None and state is not None:
+            x = self._conv_decode(
+                x[:, 0], state.conv, self.conv1d.taps, self.conv1d.bias, in_scale=self._conv_in_scale,
+                weight_scale=self.conv1d.scale, out_scale=self._conv_out_scale, out_dtype=self.dtype,
+            ).unsqueeze(1)  # fmt: skip
+        else:
+            x = self.quantise_part("x", self.convolve(x, state, attention_mask))
         x_in = Activation(x, self.sites["x"].shared_scale) if x.dtype == torch.int8 else x
         rank, B, C = self.x_proj(x_in).split([s["R"], s["N"], s["N"]], -1)
         if self.norms:
             rank, B, C = (self.norms[name](part) for name, part in (("dt", rank), ("B", B), ("C", C)))
-        B, C = self.quantise_part("B", B), self.quantise_part("C", C)
         dt = self.dt_proj(rank.contiguous())
         A, D = self._rates
+        if decode is not None and state is not None:
+            u = decode(
+                z[:, 0], state.recurrent, state.scale, state.rng, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D,
+                z_scale=self._z_scale, **self._scales, **self.output_options(),
+            )  # fmt: skip
+            return self.project(u, residual)
+        B, C = self.quantise_part("B", B), self.quantise_part("C", C)
         if state is not None and tokens == 1 and state.filled:
             y = self._update(
                 state.recurrent, state.scale, state.rng, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, **self._scales

@@ -81,6 +81,11 @@ class Site(LowBit):
         return self.static and self.histogram is None
 
     @property
+    def watched(self) -> bool:
+        """Whether somebody wants to see what passes: statistics, or ``peek``."""
+        return self.histogram is not None or self.peek is not None
+
+    @property
     def shared_scale(self) -> torch.Tensor | None:
         """The scale as ops take it for a linear's input, [1] fp32; None when there is none."""
         return self.scale if self.ready else None

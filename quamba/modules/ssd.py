@@ -9,6 +9,7 @@ import torch
 from quamba.models.spec import MixerSpec
 from quamba.modules.lowbit import LowBit
 from quamba.modules.mixer import Mixer
+from quamba.modules.state import RecurrentState
 from quamba.recipe import Recipe
 from quamba_kernels import Setting, ops
 from quamba_kernels.ops import Activation
@@ -68,6 +69,7 @@ class SSDMixer(Mixer):
             "B_scale": self._group_scale("B"),
             "C_scale": self._group_scale("C"),
         }
+        self._decode = self._fused(ops.ssd_decode) if len({site.ready for site in self.sites.values()}) == 1 else None
 
     def _group_scale(self, name: str) -> torch.Tensor | None:
         scale = self.sites[name].per_channel()
@@ -87,8 +89,10 @@ class SSDMixer(Mixer):
         s = self.mixer_spec.sizes
         projected = self.linear("in_proj")(hidden_states)
         batch, tokens, _ = projected.shape
-        z, mixed, dt = projected.split([s["I"], sum(self.conv_channels.values()), s["H"]], -1)
         state = self.state_of(cache_params, batch, projected.device)
+        if self._decode is not None and state is not None and self.decodes(state, tokens, attention_mask):
+            return self.project(self.decode(projected[:, 0], state), residual)
+        z, mixed, dt = projected.split([s["I"], sum(self.conv_channels.values()), s["H"]], -1)
         mixed = self.convolve(mixed, state, attention_mask)
         parts = mixed.split(list(self.conv_channels.values()), -1)
         x, B, C = (self.quantise_part(name, part) for name, part in zip(self.conv_channels, parts, strict=True))
@@ -110,3 +114,16 @@ class SSDMixer(Mixer):
                 self._quantize_state(last, state.recurrent, state.scale, state.rng)
                 state.seen()
         return self.leave(y.reshape(batch, tokens, s["I"]), z, residual)
+
+    def decode(self, projected: torch.Tensor, state: RecurrentState) -> Activation:
+        """One token from in_proj's output [B, ...] to out_proj's input [B, I], in one op."""
+        assert self._decode is not None
+        A, D, dt_bias = self._rates
+        u: Activation = self._decode(
+            projected, state.conv, state.recurrent, state.scale, state.rng, self.conv1d.taps, self.conv1d.bias, A, D,
+            dt_bias, None if self.norm is None else self.norm.weight, self.eps, conv_in_scale=self._conv_in_scale,
+            conv_weight_scale=self.conv1d.scale, conv_out_scale=self._conv_out_scale, z_scale=self._z_scale,
+            dt_limit=self.mixer_spec.dt_limit, norm_groups=self.out.norm_groups, **self._scales,
+            **self.output_options(),
+        )  # fmt: skip
+        return u

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from quamba_kernels import ops
-from quamba_kernels.cuda import conv, linear, objects, rowwise, scan
+from quamba_kernels.cuda import conv, decode, linear, objects, rowwise, scan
 from quamba_kernels.cuda.library import library
 from quamba_kernels.cuda.toolchain import CannotBuild, of_device
 from quamba_kernels.ops import Activation
+from quamba_kernels.ops.ssd import NO_LIMIT
 from quamba_kernels.registry import Setting
 
 RANK = 10
@@ -131,3 +132,54 @@ def linear_w4a8(x, x_scale, weights, bias=None, residual=None, *, out_scale=None
 def linear_w4a16(x, weights, bias=None, residual=None, *, out_scale=None, out_dtype=torch.float32):
     """16-bit tensor cores; few rows expand the weights in registers, many in registers or scratch memory."""
     return torch.ops.quamba.linear_w4a16.default(x, *weights, bias, residual, out_scale, out_dtype)
+
+
+def _why_not_decode(setting: Setting) -> str | None:
+    return (decode.shape_why_not(setting.shape) if setting.device == "cuda" else None) or _why_not(setting)
+
+
+def _why_not_conv_decode(setting: Setting) -> str | None:
+    width = {k: v for k, v in setting.shape.items() if k == "W"}
+    return _why_not_decode(Setting(setting.device, setting.dtype, width))
+
+
+def _decoded(data: torch.Tensor, token_scale: torch.Tensor, out_scale: torch.Tensor | None) -> Activation:
+    return Activation(data, token_scale if token_scale.numel() else out_scale)
+
+
+@ops.conv_decode.backend("cuda", why_not=_why_not_conv_decode, rank=RANK)
+def conv_decode(
+    x, state, weight, bias=None, *, in_scale=None, weight_scale=None, out_scale=None, out_dtype=torch.float32
+):  # fmt: skip
+    """One kernel, a thread a channel."""
+    return torch.ops.quamba.conv_decode.default(
+        x, state, weight, bias, in_scale, weight_scale, out_scale, out_dtype
+    )  # fmt: skip
+
+
+@ops.ssd_decode.backend("cuda", why_not=_why_not_decode, rank=RANK)
+def ssd_decode(
+    projected, conv_state, state, state_scale, rng, conv_weight, conv_bias, A, D, dt_bias, norm_weight, eps, *,
+    conv_in_scale=None, conv_weight_scale=None, conv_out_scale=None, x_scale=None, B_scale=None, C_scale=None,
+    z_scale=None, dt_limit=NO_LIMIT, norm_groups=0, block=0, out_scale=None, per_token=False, out_dtype=torch.float32,
+):  # fmt: skip
+    """Two kernels: up to the gated output, and from there on what needs a whole token."""
+    data, scale = torch.ops.quamba.ssd_decode.default(
+        projected, conv_state, state, state_scale, rng, conv_weight, conv_bias, A, D, dt_bias, norm_weight, eps,
+        conv_in_scale, conv_weight_scale, conv_out_scale, x_scale, B_scale, C_scale, z_scale, *dt_limit, norm_groups,
+        block, out_scale, per_token, out_dtype,
+    )  # fmt: skip
+    return _decoded(data, scale, out_scale)
+
+
+@ops.selective_decode.backend("cuda", why_not=_why_not_decode, rank=RANK)
+def selective_decode(
+    z, state, state_scale, rng, x, dt, A, B, C, D, dt_bias=None, *, x_scale=None, B_scale=None, C_scale=None,
+    z_scale=None, block=0, out_scale=None, per_token=False, out_dtype=torch.float32,
+):  # fmt: skip
+    """Two kernels, as ssd_decode."""
+    data, scale = torch.ops.quamba.selective_decode.default(
+        z, state, state_scale, rng, x, dt, A, B, C, D, dt_bias, x_scale, B_scale, C_scale, z_scale, block, out_scale,
+        per_token, out_dtype,
+    )  # fmt: skip
+    return _decoded(data, scale, out_scale)

@@ -8,6 +8,7 @@ Every quantisation is symmetric, saturating, round half to even: value = scale *
 """
 
 from quamba_kernels.ops.conv import causal_conv1d
+from quamba_kernels.ops.decode import conv_decode, selective_decode, ssd_decode
 from quamba_kernels.ops.delta import delta_scan, delta_update
 from quamba_kernels.ops.dplr import dplr_scan, dplr_update
 from quamba_kernels.ops.elementwise import elementwise_scan, elementwise_update
@@ -19,8 +20,8 @@ from quamba_kernels.ops.ssd import ssd_scan, ssd_update
 from quamba_kernels.ops.state import quantize_state
 
 __all__ = [
-    "Activation", "causal_conv1d", "delta_scan", "delta_update", "dequantize", "dplr_scan", "dplr_update",
-    "elementwise_scan", "elementwise_update", "embedding", "gate_output", "gla_scan", "gla_update", "linear_w4a16",
-    "linear_w4a8", "linear_w8a8", "quantize", "quantize_state", "rms_norm", "rotate_input", "selective_scan",
-    "selective_update", "ssd_scan", "ssd_update",
+    "Activation", "causal_conv1d", "conv_decode", "delta_scan", "delta_update", "dequantize", "dplr_scan",
+    "dplr_update", "elementwise_scan", "elementwise_update", "embedding", "gate_output", "gla_scan", "gla_update",
+    "linear_w4a16", "linear_w4a8", "linear_w8a8", "quantize", "quantize_state", "rms_norm", "rotate_input",
+    "selective_decode", "selective_scan", "selective_update", "ssd_decode", "ssd_scan", "ssd_update",
 ]

@@ -1,0 +1,197 @@
+// The second kernel of a decode step: what needs a whole token. u [B, I] fp32, gated already -> norm within groups, gain,
+// Hadamard rotation, quantisation. One block a token, four or eight channels in four registers of a thread.
+//
+// More blocks shift the convolution's state of B and C, which the first kernel's blocks of a group share and only read,
+// and a thread advances the step of the stochastic rounding, which they all read: the boundary between the two kernels
+// is the barrier that this takes.
+#include "decode_finish.h"
+#include "decode_launch.cuh"
+#include "decode_state.cuh"
+#include "finish.cuh"
+
+namespace quamba::decode {
+
+constexpr int kRun = 32;  // channels that belong to one group of the norm
+constexpr int kMaxFinishThreads = 512, kMaxRows = 16384;
+
+struct FinishParams {
+  QuambaDecode q;
+  Rotation rotation;
+  int channels, shared_channels;  // I; channels of the convolution's state that are shifted here
+};
+
+template <int QUADS, int MAX_BASE>
+__global__ void __launch_bounds__(kMaxFinishThreads) decode_finish(const __grid_constant__ FinishParams p) {
+  extern __shared__ __align__(16) char shared[];
+  const QuambaDecode& q = p.q;
+  launch_dependents();
+  const int inner = p.channels, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+
+  if (blockIdx.x >= q.batch) {
+    wait_for_previous_kernel();
+    const int stride = (gridDim.x - q.batch) * blockDim.x, half = p.shared_channels / 2;
+    for (int i = (blockIdx.x - q.batch) * blockDim.x + threadIdx.x; i < q.batch * p.shared_channels; i += stride) {
+      const int batch = i / p.shared_channels, c = i - batch * p.shared_channels;
+      const void* input = c < half ? q.B : q.C;
+      const float in_scale = constant(q.conv_in_scale, q.conv_in_count > 1 ? inner + c : 0, 1.f);
+      const Window v = window_of<false>(q, batch, inner + c, input, batch * q.bc_stride + (c < half ? c : c - half));
+      shift<false>(q, in_scale, v);
+    }
+    return;
+  }
+
+  float* const row = reinterpret_cast<float*>(shared);
+  float* const runs = row + padded(inner);  // sums of squares of kRun channels
+  float* const groups = runs + inner / kRun;
+  float* const peaks = groups + (q.norm_groups + 3) / 4 * 4;
+
+  uint4 gain[QUADS];  // as they lie
+  const float out_scale = constant(q.out_scale, 0, 1.f);
+#pragma unroll
+  for (int i = 0; i < QUADS; ++i) gain[i] = make_uint4(0, 0, 0, 0);
+  // the type is asked for once, so that no load waits for another that might have filled the same registers
+  if (q.norm_weight && q.norm_weight_type == QUAMBA_F32) {
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i) {
+      const int at = i * blockDim.x + threadIdx.x;
+      if (at * 4 < inner) gain[i] = constant_quad(static_cast<const uint4*>(q.norm_weight) + at);
+    }
+  } else if (q.norm_weight) {
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i) {
+      const int at = i * blockDim.x + threadIdx.x;
+      if (at * 4 >= inner) continue;
+      const uint2 two = constant_pair(static_cast<const uint2*>(q.norm_weight) + at);
+      gain[i].x = two.x, gain[i].y = two.y;
+    }
+  }
+
+  wait_for_previous_kernel();
+  const long long start = static_cast<long long>(blockIdx.x) * inner;
+  const float4* const u = reinterpret_cast<const float4*>(static_cast<const float*>(q.workspace) + start);
+  float v[QUADS][4];
+#pragma unroll
+  for (int i = 0; i < QUADS; ++i) {
+    const int at = i * blockDim.x + threadIdx.x;
+    const float4 four = at * 4 < inner ? __ldcg(u + at) : make_float4(0.f, 0.f, 0.f, 0.f);
+    v[i][0] = four.x, v[i][1] = four.y, v[i][2] = four.z, v[i][3] = four.w;
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0 && q.rng) q.rng[1] = __ldcg(q.rng + 1) + 1;
+
+  if (q.norm_groups) {
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i) {
+      const int at = (i * blockDim.x + threadIdx.x) * 4;
+      const float sum = sum_lanes<kRun / 4>(v[i][0] * v[i][0] + v[i][1] * v[i][1] + v[i][2] * v[i][2] +
+                                            v[i][3] * v[i][3]);
+      if (at < inner && lane % (kRun / 4) == 0) runs[at / kRun] = sum;
+    }
+    __syncthreads();
+    const int group_runs = inner / q.norm_groups / kRun;
+    for (int g = warp; g < q.norm_groups; g += warps) {
+      float sum = 0.f;
+      for (int i = lane; i < group_runs; i += 32) sum += runs[g * group_runs + i];
+      sum = sum_lanes<32>(sum);
+      if (lane == 0) groups[g] = rsqrtf(sum / static_cast<float>(group_runs * kRun) + q.eps);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i) {
+      const int at = (i * blockDim.x + threadIdx.x) * 4;
+      const float inverse = at < inner ? groups[at / (group_runs * kRun)] : 0.f;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) v[i][j] *= inverse;
+    }
+  }
+  if (q.norm_weight) {
+    const int type = q.norm_weight_type;
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i) {
+      const bool wide = type == QUAMBA_F32;
+      v[i][0] *= to_float(gain[i].x, type), v[i][1] *= to_float(wide ? gain[i].y : gain[i].x >> 16, type);
+      v[i][2] *= to_float(wide ? gain[i].z : gain[i].y, type), v[i][3] *= to_float(wide ? gain[i].w : gain[i].y >> 16, type);
+    }
+  }
+
+  if (p.rotation.base) {
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i) {
+      const int at = (i * blockDim.x + threadIdx.x) * 4;
+      if (at < inner)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) row[padded(at) + j] = v[i][j];
+    }
+    __syncthreads();
+    rotate<MAX_BASE>(row, inner, p.rotation);
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i) {
+      const int at = (i * blockDim.x + threadIdx.x) * 4;
+      if (at < inner)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) v[i][j] = row[padded(at) + j] * p.rotation.gain;
+    }
+  }
+
+  float scale = out_scale;
+  if (q.token_scale) {
+    float peak = 0.f;
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) peak = fmaxf(peak, fabsf(v[i][j]));
+    peak = max_lanes<32>(peak);
+    if (lane == 0) peaks[warp] = peak;
+    __syncthreads();
+    peak = peaks[0];
+    for (int w = 1; w < warps; ++w) peak = fmaxf(peak, peaks[w]);
+    scale = peak > 0.f ? __fdiv_rn(peak, 127.f) : 1.f;
+    if (threadIdx.x == 0) q.token_scale[blockIdx.x] = scale;
+  }
+
+  const float inverse = __frcp_rn(scale);
+#pragma unroll
+  for (int i = 0; i < QUADS; ++i) {
+    const int quad = i * blockDim.x + threadIdx.x;
+    if (quad * 4 >= inner) continue;
+    const long long at = start / 4 + quad;
+    if (q.out_scale || q.token_scale) {
+      unsigned code[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) code[j] = to_code(v[i][j], scale, inverse);
+      static_cast<unsigned*>(q.out)[at] =
+          __byte_perm(__byte_perm(code[0], code[1], 0x0040), __byte_perm(code[2], code[3], 0x0040), 0x5410);
+    } else if (q.out_type == QUAMBA_F32) {
+      static_cast<float4*>(q.out)[at] = make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
+    } else {
+      const bool half = q.out_type == QUAMBA_F16;
+      static_cast<uint2*>(q.out)[at] =
+          make_uint2(pack_pair(v[i][0], v[i][1], half), pack_pair(v[i][2], v[i][3], half));
+    }
+  }
+}
+
+bool can_finish(const QuambaDecode& q, Rotation& rotation) {
+  const int inner = q.H * q.P, groups = q.norm_groups;
+  for (const void* p : {static_cast<const void*>(q.state), static_cast<const void*>(q.workspace), q.conv_weight,
+                        q.norm_weight, static_cast<const void*>(q.out)})
+    if (reinterpret_cast<uintptr_t>(p) % 16) return false;
+  return q.batch > 0 && inner % kRun == 0 && inner <= kMaxRows && groups >= 0 &&
+         (!groups || inner % (groups * kRun) == 0) && make_rotation(q.block, rotation) &&
+         (!rotation.base || inner % q.block == 0) && q.workspace_bytes >= 4ll * q.batch * inner;
+}
+
+cudaError_t launch_finish(const QuambaDecode& q, const Rotation& rotation, int shared_channels, void* stream) {
+  const int inner = q.H * q.P, quads = inner > 16 * kMaxFinishThreads ? 8 : 4;
+  int threads = (inner / 4 / quads + 31) / 32 * 32;
+  threads = threads < 128 ? 128 : threads > kMaxFinishThreads ? kMaxFinishThreads : threads;
+  const long long shifts = (static_cast<long long>(q.batch) * shared_channels + threads - 1) / threads;
+  const int shifters = static_cast<int>(shifts < 64 ? shifts : 64);
+  const int bytes = 4 * (padded(inner) + inner / kRun + (q.norm_groups + 3) / 4 * 4 + threads / 32);
+  const FinishParams params{q, rotation, inner, shared_channels};
+  const dim3 grid(q.batch + shifters);
+  const auto kernel = rotation.base <= 20 ? (quads == 4 ? decode_finish<4, 20> : decode_finish<8, 20>)
+                                          : (quads == 4 ? decode_finish<4, 36> : decode_finish<8, 36>);
+  return launch(kernel, params, grid, threads, bytes, stream);
+}
+
+}  // namespace quamba::decode
