@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/quamba demo
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
