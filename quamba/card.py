@@ -18,6 +18,7 @@ def files(checkpoint: Checkpoint, recipe: Recipe, tokens: torch.Tensor) -> dict[
     """Name -> text of everything in the directory that is not a tensor. tokens [samples, T] were calibrated on."""
     tokenizer = checkpoint.tokenizer()
     config = config_of(checkpoint)
+    config |= dict(checkpoint.architecture.settings)
     config["tie_word_embeddings"] = False  # the last norm's gain lives in the head, so the two tables differ
     config["quantization_config"] = {
         "quant_method": "quamba",

@@ -11,7 +11,7 @@ import torch
 from quamba.errors import UserError
 from quamba.sampling import Sampler
 
-CACHE_NAMES = ("cache_params", "past_key_values")
+CACHE_NAMES = ("cache_params", "past_key_values", "state")
 """The name under which a model returns its cache is the name under which it takes it back."""
 EAGER_STEPS = 3
 """The first step fills the cache, the second binds the decode operators, the third lets libraries settle."""

@@ -75,8 +75,9 @@ def test_every_parameter_is_described(name: str, i: int, build) -> None:
         known |= {f"{block.path}.{path}.weight" for path in block.norms} | {f"{block.path}.{p}" for p in block.params}
         for sub in block.sublayers:
             known |= {f"{block.path}.{sub.mixer.name(p.path)}" for p in sub.mixer.params}
-    biases = {name for name in set(model.state_dict()) - known if name.endswith("norm.bias")}
-    assert known | biases == set(model.state_dict())
+        known |= {f"{block.path}.{path}.bias" for path, sub in block.norms.items() if sub.norm_kind == "layer"}
+    known |= {f"{spec.final_norm}.bias"} if spec.final_norm_kind == "layer" else set()
+    assert known == set(model.state_dict())
 
 
 @pytest.mark.parametrize("name, i, block, sub", SUBLAYERS)

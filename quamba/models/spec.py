@@ -215,13 +215,15 @@ class ModelSpec:
 class Architecture:
     """One file in quamba.models. describe reads a config strictly; tiny is a config that the tests build.
 
-    renames: (old, new) substrings of tensor names found in older checkpoints of the same architecture.
+    renames: (old, new) substrings of tensor names found in older checkpoints of the same architecture. settings: config
+    values of every quantised model, where transformers' code of another value would write into weights.
     """
 
     model_type: str
     describe: Callable[[Any], ModelSpec]
     tiny: tuple[dict[str, Any], ...]
     renames: tuple[tuple[str, str], ...] = field(default=())
+    settings: tuple[tuple[str, Any], ...] = field(default=())
 
 
 def require(config: Any, name: str, *allowed: Any) -> None:
