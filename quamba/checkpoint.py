@@ -87,11 +87,11 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor in the checkpoint's type. A tied head is the embedding.
 
-        Raises UserError when it is missing, no float, or holds NaN or Inf.
+        Raises UserError when it is missing, holds NaN or Inf, or is no float in an original.
         """
         key = self._key(name)
         tensor = self._read(key) if self._conversion is None else self._conversion.tensor(key, self._read)
-        if tensor.dtype not in FLOATS:
+        if not self.quantised and tensor.dtype not in FLOATS:
             raise UserError(f"tensor {name!r} of {self.path} is {tensor.dtype}; expected a float of 16, 32 or 64 bits")
         if not torch.isfinite(tensor).all():
             raise UserError(f"tensor {name!r} of {self.path} holds NaN or Inf")

@@ -115,7 +115,7 @@ class Decoder:
     @property
     def static(self) -> bool:
         """Whether the cache stays in place from token to token, as a graph needs it."""
-        return all(cache.is_compileable for cache in self.cache.values())
+        return all(getattr(cache, "is_compileable", False) for cache in self.cache.values())
 
     def _positions(self, ids: torch.Tensor, steps: torch.Tensor | None) -> torch.Tensor:
         """Positions [B, T] of these tokens; that of the next is kept, in place."""

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig
 
 import quamba
-from architectures import HOSTED, OWN
+from architectures import OWN, PLAIN
 from quamba import generation
 from quamba.bench import materialise
 from quamba.decoding import Captured, Continuation, Decoder
@@ -85,7 +85,7 @@ def test_a_cache_that_grows_is_never_captured(quantised, prompts, graphs, monkey
     assert not graphs
 
 
-@pytest.mark.parametrize("model_type", HOSTED)
+@pytest.mark.parametrize("model_type", PLAIN)
 def test_a_cache_that_grows_gives_the_tokens_of_transformers_again_and_again(model_type, prompts, graphs):
     config = AutoConfig.for_model(model_type, **ARCHITECTURES[model_type].tiny[0])
     model = materialise.build(config, load_recipe("w4a16"), torch.float32, torch.device("cpu"))

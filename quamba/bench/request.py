@@ -68,13 +68,15 @@ class TransformersRequest(Request):
 
     @property
     def state_bytes(self) -> int:
-        layers = [layer for cache in self.text.decoder.cache.values() for layer in cache.layers]
-        return sum(_bytes(layer) for layer in layers) // len(self.ids)
+        caches = self.text.decoder.cache.values()
+        held = [part for cache in caches for part in getattr(cache, "layers", [cache])]
+        return sum(_bytes(part) for part in held) // len(self.ids)
 
 
 def _bytes(layer: Any) -> int:
-    """Of a layer of transformers' cache: states, keys and values; ours knows its scales."""
+    """Of a layer of transformers' cache, or of a cache without layers; ours knows its scales."""
     if hasattr(layer, "bytes"):
         return int(layer.bytes)
-    held = [leaf for leaf in tree_leaves(list(vars(layer).values())) if isinstance(leaf, torch.Tensor)]
+    parts = list(vars(layer).values()) if hasattr(layer, "__dict__") else layer
+    held = [leaf for leaf in tree_leaves(parts) if isinstance(leaf, torch.Tensor)]
     return sum(t.numel() * t.element_size() for t in held)

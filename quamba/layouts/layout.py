@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quamba.errors import UserError
 
@@ -51,6 +50,9 @@ def made(kind: Callable[..., Any], origin: Path, **values: Any) -> Any:
 
     Raises UserError for values that the config refuses.
     """
+    # not at the top: while transformers is being imported this module already is, and its models are not there yet
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     try:
         config = kind(**values, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     except (ValueError, TypeError, StrictDataclassError) as error:
