@@ -58,7 +58,9 @@ def describe(config: Any) -> ModelSpec:
         "temporal_block", width, heads, config.num_key_value_heads, config.head_dim, rope=True,
         bias=config.attention_bias, out_bias=True,
     )  # fmt: skip
-    kinds = {"linear_attention": _recurrent(config), "sliding_attention": local}
+    recurrent = _recurrent(config)
+    # Both spellings of the kinds: transformers renamed them between 5.17 and 5.23.
+    kinds = {"linear_attention": recurrent, "recurrent": recurrent, "sliding_attention": local, "attention": local}
     dense = mlp("mlp_block", width, config.intermediate_size // 2, bias=True)
     after = Sublayer("channel_pre_norm", dense, gain_offset=1)
     blocks = tuple(
