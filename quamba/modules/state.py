@@ -68,7 +68,7 @@ class RecurrentState(LinearAttentionLayer):
     def reset(self) -> None:
         super().reset()
         if self.rng is not None:
-            self.rng[1] = 0
+            self.rng[1:].zero_()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
