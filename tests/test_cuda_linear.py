@@ -11,7 +11,7 @@ import torch
 from quamba_kernels import OPS
 from quamba_kernels.cuda import build as building
 from quamba_kernels.cuda import library as loading
-from quamba_kernels.cuda import linear
+from quamba_kernels.cuda import linear, stream
 from quamba_kernels.cuda.library import Library
 from quamba_kernels.cuda.toolchain import CannotBuild
 from quamba_kernels.testing import TOLERANCE, Case, cases, disagreement
@@ -19,7 +19,7 @@ from quamba_kernels.testing import TOLERANCE, Case, cases, disagreement
 KERNELS = r"""
 #include <stdint.h>
 #include <string.h>
-#include "linear.h"
+#include "linear_stream.h"
 #define TEXT(t) #t
 #define EXPANDED(m) TEXT(m)
 const char* quamba_identity(void) { return EXPANDED(QUAMBA_IDENTITY); }
@@ -69,6 +69,14 @@ LINEAR(quamba_linear_w4a8_skinny, 1)
 LINEAR(quamba_linear_w4a16_skinny, 1)
 LINEAR(quamba_linear_w4a8_gemm, 1)
 LINEAR(quamba_linear_w4a16_gemm, 1)
+#define STREAM(name, packed) \
+  int name(const QuambaStream* a, void* s) { \
+    last = #name; \
+    return a->prologue ? QUAMBA_UNSUPPORTED : run(&a->linear, packed); \
+  }
+STREAM(quamba_linear_w8a8_stream, 0)
+STREAM(quamba_linear_w4a8_stream, 1)
+STREAM(quamba_linear_w4a16_stream, 1)
 long long quamba_linear_w8a8_gemm_workspace(const QuambaLinear* a) { return 4 * a->O; }
 int quamba_linear_w8a8_gemm(const QuambaLinear* a, void* s) {
   last = "quamba_linear_w8a8_gemm";
@@ -99,7 +107,8 @@ def kernels(fake_nvcc, monkeypatch: pytest.MonkeyPatch):
     """arch -> the library of the kernels above, which the ops then use for tensors on the CPU."""
     csrc = fake_nvcc / "csrc"
     csrc.mkdir()
-    shutil.copy(building.CSRC / "linear.h", csrc)
+    for header in ("linear.h", "linear_stream.h"):
+        shutil.copy(building.CSRC / header, csrc)
     others = [name for name in building.KERNELS if name not in KERNELS]
     stubs = [f"int {name}(const void* a, void* s) {{ return QUAMBA_UNSUPPORTED; }}" for name in others]
     (csrc / "kernels.cu").write_text("\n".join([KERNELS, *stubs]))
@@ -149,12 +158,25 @@ def test_arguments_reach_the_kernels(
     for constant in ("W8A8_SKINNY_ROWS", "W4A8_SKINNY_ROWS", "W4A16_SKINNY_ROWS"):
         monkeypatch.setattr(linear, constant, rows)
     monkeypatch.setattr(linear, "W4A8_GEMM_O", 0)
+    monkeypatch.setattr(stream, "ROWS", 0)
     assert served(name)
     for case in served(name):
         want = OPS[name].reference(*case.args, **case.kwargs)
         assert disagreement([call(name, case)], [want], TOLERANCE[name][case.dtype]) is None, case.label
         gemm = f"quamba_{name}_gemm" if arch == "sm_90a" else "quamba_linear_w8a8_gemm"
         assert last(library) == (f"quamba_{name}_skinny" if rows else gemm)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_few_tokens_stream_on_hopper(kernels, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = kernels("sm_90a")
+    chosen = []
+    for case in served(name):
+        want = OPS[name].reference(*case.args, **case.kwargs)
+        assert disagreement([call(name, case)], [want], TOLERANCE[name][case.dtype]) is None, case.label
+        chosen.append((case.args[0].numel() // case.args[0].shape[-1], last(library).endswith("_stream")))
+    assert any(streams for _, streams in chosen)
+    assert all(rows <= stream.ROWS for rows, streams in chosen if streams)
 
 
 def test_w4a16_is_expanded_where_there_is_no_kernel(kernels, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,3 +64,22 @@ def _linear(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[Cas
             if int8 or dtype == F32:  # sums of bf16 products are off by more than a code
                 out = {"out_scale": _scale(rng, outputs)}
                 yield Case(f"int8 out {label}", (x, *scale, weights), out, shape, dtype, at)
+
+
+@_for("norm_linear")
+def _norm_linear(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[Case]:
+    for rows, features, outputs in ((1, 256, 48), (2, 640, 16), (3, 384, 24)):
+        for linear in ("linear_w8a8", "linear_w4a8", "linear_w4a16"):
+            if linear == "linear_w4a16" and dtype == F32:
+                continue  # what it multiplies has 16 bits
+            *_, (size, weights) = _low_bit(linear, rng, features, outputs)
+            x = _normal(rng, rows, features, dtype=F32 if rows == 2 else dtype)
+            gain = _normal(rng, features, dtype=dtype) if rows % 2 else None
+            into: dict[str, Any] = {"in_dtype": dtype}
+            if linear != "linear_w4a16":
+                into |= {"per_token": True} if rows == 2 else {"in_scale": torch.tensor([0.02])}
+            residual = _normal(rng, rows, outputs) if rows != 3 else None
+            options = {"linear": linear, "out_dtype": dtype, **into}
+            label = f"{linear} {rows} rows K={features} O={outputs} S={size} {dtype}"
+            shape = {"K": features, "O": outputs, "S": size}
+            yield Case(label, (x, gain, 1e-5, weights, None, residual), options, shape, dtype, 3)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from quamba.recipe import LinearSpec
-from quamba_kernels import Backend, Op, Setting
+from quamba_kernels import Backend, Op, Setting, ops
+from quamba_kernels.registry import forced_backend
 
 Tensors = dict[str, torch.Tensor]
 
@@ -94,6 +95,20 @@ class Format(ABC):
         """The backend for this linear on this device."""
         size = group_size(spec.group_size, features)
         return self.op.bind(Setting(device, dtype, {"K": features, "O": outputs, "S": size}))
+
+
+    def bind_norm(
+        self, device: str, dtype: torch.dtype, features: int, outputs: int, spec: LinearSpec
+    ) -> Backend | None:
+        """The backend that runs it together with the norm before it, over weights as this op's own backend has them;
+        None where only the torch body would, and where a backend is forced that does not know both."""
+        size = group_size(spec.group_size, features)
+        setting = Setting(device, dtype, {"K": features, "O": outputs, "S": size})
+        forced = forced_backend(ops.norm_linear.name)
+        if not self.has_grid or forced not in (None, *(known.name for known in ops.norm_linear.candidates)):
+            return None
+        backend = ops.norm_linear.bind(setting)
+        return backend if backend.name == self.op.bind(setting).name != "torch" else None
 
 
 def clip_search(

@@ -58,8 +58,7 @@ class RecurrentBlock(nn.Module):
     ) -> torch.Tensor:
         """One sublayer: hidden [B, T, D] + mixer(norm(hidden))."""
         mixer, norm = self.part(sub), getattr(self, str(sub.norm))
-        site = mixer.linear(sub.mixer.projs[0].role).input
-        return mixer(norm.into(hidden, site), cache, mask, hidden)
+        return mixer(norm.before(hidden, mixer.linear(sub.mixer.projs[0].role)), cache, mask, hidden)
 
     def part(self, sub: Sublayer) -> Mixer:
         """The mixer of a sublayer."""

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from quamba import formats
 from quamba.modules.lowbit import LowBit
+from quamba.modules.norm import Pending
 from quamba.modules.site import Site
 from quamba.quantizers import Hessian, gptq, rtn
 from quamba.recipe import ActivationSpec, LinearSpec
@@ -67,11 +68,14 @@ class Linear(LowBit):
 
     def forward(
         self,
-        x: torch.Tensor | Activation,
+        x: torch.Tensor | Activation | Pending,
         residual: torch.Tensor | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """x [..., K] floats, or codes with their scale -> [..., O] in ``out_dtype`` (default: the activations')."""
+        """x [..., K] floats, codes with their scale, or floats before their norm -> [..., O] in ``out_dtype`` (default:
+        the activations')."""
+        if isinstance(x, Pending):
+            return self._normalised(x, residual, out_dtype or self.dtype)
         seen: Activation = x if isinstance(x, Activation) else self.input(x)
         if self.capture is not None:
             self.capture(seen)
@@ -85,9 +89,31 @@ class Linear(LowBit):
         data = seen.data if seen.scale is None else dequantize(*seen).to(self.dtype)
         return self._backend(data, self._weights, self.bias, residual, out_dtype=out_dtype)
 
+    @property
+    def normalises(self) -> bool:
+        """Whether this linear takes what stands before its norm: a backend does both, and nobody looks at the input."""
+        if self.held is not None or self.capture is not None or self.input.watched or self.input.block:
+            return False
+        if self.input.static and not self.input.ready:
+            return False
+        self.bind()
+        return self._norm_linear is not None
+
+    def _normalised(self, x: Pending, residual: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+        assert self._norm_linear is not None
+        weight = None if x.norm.folded else x.norm.weight
+        coded = self.format.int8_input
+        y: torch.Tensor = self._norm_linear(
+            x.x, weight, x.norm.eps, self._weights, self.bias, residual, linear=self.format.op.name,
+            in_scale=self.input.shared_scale if coded else None, per_token=coded and self.input.per_token,
+            in_dtype=self.dtype, out_dtype=out_dtype,
+        )  # fmt: skip
+        return y
+
     def _bind(self) -> None:
         device = self._any_device().type
         self._backend = self.format.bind(device, self.dtype, self.features, self.outputs, self.spec)
+        self._norm_linear = self.format.bind_norm(device, self.dtype, self.features, self.outputs, self.spec)
         stored: dict[str, torch.Tensor] = {name: getattr(self, name) for name in self.names}
         self._weights = self._backend.prepack(tuple(stored.values()))
         for name, tensor in stored.items():
@@ -102,7 +128,7 @@ class Linear(LowBit):
         for name, tensor in zip(self.names, self._backend.unpack(self._weights), strict=True):
             if name != "weight":
                 self._buffers[name] = tensor
-        del self._weights, self._backend
+        del self._weights, self._backend, self._norm_linear
 
     def hold(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Run in floats with this weight [O, K] and bias [O] until ``quantise``."""

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 
 from quamba.modules.lowbit import LowBit
 from quamba.modules.site import Site
 from quamba_kernels import Setting, ops
 from quamba_kernels.ops import Activation
+
+if TYPE_CHECKING:
+    from quamba.modules.linear import Linear
+
+
+class Pending(NamedTuple):
+    """The input of a linear that normalises x [..., D] itself; ``norm`` gives the result where it must be seen."""
+
+    x: torch.Tensor
+    norm: Norm
 
 
 class Norm(LowBit):
@@ -49,6 +61,10 @@ class Norm(LowBit):
         )
         site.watch(out.data)
         return out
+
+    def before(self, x: torch.Tensor, linear: Linear) -> Activation | Pending:
+        """x [..., D] float as the input of a linear, left to the linear where a backend does both at once."""
+        return Pending(x, self) if linear.normalises else self.into(x, linear.input)
 
     def _bind(self) -> None:
         self._rms_norm = ops.rms_norm.bind(Setting(self._any_device().type, self.dtype))

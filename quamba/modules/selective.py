@@ -9,7 +9,7 @@ import torch
 from quamba.errors import UserError
 from quamba.models.spec import MixerSpec
 from quamba.modules.mixer import Mixer
-from quamba.modules.norm import Norm
+from quamba.modules.norm import Norm, Pending
 from quamba.recipe import Recipe
 from quamba_kernels import Setting, ops
 from quamba_kernels.ops import Activation
@@ -74,7 +74,7 @@ class SelectiveMixer(Mixer):
 
     def forward(
         self,
-        hidden_states: torch.Tensor | Activation,
+        hidden_states: torch.Tensor | Activation | Pending,
         cache_params: Any = None,
         attention_mask: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,

@@ -9,6 +9,7 @@ import torch
 from quamba.models.spec import MixerSpec
 from quamba.modules.lowbit import LowBit
 from quamba.modules.mixer import Mixer
+from quamba.modules.norm import Pending
 from quamba.modules.state import RecurrentState
 from quamba.recipe import Recipe
 from quamba_kernels import Setting, ops
@@ -77,7 +78,7 @@ class SSDMixer(Mixer):
 
     def forward(
         self,
-        hidden_states: torch.Tensor | Activation,
+        hidden_states: torch.Tensor | Activation | Pending,
         cache_params: Any = None,
         attention_mask: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,

@@ -134,6 +134,18 @@ def linear_w4a16(x, weights, bias=None, residual=None, *, out_scale=None, out_dt
     return torch.ops.quamba.linear_w4a16.default(x, *weights, bias, residual, out_scale, out_dtype)
 
 
+@ops.norm_linear.backend("cuda", why_not=_why_not, rank=RANK, prepack=load)
+def norm_linear(
+    x, norm_weight, eps, weights, bias=None, residual=None, *, linear, in_scale=None, per_token=False,
+    in_dtype=torch.float32, out_dtype=torch.float32,
+):  # fmt: skip
+    """A token or two: every block of the linear makes its input, so that no kernel stands between; else two kernels."""
+    w, multiplier, scale = weights if len(weights) == 3 else (weights[0], None, weights[1])
+    return torch.ops.quamba.norm_linear.default(
+        x, norm_weight, eps, w, multiplier, scale, bias, residual, in_scale, per_token, in_dtype, out_dtype
+    )
+
+
 def _why_not_decode(setting: Setting) -> str | None:
     return (decode.shape_why_not(setting.shape) if setting.device == "cuda" else None) or _why_not(setting)
 

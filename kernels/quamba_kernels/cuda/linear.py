@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quamba_kernels.cuda import stream
 from quamba_kernels.cuda.library import DTYPES, QuambaLinear, library
+from quamba_kernels.cuda.stream import QuambaStream
 from quamba_kernels.ops.linear import NIBBLES, finish
 
 W8A8_SKINNY_ROWS = 32
@@ -63,7 +65,10 @@ def _check(
 
 
 class Problem:
-    """One call of a linear: its checked arguments as the struct that the kernels take."""
+    """One call of a linear: its checked arguments as the struct that the kernels take.
+
+    raw: x is the floats of which a kernel makes the linear's input itself.
+    """
 
     def __init__(
         self,
@@ -76,10 +81,12 @@ class Problem:
         residual: Tensor | None,
         out_scale: Tensor | None,
         out_dtype: torch.dtype,
+        raw: bool = False,
     ) -> None:
         K, O, device = x.shape[-1], w.shape[0], x.device  # noqa: E741
         M = x.numel() // max(K, 1)
-        grouped = w_scale if x_scale is None else w_multiplier
+        integers = x_scale is not None or w_multiplier is not None or w.dtype == torch.int8
+        grouped = w_multiplier if integers else w_scale
         groups = 1 if grouped is None else grouped.shape[-1]
         if not groups or K % groups:
             raise ValueError(f"the scales of {groups} groups do not divide K={K}")
@@ -89,6 +96,7 @@ class Problem:
         if out_dtype not in FLOATS:
             raise TypeError(f"out_dtype has to be one of {FLOATS}, got {out_dtype}; out_scale gives an int8 result")
         self.device, self.shape = device, (*x.shape[:-1], O)
+        self.sizes = 8 if w.dtype == torch.int8 else 4, 1 if integers else 2  # bits of a weight, bytes of the input's
         self.dtype = out_dtype if out_scale is None else torch.int8
         # what the struct points at has to outlive it
         self.x = x = _tidy(x)
@@ -97,7 +105,7 @@ class Problem:
 
         int8, fp32 = (torch.int8,), (torch.float32,)
         self.linear = a = QuambaLinear(M=M, O=O, K=K, S=S, y_dtype=DTYPES[self.dtype])
-        a.x = _check("x", x, device, HALVES if x_scale is None else int8, x.shape)
+        a.x = _check("x", x, device, FLOATS if raw else int8 if integers else HALVES, x.shape)
         a.x_dtype = DTYPES[x.dtype]
         if x_scale is not None:
             if x_scale.device != device or x_scale.dtype != torch.float32 or x_scale.numel() not in (1, M):
@@ -112,10 +120,10 @@ class Problem:
             a.w = _check("w", w, device, (torch.int32,), (O, K // NIBBLES))
         if w_multiplier is not None:
             a.w_multiplier = _check("w_multiplier", w_multiplier, device, int8, (O, K // S))
-        if x_scale is None:
-            a.w_scale = _check("w_scale", w_scale, device, (torch.float16,), (O, K // S))
-        else:
+        if integers:
             a.w_scale = _check("w_scale", w_scale, device, fp32, (O,))
+        else:
+            a.w_scale = _check("w_scale", w_scale, device, (torch.float16,), (O, K // S))
         if bias is not None:
             a.bias, a.bias_dtype = _check("bias", bias, device, FLOATS, (O,)), DTYPES[bias.dtype]
         if residual is not None:
@@ -137,12 +145,20 @@ class Problem:
         rows = self.linear.M
         return rows <= limit
 
-    def run(self, kernel: str) -> Tensor:
-        """y, from a kernel that does the whole linear."""
+    @property
+    def streams(self) -> bool:
+        """Whether Hopper's kernel for a few tokens of a decode step takes it."""
+        return stream.serves(self.linear, *self.sizes) and self.hopper
+
+    def run(self, kernel: str, whole: QuambaStream | None = None) -> Tensor:
+        """y, from a kernel that does the whole linear; ``whole``: the struct around the linear's that it takes."""
         y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         if self.linear.M:
             self.linear.y = y.data_ptr()
-            self._call(kernel, self.linear)
+            if kernel.endswith("_stream"):
+                whole = whole or QuambaStream()
+                whole.linear = self.linear
+            self._call(kernel, whole or self.linear)
         return y
 
     def expand(self, kernel: str, dtype: torch.dtype) -> Tensor:
@@ -153,13 +169,15 @@ class Problem:
         self._call(kernel, a)
         return weight
 
-    def _call(self, kernel: str, linear: QuambaLinear) -> None:
+    def _call(self, kernel: str, linear: QuambaLinear | QuambaStream) -> None:
         with torch.cuda.device(self.device):
             library(self.device.index).call(kernel, linear, self.device)
 
 
 def linear_w8a8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
     p = Problem(x, x_scale, w, w_scale, None, *epilogue)
+    if p.streams:
+        return p.run("quamba_linear_w8a8_stream")
     return p.run("quamba_linear_w8a8_skinny" if p.linear.M <= W8A8_SKINNY_ROWS else "quamba_linear_w8a8_gemm")
 
 
@@ -169,6 +187,8 @@ def linear_w4a8(
     """Many rows: the weight is expanded to int8 once per call, and the rest is linear_w8a8; in between, on sm_90a, a
     kernel that unpacks as it multiplies."""
     p = Problem(x, x_scale, w, w_scale, w_multiplier, *epilogue)
+    if p.streams:
+        return p.run("quamba_linear_w4a8_stream")
     if p.few_rows(W4A8_SKINNY_ROWS):
         return p.run("quamba_linear_w4a8_skinny")
     if p.hopper and p.linear.O >= W4A8_GEMM_O and p.linear.M <= W4A8_GEMM_ROWS:
@@ -181,6 +201,8 @@ def linear_w4a8(
 def linear_w4a16(x: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
     """Many rows: a mixed-input kernel on sm_90a; elsewhere the weight is expanded to x's type for torch's product."""
     p = Problem(x, None, w, w_scale, None, *epilogue)
+    if p.streams:
+        return p.run("quamba_linear_w4a16_stream")
     if p.few_rows(W4A16_SKINNY_ROWS):
         return p.run("quamba_linear_w4a16_skinny")
     if p.hopper:
@@ -188,6 +210,36 @@ def linear_w4a16(x: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tenso
     weight = p.expand("quamba_expand_w4a16", x.dtype)
     y = torch.mm(p.x.view(-1, p.linear.K), weight.T, out_dtype=torch.float32)
     return finish(y.view(p.shape), *epilogue)
+
+
+def norm_linear(
+    x: Tensor, norm_weight: Tensor | None, eps: float, w: Tensor, w_multiplier: Tensor | None, w_scale: Tensor,
+    bias: Tensor | None, residual: Tensor | None, in_scale: Tensor | None, per_token: bool, in_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """One kernel where the linear can make its own input, else the norm and the linear."""
+    p = Problem(x, None, w, w_scale, w_multiplier, bias, residual, None, out_dtype, raw=True)
+    kind = "w8a8" if w.dtype == torch.int8 else "w4a16" if w_multiplier is None else "w4a8"
+    if stream.normalises(p.linear, *p.sizes) and p.hopper:
+        whole = QuambaStream(prologue=1, norm_groups=1, eps=eps, code_dtype=DTYPES[in_dtype])
+        if norm_weight is not None:
+            norm_weight = _tidy(norm_weight)
+            whole.norm_weight = _check("norm_weight", norm_weight, p.device, FLOATS, (p.linear.K,))
+            whole.norm_weight_dtype = DTYPES[norm_weight.dtype]
+        if in_scale is not None and not per_token:
+            whole.in_scale = _check("in_scale", in_scale, p.device, (torch.float32,), (1,))
+        return p.run(f"quamba_linear_{kind}_stream", whole)
+    u, scale = torch.ops.quamba.rms_norm.default(x, norm_weight, eps, in_scale, per_token, in_dtype)
+    epilogue = bias, residual, None, out_dtype
+    if kind == "w4a16":
+        return linear_w4a16(u, w, w_scale, *epilogue)
+    if not per_token:
+        if in_scale is None:
+            raise ValueError(f"linear_{kind} takes codes: give in_scale or per_token")
+        scale = in_scale
+    if w_multiplier is None:
+        return linear_w8a8(u, scale, w, w_scale, *epilogue)
+    return linear_w4a8(u, scale, w, w_multiplier, w_scale, *epilogue)
 
 
 def _fake(x: Tensor, w: Tensor, out_scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -212,3 +264,16 @@ for _op, _without_data, _inputs in (
     _LIBRARY.define(f"{_op.__name__}({_inputs}, {_EPILOGUE}", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(_op.__name__, _op, "CUDA")
     torch.library.register_fake(f"quamba::{_op.__name__}", _without_data, lib=_LIBRARY)
+
+_LIBRARY.define(
+    "norm_linear(Tensor x, Tensor? norm_weight, float eps, Tensor w, Tensor? w_multiplier, Tensor w_scale, "
+    "Tensor? bias, Tensor? residual, Tensor? in_scale, bool per_token, ScalarType in_dtype, ScalarType out_dtype) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("norm_linear", norm_linear, "CUDA")
+
+
+@torch.library.register_fake("quamba::norm_linear", lib=_LIBRARY)
+def _fake_norm_linear(x: Tensor, norm_weight: Tensor | None, eps: float, w: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=rest[-1])

@@ -13,7 +13,7 @@ from quamba_kernels.ops.delta import delta_scan, delta_update
 from quamba_kernels.ops.dplr import dplr_scan, dplr_update
 from quamba_kernels.ops.elementwise import elementwise_scan, elementwise_update
 from quamba_kernels.ops.gla import gla_scan, gla_update
-from quamba_kernels.ops.linear import embedding, linear_w4a8, linear_w4a16, linear_w8a8
+from quamba_kernels.ops.linear import embedding, linear_w4a8, linear_w4a16, linear_w8a8, norm_linear
 from quamba_kernels.ops.rowwise import Activation, dequantize, gate_output, quantize, rms_norm, rotate_input
 from quamba_kernels.ops.selective import selective_scan, selective_update
 from quamba_kernels.ops.ssd import ssd_scan, ssd_update
@@ -22,6 +22,6 @@ from quamba_kernels.ops.state import quantize_state
 __all__ = [
     "Activation", "causal_conv1d", "conv_decode", "delta_scan", "delta_update", "dequantize", "dplr_scan",
     "dplr_update", "elementwise_scan", "elementwise_update", "embedding", "gate_output", "gla_scan", "gla_update",
-    "linear_w4a16", "linear_w4a8", "linear_w8a8", "quantize", "quantize_state", "rms_norm", "rotate_input",
-    "selective_decode", "selective_scan", "selective_update", "ssd_decode", "ssd_scan", "ssd_update",
+    "linear_w4a16", "linear_w4a8", "linear_w8a8", "norm_linear", "quantize", "quantize_state", "rms_norm",
+    "rotate_input", "selective_decode", "selective_scan", "selective_update", "ssd_decode", "ssd_scan", "ssd_update",
 ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from quamba_kernels.ops.rowwise import to_int8
-from quamba_kernels.registry import op
+from quamba_kernels.ops.rowwise import rms_norm, to_int8
+from quamba_kernels.registry import OPS, op
 
 NIBBLES = 8
 
@@ -101,6 +101,31 @@ def linear_w4a16(
     packed, scale = weights
     weight = dequantize_int4(packed, scale)
     return finish(x.float() @ weight.T, bias, residual, out_scale, out_dtype)
+
+
+@op
+def norm_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    weights: tuple[torch.Tensor, ...],
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    linear: str,
+    in_scale: torch.Tensor | None = None,
+    per_token: bool = False,
+    in_dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """rms_norm of x [..., K] float, then the op called ``linear`` (linear_w8a8, linear_w4a8, linear_w4a16) of it.
+
+    in_scale fp32 [1], per_token and in_dtype: what the norm's output becomes, as in rms_norm; the rest as in that op.
+    """
+    u = rms_norm(x, norm_weight, eps, out_scale=in_scale, per_token=per_token, out_dtype=in_dtype)
+    made = (u.data,) if u.scale is None else (u.data, u.scale)
+    y: torch.Tensor = OPS[linear](*made, weights, bias, residual, out_dtype=out_dtype)
+    return y
 
 
 def dequantize_int4(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,472 @@
+// A linear over one to eight tokens on Hopper, as a link in a chain of kernels that start ahead of their predecessors.
+//
+// What such a step takes is not the product but waiting: for the predecessor, for x, for sums. So everything that can
+// be had before the wait is in shared memory by then. A block owns neighbouring strips of 16 output channels. One warp
+// has the bulk copy engine bring them, row by row, into a ring of stages, and asks L2 for what comes next; the other
+// warps share K and multiply all strips of a round from shared memory, then add up once. There is one block a
+// multiprocessor and no more than half of its shared memory in a block, so that the next linear's weights arrive
+// beside this one's.
+//
+// With a prologue the block makes its own input from what an earlier kernel left: norm, rotation, codes. That every
+// block does so costs less than a kernel in between.
+#pragma once
+
+#include "finish.cuh"
+#include "hadamard.cuh"
+#include "linear_skinny_launch.cuh"
+#include "linear_stream.h"
+#include "quads.cuh"
+
+namespace quamba::stream {
+
+using namespace quamba::skinny;
+
+constexpr int kWarps = 10, kMaxTokens = 8, kMaxStages = 16, kStripRows = 16;
+constexpr int kRunBytes = 1280;  // of the longest run of a row in a stage, at most
+constexpr int kPrologueTokens = 2;
+constexpr int kPrefetched = 6;   // stages beyond the ring that L2 is asked for
+
+struct Params {
+  QuambaStream s;
+  Rotation rotation;
+  int row_bytes, groups, scale_bytes;  // of a row of w and of its group scales
+  unsigned group_magic;
+  int strips, runs, run_steps, steps;  // steps of 64 bytes: of a run of a row in a stage, of a row
+  int warps, stages, round;  // round: strips that are added up together
+  int pitch, odd, stage_bytes;  // between even rows in a stage, from an even to the odd row, of a stage
+  int x_slots, x_plane, x_bytes, token_pitch, sums_bytes, sums, shared_bytes;
+};
+
+__device__ __forceinline__ uint32_t at_shared(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t open = 0;
+  while (!open)
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+        : "=r"(open)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+}
+
+__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void bulk_prefetch(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// Barrier of the multiplying warps alone.
+__device__ __forceinline__ void sync_warps(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
+
+// Where 16 bytes of x lie: piece `at` of a token, in the order of K.
+template <Kind KIND>
+__device__ __forceinline__ int place_of_x(const Params& p, int token, int at) {
+  constexpr int kPieces = kXPieces<KIND>;
+  const int step = at / (4 * kPieces), t = at / kPieces % 4, piece = at % kPieces;
+  return step * kPieces * p.x_slots * 4 + piece * p.x_plane + ((token * 4 + t) ^ (piece * (8 / kPieces) % 8));
+}
+
+// x as it comes, from global to shared memory.
+template <Kind KIND>
+__device__ __forceinline__ void copy_input(uint4* x, const Params& p) {
+  const int pieces = p.steps * 4 * kXPieces<KIND>, inside = p.s.linear.K * (kInteger<KIND> ? 1 : 2) / 16;
+  const uint4* from = static_cast<const uint4*>(p.s.linear.x);
+  constexpr int kBatch = 4;
+  const int count = p.s.linear.M * pieces;
+  for (int i0 = threadIdx.x; i0 < count; i0 += kBatch * blockDim.x) {
+    uint4 v[kBatch];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const int i = i0 + u * blockDim.x, token = i / pieces, at = i - token * pieces;
+      v[u] = i < count && at < inside ? __ldcg(from + static_cast<int64_t>(token) * inside + at) : uint4{};
+    }
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const int i = i0 + u * blockDim.x, token = i / pieces, at = i - token * pieces;
+      if (i < count) x[place_of_x<KIND>(p, token, at)] = v[u];
+    }
+  }
+}
+
+// Sum or maximum over the block; ``shared`` holds a float a warp and must not be in use.
+template <class F>
+__device__ __forceinline__ float reduce(float v, float* shared, F combine) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) v = combine(v, __shfl_xor_sync(~0u, v, step));
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = shared[0];
+  for (int w = 1; w < static_cast<int>(blockDim.x / 32); ++w) v = combine(v, shared[w]);
+  return v;
+}
+
+// A function of its own, so that its registers are not held beside what the rest of the kernel keeps.
+static __device__ __noinline__ void rotate_row(float* row, int channels, const Rotation& r) { rotate<20>(row, channels, r); }
+
+__device__ __forceinline__ void put_quad(float* row, int quad, float4 v) {
+  float* to = row + padded(4 * quad);
+  to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+}
+
+__device__ __forceinline__ float4 get_quad(const float* row, int quad) {
+  const float* from = row + padded(4 * quad);
+  return make_float4(from[0], from[1], from[2], from[3]);
+}
+
+// A row of floats of any type into shared memory; returns the thread's part of the sum of squares.
+__device__ __forceinline__ float fetch_row(float* row, const void* data, int type, int64_t first, int quads) {
+  float sum = 0.f;
+#pragma unroll 4
+  for (int at = threadIdx.x; at < quads; at += blockDim.x) {
+    const float4 v = load_quad(data, type, first + 4 * at, 4, true);
+    sum += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
+    put_quad(row, at, v);
+  }
+  return sum;
+}
+
+// x made by this block, token after token. Shared memory: row and gain of padded(K) floats, then a float a warp, then
+// one a group. Code that is run once costs what fetching it costs, so loops stay loops.
+template <Kind KIND>
+__device__ __forceinline__ void make_input(uint4* x, float* x_scales, float* row, float in_scale, const Params& p) {
+  constexpr int kElements = kInteger<KIND> ? 16 : 8;
+  const QuambaStream& s = p.s;
+  const int K = s.linear.K, quads = K / 4, lane = threadIdx.x % 32;
+  const float* const gain = row + padded(K);
+  float* const partial = row + (s.norm_weight ? 2 : 1) * padded(K);
+  float* const inverse = partial + 32;
+  const int size = s.norm_groups ? K / s.norm_groups : K;
+  for (int token = 0; token < s.linear.M; ++token) {
+    if (token) __syncthreads();  // the token before has left the row
+    float sum = fetch_row(row, s.linear.x, s.linear.x_dtype, token * static_cast<int64_t>(K), quads);
+    if (s.norm_groups == 1) {
+      sum = reduce(sum, partial, [](float a, float b) { return a + b; });
+      if (threadIdx.x == 0) inverse[0] = rsqrtf(sum / static_cast<float>(K) + s.eps);
+    } else if (s.norm_groups) {
+      __syncthreads();
+      for (int g = threadIdx.x / 32; g < s.norm_groups; g += blockDim.x / 32) {
+        sum = 0.f;
+        for (int k = g * size + lane; k < (g + 1) * size; k += 32) sum += row[padded(k)] * row[padded(k)];
+#pragma unroll
+        for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        if (lane == 0) inverse[g] = rsqrtf(sum / static_cast<float>(size) + s.eps);
+      }
+    }
+    __syncthreads();
+    if (s.norm_groups || s.norm_weight) {
+#pragma unroll 2
+      for (int at = threadIdx.x; at < quads; at += blockDim.x) {
+        const auto times = [](float a, float b) { return __fmul_rn(a, b); };
+        float4 v = get_quad(row, at);
+        if (s.norm_groups) {
+          const float scale = inverse[4 * at / size];
+          v = each(times, v, make_float4(scale, scale, scale, scale));
+        }
+        if (s.norm_weight) v = each(times, v, get_quad(gain, at));
+        put_quad(row, at, v);
+      }
+      __syncthreads();
+    }
+    float last = 1.f;
+    if (p.rotation.base) {
+      rotate_row(row, K, p.rotation);
+      last = p.rotation.gain;
+    }
+    float near = 1.f, scale = in_scale;
+    if constexpr (kInteger<KIND>) {
+      if (!s.in_scale) {
+        float peak = 0.f;
+        for (int k = threadIdx.x; k < K; k += blockDim.x) peak = fmaxf(peak, fabsf(row[padded(k)] * last));
+        peak = reduce(peak, partial, [](float a, float b) { return fmaxf(a, b); });
+        scale = peak > 0.f ? __fdiv_rn(peak, 127.f) : 1.f;
+      }
+      near = __frcp_rn(scale);
+      if (threadIdx.x == 0) x_scales[token] = scale;
+    }
+    const int inside = K / kElements, pieces = p.steps * 4 * kXPieces<KIND>;
+#pragma unroll 1
+    for (int at = threadIdx.x; at < pieces; at += blockDim.x) {
+      uint32_t word[4] = {};
+      if (at < inside) {
+        const float* from = row + padded(at * kElements);  // kElements divide the 32 floats between pads
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if constexpr (kInteger<KIND>) {
+            const auto code = [&](float a, float) { return round_code(a, scale, near); };
+            const float4 q = make_float4(from[4 * j] * last, from[4 * j + 1] * last, from[4 * j + 2] * last,
+                                         from[4 * j + 3] * last);
+            word[j] = to_raw(each(code, q, q), QUAMBA_I8).x;
+          } else {
+            word[j] = pack_pair(from[2 * j] * last, from[2 * j + 1] * last, KIND == Kind::kW4F16);
+          }
+        }
+      }
+      x[place_of_x<KIND>(p, token, at)] = make_uint4(word[0], word[1], word[2], word[3]);
+    }
+  }
+}
+
+template <Kind KIND, bool PROLOGUE>
+__global__ void __launch_bounds__(32 * (kWarps + 1), 2) linear_stream(const __grid_constant__ Params p) {
+  using Acc = std::conditional_t<kInteger<KIND>, int, float>;
+  constexpr int kPieces = kXPieces<KIND>;
+  extern __shared__ __align__(128) char shared[];
+  const QuambaLinear& q = p.s.linear;
+  launch_dependents();
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const int begin = static_cast<int>(static_cast<int64_t>(p.strips) * blockIdx.x / gridDim.x);
+  const int end = static_cast<int>(static_cast<int64_t>(p.strips) * (blockIdx.x + 1) / gridDim.x);
+  const int units = (end - begin) * p.runs;  // a strip's run of K; of two strips in turn, run after run
+
+  const uint32_t full = at_shared(shared), empty = full + 8 * kMaxStages;
+  float* const x_scales = reinterpret_cast<float*>(shared + 16 * kMaxStages);
+  char* const stages = shared + 16 * kMaxStages + 64;
+  uint4* const x = reinterpret_cast<uint4*>(stages + p.stages * p.stage_bytes);
+  // the prologue's row and runs, then sums and what the epilogue needs of the channels
+  float* const row = reinterpret_cast<float*>(reinterpret_cast<char*>(x) + p.x_bytes);
+  uint32_t* const sums = reinterpret_cast<uint32_t*>(row);
+  Channel* const channels = reinterpret_cast<Channel*>(reinterpret_cast<char*>(sums) + p.sums * p.sums_bytes);
+
+  // A unit's weights and its strip's scales: what is copied, and what L2 is asked for.
+  const auto visit = [&](int unit, auto copy) {
+    const int pair = unit / (2 * p.runs), in_pair = unit - pair * 2 * p.runs;
+    const bool twins = begin + 2 * pair + 1 < end;
+    const int strip = begin + 2 * pair + (twins ? in_pair & 1 : 0);
+    const int first = (twins ? in_pair >> 1 : in_pair) * p.run_steps * kStepBytes;
+    const int rows = min(kStripRows, q.O - strip * kStripRows), bytes = min(p.run_steps * kStepBytes, p.row_bytes - first);
+    if (lane < rows)
+      copy(lane / 2 * p.pitch + lane % 2 * p.odd,
+           static_cast<const char*>(q.w) + static_cast<int64_t>(strip * kStripRows + lane) * p.row_bytes + first, bytes);
+    if (KIND != Kind::kW8A8 && lane == kStripRows)
+      copy(kStripRows / 2 * p.pitch,
+           static_cast<const char*>(KIND == Kind::kW4A8 ? q.w_multiplier : q.w_scale) +
+               static_cast<int64_t>(strip) * kStripRows * p.scale_bytes,
+           rows * p.scale_bytes);
+    return rows * (bytes + (KIND == Kind::kW8A8 ? 0 : p.scale_bytes));
+  };
+  const auto fill = [&](int unit, int stage) {
+    const uint32_t barrier = full + 8 * stage;
+    char* const to = stages + stage * p.stage_bytes;
+    const int total = visit(unit, [](int, const void*, int) {});
+    if (lane == 0) asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(total) : "memory");
+    __syncwarp();
+    visit(unit, [&](int at, const void* from, int bytes) { bulk_copy(at_shared(to + at), from, bytes, barrier); });
+  };
+
+  if (warp == p.warps) {
+    if (lane == 0) {
+      for (int s = 0; s < p.stages; ++s) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, p.warps);
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncwarp();
+    for (int u = 0; u < min(units, p.stages); ++u) fill(u, u);
+    for (int u = p.stages; u < min(units, p.stages + kPrefetched); ++u)
+      visit(u, [](int, const void* from, int bytes) { bulk_prefetch(from, bytes); });
+  }
+  // what the epilogue needs of a channel, for a thread's own row of the round
+  const int count = 32 * p.warps;
+  const auto channel_of = [&](int strip) {
+    const int at = strip * kStripRows + threadIdx.x;
+    return threadIdx.x < min(p.round, end - strip) * kStripRows ? channel_at<KIND>(q, at) : Channel{};
+  };
+  Channel channel = warp < p.warps ? channel_of(begin) : Channel{};
+
+  float in_scale = 1.f;
+  if constexpr (PROLOGUE) {
+    if (p.s.in_scale) in_scale = __uint_as_float(constant_word(p.s.in_scale));
+    if (p.s.norm_weight) fetch_row(row + padded(q.K), p.s.norm_weight, p.s.norm_weight_dtype, 0, q.K / 4);
+  }
+  wait_for_previous_kernel();
+  if constexpr (PROLOGUE) {
+    make_input<KIND>(x, x_scales, row, in_scale, p);
+  } else {
+    if (kInteger<KIND> && threadIdx.x < q.M) x_scales[threadIdx.x] = __ldcg(q.x_scale + (q.x_scale_count > 1 ? threadIdx.x : 0));
+    copy_input<KIND>(x, p);
+  }
+  __syncthreads();
+
+  if (warp == p.warps) {
+    for (int u = p.stages; u < units; ++u) {
+      barrier_wait(empty + 8 * (u % p.stages), (u / p.stages - 1) & 1);
+      fill(u, u % p.stages);
+      const int ahead = u + kPrefetched;
+      if (ahead < units) visit(ahead, [](int, const void* from, int bytes) { bulk_prefetch(from, bytes); });
+    }
+    return;
+  }
+
+  const int tokens = q.M, slot = min(lane / 4, tokens - 1) * 4 + lane % 4, step_pieces = kPieces * p.x_slots * 4;
+  const int slice = p.round * tokens * p.token_pitch;  // of a warp's sums
+  int stage = 0, parity = 0;
+  uint32_t phase = 0;
+  for (int strip = begin; strip < end; strip += p.round, parity ^= 1) {
+    uint32_t* const mine = sums + parity * (p.sums_bytes / 4) + warp * slice;
+    const int last = min(strip + p.round, end);
+    if (strip != begin) channel = channel_of(strip);
+    const auto multiply_strips = [&](auto strips, int at) {
+      constexpr int R = decltype(strips)::value;
+      Acc acc[R][1][4] = {};
+#pragma unroll 1
+      for (int run = 0; run < p.runs; ++run) {
+        const char *w[R], *scale[R];
+        uint32_t left[R];
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          barrier_wait(full + 8 * stage, phase);
+          left[r] = empty + 8 * stage;
+          const char* const from = stages + stage * p.stage_bytes;
+          w[r] = from + lane / 8 * p.pitch + lane / 4 % 2 * p.odd + lane % 4 * 16;
+          scale[r] = from + kStripRows / 2 * p.pitch + lane / 4 * p.scale_bytes;
+          if (++stage == p.stages) stage = 0, phase ^= 1;
+        }
+        const int steps = min(p.run_steps, p.steps - run * p.run_steps);
+#pragma unroll 2
+        for (int s = warp; s < steps; s += p.warps) {
+          const int whole = run * p.run_steps + s;
+          Step<R> step;
+          [[maybe_unused]] const unsigned group = min(whole * 4 * p.group_magic >> kMagicBits, p.groups - 1u);
+#pragma unroll
+          for (int r = 0; r < R; ++r)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              step.w[r][h] = *reinterpret_cast<const uint4*>(w[r] + s * kStepBytes + h * 4 * p.pitch);
+              const char* const of = scale[r] + h * 8 * p.scale_bytes;
+              if constexpr (KIND == Kind::kW4A8) step.scale[r][h] = reinterpret_cast<const uint8_t*>(of)[group];
+              if constexpr (!kInteger<KIND>) step.scale[r][h] = reinterpret_cast<const uint16_t*>(of)[group];
+            }
+          multiply<KIND, false, R, 1>(acc, step, x + whole * step_pieces, slot, p.x_plane);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int r = 0; r < R; ++r)
+          if (lane == r) barrier_arrive(left[r]);
+      }
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int token = lane % 4 * 2 + c % 2;
+          if (token < tokens)
+            reinterpret_cast<Acc*>(mine)[((at + r - strip) * tokens + token) * p.token_pitch + lane / 4 + c / 2 * 8] =
+                acc[r][0][c];
+        }
+    };
+    int at = strip;
+#pragma unroll 1
+    for (; at + 1 < last; at += 2) multiply_strips(std::integral_constant<int, 2>{}, at);
+    if (at < last) multiply_strips(std::integral_constant<int, 1>{}, at);
+    const int rows = (last - strip) * kStripRows;
+    if (threadIdx.x < rows) channels[threadIdx.x + parity * p.round * kStripRows] = channel;
+    sync_warps(count);
+    const uint32_t* const from = sums + parity * (p.sums_bytes / 4);
+    for (int i = threadIdx.x; i < rows * tokens; i += count) {
+      const int token = i / rows, r = i - token * rows, n = strip * kStripRows + r;
+      if (n >= q.O) continue;
+      const int64_t to = static_cast<int64_t>(token) * q.O + n;
+      const float residual = q.residual ? load_float(q.residual, to, q.residual_dtype) : -0.0f;
+      const float v = static_cast<float>(
+          sum<Acc>(from + (r / kStripRows * tokens + token) * p.token_pitch + r % kStripRows, p.warps, slice));
+      finish<KIND>(q, channels[r + parity * p.round * kStripRows], v, kInteger<KIND> ? x_scales[token] : 1.f, residual, to);
+    }
+  }
+}
+
+
+// The sizes that follow, a block taking up to `most` strips; false where the problem does not fit.
+template <Kind KIND>
+bool plan(Params& p, const Device& d, int most) {
+  const QuambaLinear& q = p.s.linear;
+  constexpr int kBits = KIND == Kind::kW8A8 ? 8 : 4;
+  p.row_bytes = q.K * kBits / 8, p.steps = (p.row_bytes + kStepBytes - 1) / kStepBytes;
+  p.groups = KIND == Kind::kW8A8 ? 1 : q.K / q.S;
+  p.scale_bytes = KIND == Kind::kW8A8 ? 0 : p.groups * (KIND == Kind::kW4A8 ? 1 : 2);
+  const unsigned per_group = KIND == Kind::kW8A8 ? 1 : q.S / 32;
+  p.group_magic = ((1u << skinny::kMagicBits) + per_group - 1) / per_group;
+  if (q.O % kStripRows && q.O % kStripRows * p.scale_bytes % 16) return false;  // a copy is a multiple of 16 bytes
+  p.runs = (p.row_bytes + kRunBytes - 1) / kRunBytes;
+  p.run_steps = (p.steps + p.runs - 1) / p.runs;
+  p.runs = (p.steps + p.run_steps - 1) / p.run_steps;
+  // as many warps as share the steps of a run evenly
+  p.warps = kWarps;
+  int least = (p.run_steps + kWarps - 1) / kWarps;
+  while (p.warps > 4 && (p.run_steps + p.warps - 2) / (p.warps - 1) == least) --p.warps;
+  const int run_bytes = p.run_steps * kStepBytes;
+  p.odd = run_bytes % 128 ? run_bytes : run_bytes + 64;  // so that the two rows of a quarter of a warp share no bank
+  p.pitch = p.odd + run_bytes;
+  p.stage_bytes = kStripRows / 2 * p.pitch + kStripRows * p.scale_bytes;
+  p.stage_bytes += -p.stage_bytes & 127;
+  p.x_slots = KIND != Kind::kW4F16 && KIND != Kind::kW4BF16 && q.M == 1 ? 1 : q.M + q.M % 2;
+  p.x_plane = p.x_slots == 1 ? 0 : p.x_slots * 4;  // of one token the pieces lie side by side already
+  p.x_bytes = p.steps * kXPieces<KIND> * p.x_slots * 4 * 16;
+  p.token_pitch = q.M == 1 ? kStripRows : kStripRows + 4;
+  p.round = std::max(1, std::min({6, 12288 / (p.warps * q.M * p.token_pitch * 4), 32 * p.warps / kStripRows}));
+  p.round = p.round >= most ? most : std::max(2, p.round / 2 * 2);  // pairs of strips do not part
+  p.sums = most > p.round ? 2 : 1;
+  p.sums_bytes = p.warps * p.round * q.M * p.token_pitch * 4;
+  const int prologue = p.s.prologue ? 4 * ((p.s.norm_weight ? 2 : 1) * padded(q.K) + p.s.norm_groups + 32) : 0;
+  const int epilogue = p.sums * (p.sums_bytes + p.round * kStripRows * static_cast<int>(sizeof(Channel)));
+  p.shared_bytes = 16 * kMaxStages + 64 + p.x_bytes + std::max(prologue, epilogue);
+  // two blocks on a multiprocessor if two stages fit; else one with all there is
+  p.stages = ((d.shared_per_sm / 2 - 1024) - p.shared_bytes) / p.stage_bytes;
+  if (p.stages < std::min(4, most * p.runs)) p.stages = (d.shared_per_block - p.shared_bytes) / p.stage_bytes;
+  p.stages = std::min({p.stages, most * p.runs, kMaxStages});
+  p.shared_bytes += p.stages * p.stage_bytes;
+  return p.stages >= std::min(2, most * p.runs);
+}
+
+template <Kind KIND>
+int launch(const QuambaStream& s, cudaStream_t stream) {
+  const QuambaLinear& q = s.linear;
+  constexpr bool kGroups = KIND != Kind::kW8A8;
+  if (q.M < 1 || q.M > (s.prologue ? kPrologueTokens : kMaxTokens) || q.O < 8 || q.O % 8 || q.K < 128 || q.K % 32 ||
+      q.K > kMaxK)
+    return QUAMBA_UNSUPPORTED;
+  if (kGroups && (q.S % 128 && q.S != q.K)) return QUAMBA_UNSUPPORTED;
+  if (kGroups && (q.S < 32 || q.S % 32 || q.K % q.S)) return QUAMBA_UNSUPPORTED;
+  for (const void* at : {q.x, q.w, q.w_scale, q.w_multiplier, s.norm_weight})
+    if (reinterpret_cast<uintptr_t>(at) % 16) return QUAMBA_UNSUPPORTED;
+  Params p{};
+  p.s = s;
+  if (s.prologue && (!make_rotation(s.block, p.rotation) || p.rotation.base > 20 || (p.rotation.base && q.K % s.block) ||
+                     (s.norm_groups && q.K % (s.norm_groups * 16))))
+    return QUAMBA_UNSUPPORTED;
+  int ordinal = 0;
+  Device d{};
+  cudaError_t error = cudaGetDevice(&ordinal);
+  if (error == cudaSuccess) error = describe(ordinal, d);
+  if (error != cudaSuccess) return error;
+  p.strips = (q.O + kStripRows - 1) / kStripRows;
+  const int blocks = std::min(d.sms, p.strips);
+  if (!plan<KIND>(p, d, (p.strips + blocks - 1) / blocks)) return QUAMBA_UNSUPPORTED;
+  const auto kernel = s.prologue ? linear_stream<KIND, true> : linear_stream<KIND, false>;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_per_block);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(32 * (p.warps + 1));
+  config.dynamicSmemBytes = p.shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  error = cudaLaunchKernelEx(&config, kernel, p);
+  return error != cudaSuccess ? error : cudaGetLastError();
+}
+
+}  // namespace quamba::stream

@@ -1,0 +1,16 @@
+// The C ABI of the linears of a decode step, which make their own input: x as an earlier kernel left it, normalised,
+// rotated and rounded by every block for itself, so that no kernel stands between.
+#pragma once
+
+#include "linear.h"
+
+// linear.x is [M, K] floats of linear.x_dtype, M up to 2; with prologue 0 it is what linear.h says, M up to 8.
+// x / rms(x) within norm_groups groups (0: no norm) * norm_weight, then x H in blocks of `block` channels (0: as it is),
+// then codes: by in_scale [1], by each token's largest magnitude where in_scale is null, or (w4a16) of type code_dtype.
+typedef struct {
+  QuambaLinear linear;
+  const void* norm_weight;  // [K] or null
+  const float* in_scale;
+  float eps;
+  int prologue, norm_weight_dtype, norm_groups, block, code_dtype;
+} QuambaStream;

@@ -1,0 +1,6 @@
+#include "linear_stream.cuh"
+
+extern "C" int quamba_linear_w4a8_stream(const QuambaStream* s, void* stream) {
+  using namespace quamba::stream;
+  return launch<Kind::kW4A8>(*s, static_cast<cudaStream_t>(stream));
+}
