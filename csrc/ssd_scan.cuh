@@ -17,8 +17,11 @@
 #include "launch.cuh"
 #include "scan.h"
 #include "softplus.cuh"
-#include "ssd_scan_tile.cuh"
+#include "ssd_scan_products.cuh"
 
+#ifndef SSD_BLOCKS
+#define SSD_BLOCKS (N <= 128 && P <= 64 ? (OUTPUT ? 256 : 384) / (2 * P) : 1)
+#endif
 namespace quamba::ssd {
 
 struct Params {
@@ -54,44 +57,64 @@ struct Stream {
   unsigned char* raw;
   int type;
 
-  __device__ __forceinline__ int pieces() const { return Columns * size_of(type) / 16; }
+  template <int Size, class F>  // of an element
+  __device__ __forceinline__ void each_piece(F f) const {
+    constexpr int kPieces = Columns * Size / 16, kTotal = Rows * kPieces, kAtOnce = kTotal / Threads < 4 ? 1 + kTotal / Threads : 4;
+#pragma unroll kAtOnce
+    for (int i = 0; i < kTotal; i += Threads) {
+      const int at = i + threadIdx.x;
+      if (kTotal % Threads == 0 || at < kTotal) f(at, at / kPieces, at % kPieces);
+    }
+  }
+
+  template <class F>
+  __device__ __forceinline__ void each_piece(F f) const {
+    if (type == QUAMBA_I8)
+      each_piece<1>(f);
+    else
+      each_piece<2>(f);
+  }
 
   __device__ __forceinline__ void fetch(int left) {
-    const int log = 31 - __clz(pieces());
-    for (int i = threadIdx.x; i < Rows << log; i += Threads) {
-      const int row = i >> log;
-      copy_async(raw + 16 * i, from + row * step * (row < left) + 16 * (i & ((1 << log) - 1)), row < left);
-    }
+    each_piece([&](int at, int row, int piece) {
+      copy_async(raw + 16 * at, from + row * step * (row < left) + 16 * piece, row < left);
+    });
     from += Rows * step;
   }
 
   // The largest |element| that this thread has copied, of bf16.
   __device__ __forceinline__ float largest() const {
     __nv_bfloat162 most = __float2bfloat162_rn(0.f);
-    for (int i = threadIdx.x; i < Rows * pieces(); i += Threads) {
-      const uint4 v = *reinterpret_cast<const uint4*>(raw + 16 * i);
+    each_piece<2>([&](int at, int, int) {
+      const uint4 v = *reinterpret_cast<const uint4*>(raw + 16 * at);
       for (uint32_t word : {v.x, v.y, v.z, v.w}) most = __hmax2(most, __habs2(reinterpret_cast<__nv_bfloat162&>(word)));
-    }
+    });
     return fmaxf(__low2float(most), __high2float(most));
   }
 
   __device__ __forceinline__ void convert(unsigned char* operand, float factor) const {
-    const int log = 31 - __clz(pieces());
-    for (int i = threadIdx.x; i < Rows << log; i += Threads) {
-      const int row = i >> log, piece = i & ((1 << log) - 1);
-      const uint4 v = *reinterpret_cast<const uint4*>(raw + 16 * i);
-      if (type == QUAMBA_I8) {
+    if (type == QUAMBA_I8) {
+      each_piece<1>([&](int at, int row, int piece) {
+        const uint4 v = *reinterpret_cast<const uint4*>(raw + 16 * at);
         const uint2 one = codes_to_halves(v.x), two = codes_to_halves(v.y);
         const uint2 three = codes_to_halves(v.z), four = codes_to_halves(v.w);
-        *reinterpret_cast<uint4*>(operand + place<Rows>(row, 16 * piece)) = make_uint4(one.x, one.y, two.x, two.y);
-        *reinterpret_cast<uint4*>(operand + place<Rows>(row, 16 * piece + 8)) =
-            make_uint4(three.x, three.y, four.x, four.y);
-      } else {
-        uint4* to = reinterpret_cast<uint4*>(operand + place<Rows>(row, 8 * piece));
-        *to = type == QUAMBA_F16 ? v
-                                 : make_uint4(brains_to_halves(v.x, factor), brains_to_halves(v.y, factor),
-                                              brains_to_halves(v.z, factor), brains_to_halves(v.w, factor));
-      }
+        const uint4 low = make_uint4(one.x, one.y, two.x, two.y), high = make_uint4(three.x, three.y, four.x, four.y);
+        const bool turn = piece & 4;  // so that pieces four apart do not meet in a bank
+        *reinterpret_cast<uint4*>(operand + place_in<Rows>(row, piece, turn)) = turn ? high : low;
+        *reinterpret_cast<uint4*>(operand + place_in<Rows>(row, piece, !turn)) = turn ? low : high;
+      });
+    } else if (type == QUAMBA_F16) {
+      each_piece<2>([&](int at, int row, int piece) {
+        *reinterpret_cast<uint4*>(operand + place_in<Rows>(row, piece / 2, piece % 2)) =
+            *reinterpret_cast<const uint4*>(raw + 16 * at);
+      });
+    } else {
+      each_piece<2>([&](int at, int row, int piece) {
+        const uint4 v = *reinterpret_cast<const uint4*>(raw + 16 * at);
+        *reinterpret_cast<uint4*>(operand + place_in<Rows>(row, piece / 2, piece % 2)) =
+            make_uint4(brains_to_halves(v.x, factor), brains_to_halves(v.y, factor), brains_to_halves(v.z, factor),
+                       brains_to_halves(v.w, factor));
+      });
     }
   }
 };
@@ -103,11 +126,12 @@ __device__ __forceinline__ float load_float(const void* data, int type, long lon
 }
 
 template <int N, int P, bool OUTPUT>
-__global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, N <= 128 && P <= 64 ? 384 / (2 * P) : 1)
+__global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, SSD_BLOCKS)
     ssd_scan(const __grid_constant__ Params p) {
   using At = Layout<N, P, OUTPUT>;
   constexpr int kTokens = At::kTokens, kWarps = At::kWarps, kThreads = At::kThreads;
   constexpr int kBlocks = kTokens / 16;  // of tokens
+  using Multiply = Products<kTokens, N, kWarps>;
   extern __shared__ __align__(1024) unsigned char shared[];
   float* vectors = reinterpret_cast<float*>(shared + At::kVectors);
   const QuambaSsdScan& a = p.a;
@@ -183,19 +207,23 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, N <= 128 && P 
       steps[e] = t + lane * kEach + e < stop ? dt : 0.f;
       decay[e] = sum = __fmaf_rn(steps[e], rate, sum);
     }
-    float before = sum;
+    float before = sum, after = sum;  // both from their own end, so that neither is a difference of long sums
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      const float v = __shfl_up_sync(~0u, before, step);
+      const float v = __shfl_up_sync(~0u, before, step), w = __shfl_down_sync(~0u, after, step);
       if (lane >= step) before += v;
+      if (lane < 32 - step) after += w;
     }
     const float total = __shfl_sync(~0u, before, 31);
-    before -= sum;
+    before = __shfl_up_sync(~0u, before, 1), after = __shfl_down_sync(~0u, after, 1);
+    if (lane == 0) before = 0.f;
+    if (lane == 31) after = 0.f;
     float most = 0.f, weight[kEach];
 #pragma unroll
-    for (int e = 0; e < kEach; ++e) {
+    for (int e = kEach - 1; e >= 0; --e) {
       decay[e] += before;
-      weight[e] = steps[e] * exp2_approximate(fminf(total - decay[e], 0.f));
+      weight[e] = steps[e] * exp2_approximate(after);
+      after = __fmaf_rn(steps[e], rate, after);
       most = fmaxf(most, weight[e]);
     }
     const int unit =
@@ -224,40 +252,38 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, N <= 128 && P 
     own[r] = fabsf(x_scale * b_scale) < 1e-30f ? 1e-30f : x_scale * b_scale;  // it divides a state
     skip[r] = OUTPUT ? x_scale * load_float(a.D, a.D_dtype, head) : 0.f;
   }
-  float h[N / 8][4];
+  float h[N / 2];
   float unit = 0.f, kept = 0.f;  // log2
-  bool empty = true;             // h is zero
   const long long owner = static_cast<long long>(sequence) * a.H + head;
   const long long state_at = (owner * P + channel) * N + pair;
 #pragma unroll
-  for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) h[j][i] = 0.f;
+  for (int i = 0; i < N / 2; ++i) h[i] = 0.f;
   if constexpr (OUTPUT) {
     if (a.state) {
-      empty = false;
       const float inverse[2] = {1.f / own[0], 1.f / own[1]};
 #pragma unroll
       for (int j = 0; j < N / 8; ++j)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const float2 v = __ldcg(reinterpret_cast<const float2*>(a.state + state_at + 8 * r * N + 8 * j));
-          h[j][2 * r] = v.x * inverse[r], h[j][2 * r + 1] = v.y * inverse[r];
+          h[4 * j + 2 * r] = v.x * inverse[r], h[4 * j + 2 * r + 1] = v.y * inverse[r];
         }
     }
     for (int i = 0; i < segment; ++i) {
-      empty = false;
       const long long from = owner * (p.cuts - 1) + i;
       const float factor = exp2_approximate(__ldcg(p.left + from));
 #pragma unroll
       for (int j = 0; j < N / 8; ++j) {
         const float4 v = __ldcg(reinterpret_cast<const float4*>(p.local) + (from * (N / 8) + j) * kThreads + threadIdx.x);
-        h[j][0] = __fmaf_rn(h[j][0], factor, v.x), h[j][1] = __fmaf_rn(h[j][1], factor, v.y);
-        h[j][2] = __fmaf_rn(h[j][2], factor, v.z), h[j][3] = __fmaf_rn(h[j][3], factor, v.w);
+        h[4 * j] = __fmaf_rn(h[4 * j], factor, v.x), h[4 * j + 1] = __fmaf_rn(h[4 * j + 1], factor, v.y);
+        h[4 * j + 2] = __fmaf_rn(h[4 * j + 2], factor, v.z), h[4 * j + 3] = __fmaf_rn(h[4 * j + 3], factor, v.w);
       }
     }
   }
 
+  if constexpr (OUTPUT && Multiply::kGroups)  // above the diagonal M stays zero
+    for (int i = threadIdx.x; i < kTokens * kPitch / 16; i += kThreads)
+      reinterpret_cast<uint4*>(shared + At::kM)[i] = make_uint4(0, 0, 0, 0);
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   copy_async_wait();
   if (measured) {
@@ -272,33 +298,19 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, N <= 128 && P 
     B.convert(shared + At::kB, power_of_two(-eb));
     X.convert(shared + At::kX, power_of_two(-ex));
     if constexpr (OUTPUT) C.convert(shared + At::kC, power_of_two(-ec));
+    publish();
     __syncthreads();
     fetch(t + kTokens);
     copy_async_commit();
     if (warp == 0) fetch_steps(t + kTokens);
-    const float* decay = vectors + At::kDecay + buffer * kTokens;
-    const float* reach = vectors + At::kReach + buffer * kTokens;
 
+    float y[8 * kBlocks];
+    float back[2];  // to what h as an operand is scaled
     if constexpr (OUTPUT) {
-      // M[q][s] = C[q] B[s] exp(decay from s to q) dt[s] of the warp's blocks of 16 rows
-      for (int block = warp; block < kBlocks; block += kWarps) {
-        float m[2 * kBlocks][4];
-#pragma unroll
-        for (int j = 0; j < 2 * kBlocks; ++j)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) m[j][i] = 0.f;
-#pragma unroll
-        for (int k = 0; k < N; k += 16) {
-          uint32_t left[4], right[4];
-          left_along<kTokens>(left, base + At::kC, 16 * block, k);
-#pragma unroll
-          for (int s = 0; s < kBlocks; ++s)
-            if (s <= block) {
-              right_along<kTokens>(right, base + At::kB, 16 * s, k);
-              multiply(m[2 * s], left, right[0], right[1]);
-              multiply(m[2 * s + 1], left, right[2], right[3]);
-            }
-        }
+      // M[q][s] = C[q] B[s] exp(decay from s to q) dt[s], from its products, of a block of 16 rows
+      const float* decay = vectors + At::kDecay + buffer * kTokens;
+      const float* reach = vectors + At::kReach + buffer * kTokens;
+      auto decayed = [&](float(&m)[8 * kBlocks], int block) {
         const int row = 16 * block + quad;
         const float from[2] = {decay[row], decay[row + 8]};
         float most[2] = {0.f, 0.f};
@@ -308,13 +320,13 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, N <= 128 && P 
           const float2 to = *reinterpret_cast<const float2*>(reach + 8 * j + pair);
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            float low = m[j][2 * r] * exp2_approximate(from[r] - to.x);
-            float high = m[j][2 * r + 1] * exp2_approximate(from[r] - to.y);
+            float low = m[4 * j + 2 * r] * exp2_approximate(from[r] - to.x);
+            float high = m[4 * j + 2 * r + 1] * exp2_approximate(from[r] - to.y);
             if (j / 2 == block) {  // nobody sees what comes later
               const int at = row + 8 * r - 8 * j - pair;
               low = at >= 0 ? low : 0.f, high = at >= 1 ? high : 0.f;
             }
-            m[j][2 * r] = low, m[j][2 * r + 1] = high;
+            m[4 * j + 2 * r] = low, m[4 * j + 2 * r + 1] = high;
             most[r] = fmaxf(most[r], fmaxf(fabsf(low), fabsf(high)));
           }
         }
@@ -326,103 +338,91 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, N <= 128 && P 
           for (int j = 0; j < 2 * kBlocks; ++j)
             if (j / 2 <= block)
               *reinterpret_cast<uint32_t*>(shared + At::kM + place<kTokens>(row + 8 * r, 8 * j + pair)) =
-                  pack_f16(m[j][2 * r] * factor, m[j][2 * r + 1] * factor);
+                  pack_f16(m[4 * j + 2 * r] * factor, m[4 * j + 2 * r + 1] * factor);
           if (lane % 4 == 0) {
             vectors[At::kCarried + row + 8 * r] = exp2_approximate(from[r] - static_cast<float>(e + eb + ex));
             vectors[At::kRow + row + 8 * r] = power_of_two(e + eb + ex + ec);
           }
         }
-      }
-    }
-    if (warp == 0) spread_steps(t + kTokens, buffer ^ 1);
+      };
+      constexpr bool kBegun = Multiply::kGroups && kTokens == 64;  // the product of the mix runs while h is made ready
+      float m[8 * kBlocks];
+      if constexpr (kBegun) Multiply::mix(m, base + At::kC, base + At::kB, warp % 4);
 
-    float y[2 * kBlocks][4];
-    uint32_t x[kBlocks][4];
-    if constexpr (OUTPUT) {
+      uint32_t left[N / 16][4];
+      float most[2] = {0.f, 0.f}, factor[2];
 #pragma unroll
-      for (int j = 0; j < 2 * kBlocks; ++j)
+      for (int i = 0; i < N / 2; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], fabsf(h[i]));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) y[j][i] = 0.f;
-      float back[2] = {0.f, 0.f};
-      if (!empty) {  // h C^T
-        float most[2] = {0.f, 0.f};
+      for (int r = 0; r < 2; ++r) {
+        const int e = exponent_of(row_max(most[r]), -100) - 14;
+        factor[r] = power_of_two(-e), back[r] = exp2_approximate(unit + static_cast<float>(e));
+      }
 #pragma unroll
-        for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) most[i / 2] = fmaxf(most[i / 2], fabsf(h[j][i]));
-        float factor[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int e = exponent_of(row_max(most[r]), -100) - 14;
-          factor[r] = power_of_two(-e), back[r] = exp2_approximate(unit + static_cast<float>(e));
-        }
-#pragma unroll
-        for (int k = 0; k < N / 16; ++k) {
-          uint32_t left[4], right[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            left[i] = pack_f16(h[2 * k + i / 2][i % 2 * 2] * factor[i % 2], h[2 * k + i / 2][i % 2 * 2 + 1] * factor[i % 2]);
-#pragma unroll
-          for (int q = 0; q < kBlocks; ++q) {
-            right_along<kTokens>(right, base + At::kC, 16 * q, 16 * k);
-            multiply(y[2 * q], left, right[0], right[1]);
-            multiply(y[2 * q + 1], left, right[2], right[3]);
-          }
+      for (int i = 0; i < N / 4; ++i) left[i / 4][i % 4] = pack_f16(h[2 * i] * factor[i % 2], h[2 * i + 1] * factor[i % 2]);
+
+      if constexpr (kBegun) {
+        Multiply::template wait<0>(m);
+        if (warp < 4) decayed(m, warp);
+      } else {
+        for (int block = warp; block < kBlocks; block += kWarps) {
+          Multiply::mix(m, base + At::kC, base + At::kB, block);
+          decayed(m, block);
         }
       }
+      publish();
+      Multiply::carry(y, left, base + At::kC);
+      if (warp == 0) spread_steps(t + kTokens, buffer ^ 1);
+      Multiply::template wait<0>(y);
       __syncthreads();
 #pragma unroll
       for (int j = 0; j < 2 * kBlocks; ++j) {
         const float2 carried = *reinterpret_cast<const float2*>(vectors + At::kCarried + 8 * j + pair);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) y[j][2 * r] *= back[r] * carried.x, y[j][2 * r + 1] *= back[r] * carried.y;
+        for (int r = 0; r < 2; ++r) y[4 * j + 2 * r] *= back[r] * carried.x, y[4 * j + 2 * r + 1] *= back[r] * carried.y;
       }
-    }
-#pragma unroll
-    for (int s = 0; s < kBlocks; ++s) left_across<kTokens>(x[s], base + At::kX, 16 * s, 16 * warp);
-    if constexpr (OUTPUT) {
-#pragma unroll
-      for (int s = 0; s < kBlocks; ++s)
-#pragma unroll
-        for (int q = s; q < kBlocks; ++q) {
-          uint32_t right[4];
-          right_along<kTokens>(right, base + At::kM, 16 * q, 16 * s);
-          multiply(y[2 * q], x[s], right[0], right[1]);
-          multiply(y[2 * q + 1], x[s], right[2], right[3]);
-        }
+    } else if (warp == 0) {
+      spread_steps(t + kTokens, buffer ^ 1);
     }
 
+    uint32_t x[kBlocks][4];
+#pragma unroll
+    for (int s = 0; s < kBlocks; ++s) left_across<kTokens>(x[s], base + At::kX, 16 * s, warp);
+    if constexpr (OUTPUT) Multiply::apply(y, x, base + At::kM);
+
     // h <- exp(decay of the chunk) h + x^T (weights) B
-    const float total = vectors[At::kEnd + 2 * buffer];
-    const float next = vectors[At::kEnd + 2 * buffer + 1] + static_cast<float>(ex + eb);
-    const float stays = empty ? 0.f : exp2_approximate(total + unit - next);
-    unit = next, kept += total, empty = false;
+    int top = 7;  // |x| < 2^top in this warp
+    if (a.x_dtype != QUAMBA_I8) {
+      __half2 most = __float2half2_rn(0.f);
 #pragma unroll
-    for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) h[j][i] *= stays;
-#pragma unroll
-    for (int s = 0; s < kBlocks; ++s) {
-      uint32_t high[4], low[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 v = unpack_f16(x[s][i]);
-        const float2 weight = *reinterpret_cast<const float2*>(vectors + At::kWeight + buffer * kTokens + 16 * s + i / 2 * 8 + pair);
-        const float one = v.x * weight.x, two = v.y * weight.y;
-        high[i] = pack_f16(one, two);
-        const float2 taken = unpack_f16(high[i]);
-        low[i] = pack_f16(one - taken.x, two - taken.y);
-      }
-#pragma unroll
-      for (int n = 0; n < N; n += 16) {
-        uint32_t right[4];
-        right_across<kTokens>(right, base + At::kB, 16 * s, n);
-        multiply(h[n / 8], high, right[0], right[1]);
-        multiply(h[n / 8 + 1], high, right[2], right[3]);
-        multiply(h[n / 8], low, right[0], right[1]);
-        multiply(h[n / 8 + 1], low, right[2], right[3]);
-      }
+      for (int i = 0; i < 4 * kBlocks; ++i) most = __hmax2(most, __habs2(reinterpret_cast<__half2&>(x[i / 4][i % 4])));
+      const float largest = fmaxf(__low2float(most), __high2float(most));
+      top = exponent_of(__uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest))), kLeastInput) + 1;
     }
+    const float total = vectors[At::kEnd + 2 * buffer];
+    const float next = vectors[At::kEnd + 2 * buffer + 1] + static_cast<float>(ex + eb + top);
+    const float stays = exp2_approximate(total + unit - next), shrink = power_of_two(-top);
+    unit = next, kept += total;
+    uint32_t high[kBlocks][4], low[kBlocks][4];
+#pragma unroll
+    for (int s = 0; s < kBlocks; ++s)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float2 weight = *reinterpret_cast<const float2*>(vectors + At::kWeight + buffer * kTokens + 16 * s + 8 * half + pair);
+        weight.x *= shrink, weight.y *= shrink;
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          const float2 v = unpack_f16(x[s][i]);
+          const float one = v.x * weight.x, two = v.y * weight.y;
+          high[s][i] = pack_f16(one, two);
+          const float2 taken = unpack_f16(high[s][i]);
+          low[s][i] = pack_f16(one - taken.x, two - taken.y);
+        }
+      }
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) h[i] *= stays;
+    if constexpr (OUTPUT) Multiply::template wait<0>(y);
+    Multiply::update(h, high, low, base + At::kB);
 
     if constexpr (OUTPUT) {  // y^T turned, over the warp's own x, and out
       const float all[2] = {own[0] * c_scale, own[1] * c_scale};
@@ -434,8 +434,8 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, N <= 128 && P 
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const float2 v = unpack_f16(x[j / 2][j % 2 * 2 + r]);
-          const float one = __fmaf_rn(y[j][2 * r] * row.x, all[r], v.x * direct[r]);
-          const float two = __fmaf_rn(y[j][2 * r + 1] * row.y, all[r], v.y * direct[r]);
+          const float one = __fmaf_rn(y[4 * j + 2 * r] * row.x, all[r], v.x * direct[r]);
+          const float two = __fmaf_rn(y[4 * j + 2 * r + 1] * row.y, all[r], v.y * direct[r]);
           const uint32_t packed = a.y_dtype == QUAMBA_F16 ? pack_f16(one, two) : pack_bf16(one, two);
           *reinterpret_cast<uint32_t*>(shared + At::kX + place<kTokens>(8 * j + quad, 16 * warp + 8 * r + pair)) =
               turned(packed);
@@ -451,6 +451,7 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, N <= 128 && P 
               *reinterpret_cast<const uint4*>(shared + At::kX + place<kTokens>(row, column));
       }
     }
+    Multiply::template wait<0>(h);
     copy_async_wait();
     if (measured) measure();
     __syncthreads();
@@ -464,13 +465,13 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, N <= 128 && P 
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         *reinterpret_cast<float2*>(a.last + state_at + 8 * r * N + 8 * j) =
-            make_float2(h[j][2 * r] * scale * own[r], h[j][2 * r + 1] * scale * own[r]);
+            make_float2(h[4 * j + 2 * r] * scale * own[r], h[4 * j + 2 * r + 1] * scale * own[r]);
   } else {
     const long long to = owner * (p.cuts - 1) + segment;
 #pragma unroll
     for (int j = 0; j < N / 8; ++j)
       reinterpret_cast<float4*>(p.local)[(to * (N / 8) + j) * kThreads + threadIdx.x] =
-          make_float4(h[j][0] * scale, h[j][1] * scale, h[j][2] * scale, h[j][3] * scale);
+          make_float4(h[4 * j] * scale, h[4 * j + 1] * scale, h[4 * j + 2] * scale, h[4 * j + 3] * scale);
     if (threadIdx.x == 0) p.left[to] = kept;
   }
 }

@@ -34,37 +34,43 @@ __device__ __forceinline__ void load_matrices_across(uint32_t (&v)[4], uint32_t 
                : "memory");
 }
 
-// 16 rows x 16 columns as the left operand of a product along the columns; lanes give the eight row addresses each.
+// Bytes to the first or second 8 of a block of 16 columns, of a row.
 template <int Rows>
-__device__ __forceinline__ void left_along(uint32_t (&v)[4], uint32_t operand, int row, int column) {
-  const int lane = threadIdx.x % 32;
-  load_matrices(v, operand + place<Rows>(row + (lane & 15), column + (lane >> 4) * 8));
+__device__ __forceinline__ int place_in(int row, int block, int half) {
+  return (block / 4) * (Rows * kPitch) + row * kPitch + (((half ^ (row & 7)) << 4) ^ (block % 4 << 5));
 }
 
-// The same with rows and columns exchanged: element (i, j) of the left operand is row + j, column + i here.
+// A block of 16 rows and one of 16 columns as the left operand of a product along the columns.
 template <int Rows>
-__device__ __forceinline__ void left_across(uint32_t (&v)[4], uint32_t operand, int row, int column) {
+__device__ __forceinline__ void left_along(uint32_t (&v)[4], uint32_t operand, int row, int block) {
   const int lane = threadIdx.x % 32;
-  load_matrices_across(v,
-                       operand + place<Rows>(row + (lane & 7) + (lane >> 4) * 8, column + ((lane >> 3) & 1) * 8));
+  load_matrices(v, operand + place_in<Rows>(row + (lane & 15), block, lane >> 4));
+}
+
+// The same with rows and columns exchanged: element (i, j) of the left operand is row + j, column i of the block.
+template <int Rows>
+__device__ __forceinline__ void left_across(uint32_t (&v)[4], uint32_t operand, int row, int block) {
+  const int lane = threadIdx.x % 32;
+  load_matrices_across(v, operand + place_in<Rows>(row + (lane & 7) + (lane >> 4) * 8, block, (lane >> 3) & 1));
 }
 
 // Two right operands of 16 x 8, for a product along the columns: v[0..1] of 8 rows, v[2..3] of the next 8.
 template <int Rows>
-__device__ __forceinline__ void right_along(uint32_t (&v)[4], uint32_t operand, int row, int column) {
+__device__ __forceinline__ void right_along(uint32_t (&v)[4], uint32_t operand, int row, int block) {
   const int lane = threadIdx.x % 32;
-  load_matrices(v, operand + place<Rows>(row + (lane & 7) + (lane >> 4) * 8, column + ((lane >> 3) & 1) * 8));
+  load_matrices(v, operand + place_in<Rows>(row + (lane & 7) + (lane >> 4) * 8, block, (lane >> 3) & 1));
 }
 
 // The same for a product along the rows: v[0..1] of 8 columns, v[2..3] of the next 8.
 template <int Rows>
-__device__ __forceinline__ void right_across(uint32_t (&v)[4], uint32_t operand, int row, int column) {
+__device__ __forceinline__ void right_across(uint32_t (&v)[4], uint32_t operand, int row, int block) {
   const int lane = threadIdx.x % 32;
-  load_matrices_across(v, operand + place<Rows>(row + (lane & 15), column + (lane >> 4) * 8));
+  load_matrices_across(v, operand + place_in<Rows>(row + (lane & 15), block, lane >> 4));
 }
 
-__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  mma_f16(d, a[0], a[1], a[2], a[3], b0, b1);
+// d [16 x 8], four sums a lane, += a left operand times a right one.
+__device__ __forceinline__ void multiply(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma_f16(*reinterpret_cast<float(*)[4]>(d), a[0], a[1], a[2], a[3], b0, b1);
 }
 
 // An 8 x 8 matrix of 16 bits, a row over four lanes, turned.
