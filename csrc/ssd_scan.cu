@@ -1,4 +1,4 @@
-// Into how many segments the SSD scan cuts a sequence, and the launches: states of the segments, then the outputs.
+// Into how many segments the SSD scan cuts a sequence, and the launches: operands, states of the segments, outputs.
 #include "ssd_scan.cuh"
 
 namespace {
@@ -6,13 +6,32 @@ namespace {
 using namespace quamba;
 using namespace quamba::ssd;
 
+int tokens_of(const QuambaSsdScan& a) { return a.N == 256 || (a.N == 128 && a.P == 128) ? 32 : 64; }  // of a chunk
+
+// Scratch, in the order of Params.
+struct Scratch {
+  long long slots, operands, exponents, steps, local, left, bytes;
+
+  Scratch(const QuambaSsdScan& a, int cuts) {
+    const int tokens = tokens_of(a);
+    const long long states = static_cast<long long>(a.sequences) * a.H * (cuts - 1);
+    slots = a.cu_seqlens ? a.T / tokens + a.sequences : a.sequences * ((a.T + tokens - 1) / tokens);
+    operands = 0;
+    exponents = operands + slots * a.G * 2 * tokens * kPitch * (a.N > 64 ? a.N / 64 : 1);
+    steps = exponents + (slots * a.G * 2 * 4 + 15) / 16 * 16;
+    local = steps + slots * a.H * 4 * (tokens == 64 ? kRecord<64> : kRecord<32>);
+    left = local + states * a.P * a.N * 4;
+    bytes = left + states * 4;
+  }
+};
+
 // Each block takes about the same time for a chunk, and a processor runs a few blocks at once.
 int cuts_of(const QuambaSsdScan& a) {
   if (a.cuts) return a.cuts;
   int processors = 0;
   if (device_attribute(cudaDevAttrMultiProcessorCount, processors) != cudaSuccess) return 1;
   const long long tokens = a.cu_seqlens ? a.T / a.sequences : a.T;
-  const int chunk = a.N == 256 || (a.N == 128 && a.P == 128) ? 32 : 64;
+  const int chunk = tokens_of(a);
   const long long chunks = (tokens + chunk - 1) / chunk, blocks = static_cast<long long>(a.H) * a.sequences;
   int best = 1;
   double least = 0;
@@ -46,8 +65,7 @@ int launch_states(const Params& p, bool output, void* stream) {
 }  // namespace
 
 extern "C" long long quamba_ssd_scan_workspace(const QuambaSsdScan* args) {
-  const QuambaSsdScan& a = *args;
-  return 4LL * a.sequences * a.H * (cuts_of(a) - 1) * (static_cast<long long>(a.P) * a.N + 4);
+  return Scratch(*args, cuts_of(*args)).bytes;
 }
 
 extern "C" int quamba_ssd_scan(const QuambaSsdScan* args, void* stream) {
@@ -61,11 +79,16 @@ extern "C" int quamba_ssd_scan(const QuambaSsdScan* args, void* stream) {
       !in_sixteens(a.b, a.b_dtype, a.b_token, a.b_batch, a.b_group) ||
       !in_sixteens(a.c, a.c_dtype, a.c_token, a.c_batch, a.c_group))
     return QUAMBA_UNSUPPORTED;
-  Params p{a, cuts_of(a), nullptr, nullptr};
-  const long long segments = static_cast<long long>(a.sequences) * a.H * (p.cuts - 1);
-  if (segments * (static_cast<long long>(a.P) * a.N + 4) * 4 > a.workspace_bytes) return QUAMBA_UNSUPPORTED;
-  p.local = static_cast<float*>(a.workspace);
-  p.left = p.local + segments * a.P * a.N;
+  Params p{a, cuts_of(a)};
+  const Scratch scratch(a, p.cuts);
+  if (scratch.bytes > a.workspace_bytes) return QUAMBA_UNSUPPORTED;
+  char* base = static_cast<char*>(a.workspace);
+  p.slots = scratch.slots;
+  p.operands = reinterpret_cast<unsigned char*>(base + scratch.operands);
+  p.exponents = reinterpret_cast<int*>(base + scratch.exponents);
+  p.steps = reinterpret_cast<float*>(base + scratch.steps);
+  p.local = reinterpret_cast<float*>(base + scratch.local), p.left = reinterpret_cast<float*>(base + scratch.left);
+  if (int status = launch_operands(p, tokens_of(a), stream); status != QUAMBA_OK) return status;
   if (p.cuts > 1)
     if (int status = launch_states(p, false, stream); status != QUAMBA_OK) return status;
   return launch_states(p, true, stream);

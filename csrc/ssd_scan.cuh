@@ -7,11 +7,13 @@
 //
 // Where a sequence is cut, a launch before this one leaves behind what each segment adds to a state of zero.
 //
-// Numbers. Operands are fp16, which holds int8 exactly; sums are fp32. What is not exact in fp16 is scaled by powers of
-// two first: a row of M and a row of the state by its largest element, bf16 inputs by the largest of their chunk. So
-// nothing overflows, and what is lost lies 2^-29 below the largest. M and the state as operands of y have one term, which
-// a 16-bit y cannot tell from the exact ones. What is added to the state has two, 22 bits: it stays for many tokens, and
-// a prompt in pieces has to leave the state of the whole.
+// Before that B and C become operands, once for all heads of a group, and dt decays and weights (ssd_scan_operands.cu).
+//
+// Numbers. Operands are fp16, sums fp32. fp16 holds int8 exactly, and inputs of 16 bits after a power of two that brings
+// the largest of a chunk below 2^7. M and the state as operands of y have one term, which a 16-bit y cannot tell from the
+// exact ones; by powers of two they are kept below 2^15, from bounds: fp16 has 29 binary places below that at full
+// precision. What is added to the state has two terms, 22 bits: it stays for many tokens, and a prompt in pieces has to
+// leave the state of the whole.
 #pragma once
 
 #include "launch.cuh"
@@ -19,36 +21,55 @@
 #include "softplus.cuh"
 #include "ssd_scan_products.cuh"
 
-#ifndef SSD_BLOCKS
-#define SSD_BLOCKS (N <= 128 && P <= 64 ? (OUTPUT ? 256 : 384) / (2 * P) : 1)
-#endif
 namespace quamba::ssd {
 
 struct Params {
   QuambaSsdScan a;
   int cuts;
-  float *local, *left;  // [sequences, H, cuts - 1]: states in the order of the threads; log2 of what is left of earlier
+  long long slots;            // chunks of all sequences, some of them empty
+  const unsigned char* operands;  // [slots, G, 2]: B and C of a chunk as they lie in shared memory
+  const int* exponents;       // [slots, G, 2]: of the powers of two that multiply them
+  const float* steps;         // [slots, H, kRecord]
+  float *local, *left;        // [sequences, H, cuts - 1]: states in the order of the threads; log2 of what is left of earlier
 };
 
-constexpr int kLeastInput = -12, kLeastRow = -30, kLeastStep = -40;  // exponents below which nothing is scaled up
+constexpr int kHighest = 15;        // |M|, |h| <= 2^15
+constexpr float kNothing = -200.f;  // log2 of zero
+
+template <int N, int P>
+constexpr int kChunk = N == 256 || (N == 128 && P == 128) ? 32 : 64;  // tokens
+
+// What a head needs to know of dt, of a chunk: [Tokens] log2 of the decay up to a token, the same less log2 of its dt, its
+// weight in the state that the chunk leaves; then log2 of the whole decay and of the sum of weights, the exponent of the
+// largest dt.
+template <int Tokens>
+constexpr int kRecord = 3 * Tokens + 4;
+
+// Bytes of B or C of a chunk.
+template <int N, int Tokens>
+constexpr int kOperand = Tokens * kPitch * (N > 64 ? N / 64 : 1);
+
+// The chunks of a sequence lie one after the other among the slots, from here on.
+__device__ __forceinline__ long long first_slot(const QuambaSsdScan& a, long long begin, int sequence, int tokens) {
+  return a.cu_seqlens ? begin / tokens + sequence : sequence * ((a.T + tokens - 1) / tokens);
+}
 
 template <int N, int P, bool OUTPUT>
 struct Layout {
-  static constexpr int kTokens = N == 256 || (N == 128 && P == 128) ? 32 : 64;  // of a chunk
-  static constexpr int kWarps = P / 16, kThreads = 32 * kWarps;
-  static constexpr int kColumns = kTokens * kPitch * (N > 64 ? N / 64 : 1), kChannels = kTokens * kPitch * (P > 64 ? P / 64 : 1);
-  static constexpr int kB = 0, kC = kB + kColumns, kM = OUTPUT ? kC + kColumns : kC, kX = OUTPUT ? kM + kTokens * kPitch : kC;
-  static constexpr int kVectors = kX + kChannels;
-  // floats: log2 decay, the same less log2 dt, weights (all of two chunks), factors of carried and of all; then some
-  static constexpr int kDecay = 0, kReach = 2 * kTokens, kWeight = 4 * kTokens, kCarried = 6 * kTokens, kRow = 7 * kTokens;
-  static constexpr int kEnd = 8 * kTokens, kLargest = kEnd + 4, kFloats = kLargest + 3 * kWarps;
+  static constexpr int kTokens = kChunk<N, P>, kWarps = P / 16, kThreads = 32 * kWarps;
+  static constexpr int kColumns = kOperand<N, kTokens>, kChannels = kTokens * kPitch * (P > 64 ? P / 64 : 1);
+  static constexpr int kB = 0, kC = kB + 2 * kColumns, kM = OUTPUT ? kC + kColumns : kC;
+  static constexpr int kX = OUTPUT ? kM + kTokens * kPitch : kC, kVectors = kX + kChannels;
+  // floats: records of two chunks; then of one what is made of them: as in a record, factors of h C^T, weights in two halves
+  static constexpr int kSteps = 0, kReach = 2 * kRecord<kTokens>, kCarried = kReach + kTokens, kHigh = kCarried + kTokens;
+  static constexpr int kLow = kHigh + kTokens / 2, kLargest = kLow + kTokens / 2, kState = kLargest + kWarps;
+  static constexpr int kFloats = kState + kWarps;
   static constexpr int kRaw = kVectors + (4 * kFloats + 15) / 16 * 16;
-  static constexpr int raw(int size_x, int size_b, int size_c) {
-    return kTokens * (P * size_x + N * size_b + (OUTPUT ? N * size_c : 0));
-  }
+  // blocks that fit a processor's registers
+  static constexpr int kBlocks = N <= 128 && P <= 64 ? 384 / (2 * P) : 1;
 };
 
-// The pieces of 16 bytes of a chunk of x, B or C that a thread copies and, later, reads back and converts: those from its
+// The pieces of 16 bytes of a chunk of x that a thread copies and, later, reads back and converts: those from its
 // own number on, in steps of the block.
 template <int Threads, int Rows, int Columns>
 struct Stream {
@@ -82,40 +103,23 @@ struct Stream {
     from += Rows * step;
   }
 
-  // The largest |element| that this thread has copied, of bf16.
+  // The largest |element| that this thread has copied, of 16 bits.
   __device__ __forceinline__ float largest() const {
-    __nv_bfloat162 most = __float2bfloat162_rn(0.f);
-    each_piece<2>([&](int at, int, int) {
-      const uint4 v = *reinterpret_cast<const uint4*>(raw + 16 * at);
-      for (uint32_t word : {v.x, v.y, v.z, v.w}) most = __hmax2(most, __habs2(reinterpret_cast<__nv_bfloat162&>(word)));
-    });
-    return fmaxf(__low2float(most), __high2float(most));
+    float most = 0.f;
+    each_piece<2>([&](int at, int, int) { most = fmaxf(most, largest_of(*reinterpret_cast<const uint4*>(raw + 16 * at), type)); });
+    return most;
   }
 
   __device__ __forceinline__ void convert(unsigned char* operand, float factor) const {
-    if (type == QUAMBA_I8) {
+    if (type == QUAMBA_I8)
       each_piece<1>([&](int at, int row, int piece) {
-        const uint4 v = *reinterpret_cast<const uint4*>(raw + 16 * at);
-        const uint2 one = codes_to_halves(v.x), two = codes_to_halves(v.y);
-        const uint2 three = codes_to_halves(v.z), four = codes_to_halves(v.w);
-        const uint4 low = make_uint4(one.x, one.y, two.x, two.y), high = make_uint4(three.x, three.y, four.x, four.y);
-        const bool turn = piece & 4;  // so that pieces four apart do not meet in a bank
-        *reinterpret_cast<uint4*>(operand + place_in<Rows>(row, piece, turn)) = turn ? high : low;
-        *reinterpret_cast<uint4*>(operand + place_in<Rows>(row, piece, !turn)) = turn ? low : high;
+        store_codes<Rows>(operand, row, piece, *reinterpret_cast<const uint4*>(raw + 16 * at));
       });
-    } else if (type == QUAMBA_F16) {
+    else
       each_piece<2>([&](int at, int row, int piece) {
         *reinterpret_cast<uint4*>(operand + place_in<Rows>(row, piece / 2, piece % 2)) =
-            *reinterpret_cast<const uint4*>(raw + 16 * at);
+            scaled_halves(*reinterpret_cast<const uint4*>(raw + 16 * at), type, factor);
       });
-    } else {
-      each_piece<2>([&](int at, int row, int piece) {
-        const uint4 v = *reinterpret_cast<const uint4*>(raw + 16 * at);
-        *reinterpret_cast<uint4*>(operand + place_in<Rows>(row, piece / 2, piece % 2)) =
-            make_uint4(brains_to_halves(v.x, factor), brains_to_halves(v.y, factor), brains_to_halves(v.z, factor),
-                       brains_to_halves(v.w, factor));
-      });
-    }
   }
 };
 
@@ -125,8 +129,14 @@ __device__ __forceinline__ float load_float(const void* data, int type, long lon
   return type == QUAMBA_F16 ? __half2float(reinterpret_cast<const __half&>(v)) : __uint_as_float(v << 16);
 }
 
+// log2 of a sum, of logarithms.
+__device__ __forceinline__ float together(float v, float w) {
+  const float most = fmaxf(v, w);
+  return most + log2_approximate(1.f + exp2_approximate(fminf(v, w) - most));
+}
+
 template <int N, int P, bool OUTPUT>
-__global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, SSD_BLOCKS)
+__global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, Layout<N, P, OUTPUT>::kBlocks)
     ssd_scan(const __grid_constant__ Params p) {
   using At = Layout<N, P, OUTPUT>;
   constexpr int kTokens = At::kTokens, kWarps = At::kWarps, kThreads = At::kThreads;
@@ -151,98 +161,56 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, SSD_BLOCKS)
   const long long chunks = (end - begin + kTokens - 1) / kTokens, size = (chunks + p.cuts - 1) / p.cuts * kTokens;
   const long long first = begin + segment * size, stop = min(first + size, end);
 
-  auto bytes = [](const void* data, int type, long long at) {
-    return static_cast<const unsigned char*>(data) + at * size_of(type);
-  };
-  unsigned char* raw = shared + At::kRaw;
-  Stream<kThreads, kTokens, N> B{bytes(a.b, a.b_dtype, batch * a.b_batch + first * a.b_token + group * a.b_group),
-                                 a.b_token * size_of(a.b_dtype), raw, a.b_dtype};
-  raw += kTokens * N * size_of(a.b_dtype);
-  Stream<kThreads, kTokens, P> X{bytes(a.x, a.x_dtype, batch * a.x_batch + first * a.x_token + head * a.x_head),
-                                 a.x_token * size_of(a.x_dtype), raw, a.x_dtype};
-  raw += kTokens * P * size_of(a.x_dtype);
-  Stream<kThreads, kTokens, N> C{bytes(a.c, a.c_dtype, batch * a.c_batch + first * a.c_token + group * a.c_group),
-                                 a.c_token * size_of(a.c_dtype), raw, a.c_dtype};
-  auto fetch = [&](long long t) {
-    const int left = static_cast<int>(min(stop - t, static_cast<long long>(kTokens)));
-    if (left <= 0) return;
-    B.fetch(left);
-    X.fetch(left);
-    if constexpr (OUTPUT) C.fetch(left);
-  };
-  const bool measured = a.x_dtype == QUAMBA_BF16 || a.b_dtype == QUAMBA_BF16 || (OUTPUT && a.c_dtype == QUAMBA_BF16);
-  auto measure = [&] {  // the largest of what this warp has copied, of each input of bf16
-    const float most[3] = {a.x_dtype == QUAMBA_BF16 ? X.largest() : 0.f, a.b_dtype == QUAMBA_BF16 ? B.largest() : 0.f,
-                           OUTPUT && a.c_dtype == QUAMBA_BF16 ? C.largest() : 0.f};
+  Stream<kThreads, kTokens, P> X{
+      static_cast<const unsigned char*>(a.x) +
+          (batch * a.x_batch + first * a.x_token + head * a.x_head) * size_of(a.x_dtype),
+      a.x_token * size_of(a.x_dtype), shared + At::kRaw, a.x_dtype};
+  // B, and C after it, of the chunk that is fetched next
+  const long long slot = first_slot(a, begin, sequence, kTokens) + segment * (size / kTokens);
+  const unsigned char* operand = p.operands + (slot * a.G + group) * 2 * At::kColumns + 16 * threadIdx.x;
+  const int* exponents = p.exponents + (slot * a.G + group) * 2;
+  const float* steps = p.steps + (slot * a.H + head) * kRecord<kTokens> + 4 * threadIdx.x;
+  auto fetch = [&](long long t, int buffer) {
+    if (t >= stop) return;
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      const unsigned v = __reduce_max_sync(~0u, __float_as_uint(most[i]));
-      if (lane == 0) vectors[At::kLargest + i * kWarps + warp] = __uint_as_float(v);
-    }
+    for (int i = 0; i < At::kColumns; i += 16 * kThreads)
+      copy_async(shared + At::kB + buffer * At::kColumns + i + 16 * threadIdx.x, operand + i, true);
+    X.fetch(static_cast<int>(min(stop - t, static_cast<long long>(kTokens))));
+#pragma unroll
+    for (int i = 0; i < kRecord<kTokens> / 4; i += kThreads)
+      if (i + threadIdx.x < kRecord<kTokens> / 4)
+        copy_async(vectors + At::kSteps + buffer * kRecord<kTokens> + 4 * (i + threadIdx.x), steps + 4 * i, true);
   };
-  auto exponent = [&](int which, int type) {  // of the factor that brings an input into the range of fp16
-    if (type != QUAMBA_BF16) return 0;
-    float most = 0.f;
-    for (int i = 0; i < kWarps; ++i) most = fmaxf(most, vectors[At::kLargest + which * kWarps + i]);
-    return max(exponent_of(most, -127) - 14, kLeastInput);
+  auto fetch_c = [&](long long t) {
+    if (t >= stop) return;
+#pragma unroll
+    for (int i = 0; i < At::kColumns; i += 16 * kThreads)
+      copy_async(shared + At::kC + i + 16 * threadIdx.x, operand + At::kColumns + i, true);
   };
+  auto measure = [&](int place, float most) {  // the largest in this warp
+    const unsigned v = __reduce_max_sync(~0u, __float_as_uint(most));
+    if (lane == 0) vectors[place + warp] = __uint_as_float(v);
+  };
+  auto measured = [&](int place) {
+    float most = vectors[place];
+#pragma unroll
+    for (int i = 1; i < kWarps; ++i) most = fmaxf(most, vectors[place + i]);
+    return most;
+  };
+  const bool codes = a.x_dtype == QUAMBA_I8;
+  auto exponent = [&] { return codes ? 0 : scale_of(measured(At::kLargest)); };
 
-  // dt of a chunk, by the first warp: kTokens / 32 tokens a lane
-  constexpr int kEach = kTokens / 32;
-  const float rate = kLog2e * __ldg(a.A + head), bias = a.dt_bias ? load_float(a.dt_bias, a.dt_bias_dtype, head) : 0.f;
-  float steps[kEach];
-  auto fetch_steps = [&](long long t) {
-#pragma unroll
-    for (int e = 0; e < kEach; ++e) {
-      const long long at = t + lane * kEach + e;
-      steps[e] = at < stop ? load_float(a.dt, a.dt_dtype, batch * a.dt_batch + at * a.dt_token + head) : 0.f;
-    }
+  auto advance = [&] {
+    operand += 2LL * a.G * At::kColumns, exponents += 2 * a.G, steps += static_cast<long long>(a.H) * kRecord<kTokens>;
   };
-  auto spread_steps = [&](long long t, int buffer) {
-    float decay[kEach], sum = 0.f;
-#pragma unroll
-    for (int e = 0; e < kEach; ++e) {
-      // beyond the last token dt = 0 leaves the state alone
-      const float dt = fminf(fmaxf(softplus(steps[e] + bias), a.lowest), a.highest);
-      steps[e] = t + lane * kEach + e < stop ? dt : 0.f;
-      decay[e] = sum = __fmaf_rn(steps[e], rate, sum);
-    }
-    float before = sum, after = sum;  // both from their own end, so that neither is a difference of long sums
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const float v = __shfl_up_sync(~0u, before, step), w = __shfl_down_sync(~0u, after, step);
-      if (lane >= step) before += v;
-      if (lane < 32 - step) after += w;
-    }
-    const float total = __shfl_sync(~0u, before, 31);
-    before = __shfl_up_sync(~0u, before, 1), after = __shfl_down_sync(~0u, after, 1);
-    if (lane == 0) before = 0.f;
-    if (lane == 31) after = 0.f;
-    float most = 0.f, weight[kEach];
-#pragma unroll
-    for (int e = kEach - 1; e >= 0; --e) {
-      decay[e] += before;
-      weight[e] = steps[e] * exp2_approximate(after);
-      after = __fmaf_rn(steps[e], rate, after);
-      most = fmaxf(most, weight[e]);
-    }
-    const int unit =
-        exponent_of(__uint_as_float(__reduce_max_sync(~0u, __float_as_uint(most))), kLeastStep) + 1;
-#pragma unroll
-    for (int e = 0; e < kEach; ++e) {
-      const int at = buffer * kTokens + lane * kEach + e;
-      vectors[At::kDecay + at] = decay[e];
-      vectors[At::kReach + at] = decay[e] - log2_approximate(steps[e]);
-      vectors[At::kWeight + at] = weight[e] * power_of_two(-unit);
-    }
-    if (lane == 0) vectors[At::kEnd + 2 * buffer] = total, vectors[At::kEnd + 2 * buffer + 1] = static_cast<float>(unit);
-  };
-
-  fetch(first);
+  fetch(first, 0);
+  if constexpr (OUTPUT) fetch_c(first);
   copy_async_commit();
-  if (warp == 0) fetch_steps(first);
+  int eb = 0, ec = 0;
+  if (first < stop) eb = __ldcg(exponents), ec = __ldcg(exponents + 1);
+  advance();
 
-  // The state of rows quad and quad + 8 of the warp's 16, in codes: to be multiplied by own[] and 2^unit.
+  // The state of rows quad and quad + 8 of the warp's 16, to be multiplied by own[] and 2^unit.
   const int channel = warp * 16 + quad;
   const float b_scale = a.b_scale ? __ldg(a.b_scale + group) : 1.f, c_scale = a.c_scale ? __ldg(a.c_scale + group) : 1.f;
   float own[2], skip[2];
@@ -253,7 +221,6 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, SSD_BLOCKS)
     skip[r] = OUTPUT ? x_scale * load_float(a.D, a.D_dtype, head) : 0.f;
   }
   float h[N / 2];
-  float unit = 0.f, kept = 0.f;  // log2
   const long long owner = static_cast<long long>(sequence) * a.H + head;
   const long long state_at = (owner * P + channel) * N + pair;
 #pragma unroll
@@ -286,34 +253,68 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, SSD_BLOCKS)
       reinterpret_cast<uint4*>(shared + At::kM)[i] = make_uint4(0, 0, 0, 0);
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   copy_async_wait();
-  if (measured) {
-    measure();
-    __syncthreads();
+  if (!codes) measure(At::kLargest, X.largest());
+  // Of h: its unit (h is what the registers hold times 2^unit), and what the latest chunk did to it; all as log2.
+  float unit = 0.f, unit_before = 0.f, latest = 0.f, added = kNothing, kept = 0.f;
+  if constexpr (OUTPUT) {
+    float most = 0.f;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) most = fmaxf(most, fabsf(h[i]));
+    measure(At::kState, most);
   }
-  if (warp == 0) spread_steps(first, 0);
+  __syncthreads();
+  if constexpr (OUTPUT) {
+    const int e = exponent_of(measured(At::kState), -100) + 1 - kHighest;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) h[i] *= power_of_two(-e);
+    unit = static_cast<float>(e);
+  }
   int buffer = 0;
 #pragma unroll 1
   for (long long t = first; t < stop; t += kTokens, buffer ^= 1) {
-    const int ex = exponent(0, a.x_dtype), eb = exponent(1, a.b_dtype), ec = OUTPUT ? exponent(2, a.c_dtype) : 0;
-    B.convert(shared + At::kB, power_of_two(-eb));
+    const int ex = exponent();
+    const float* record = vectors + At::kSteps + buffer * kRecord<kTokens>;
+    const float4 sums = *reinterpret_cast<const float4*>(record + 3 * kTokens);
+    const float total = sums.x, inputs = static_cast<float>(ex + eb);
+    const float m = sums.z + static_cast<float>(1 + 2 * kBits + (31 - __clz(N)) - kHighest);  // |C B^T dt| < 2^m 2^kHighest
+    // where h is no operand only what is added must not overflow
+    float now = kNothing;
+    if constexpr (OUTPUT)
+      now = together(fmaxf(log2_approximate(measured(At::kState)) + unit_before, kNothing) + latest, added);
+    latest = total, added = fmaxf(inputs + 2 * kBits + sums.y, kNothing);
+    const float bound = OUTPUT ? together(now + total, added) : added;
+    const float next = ceilf(fmaxf(bound, -60.f)) - kHighest;
+    const float stays = exp2_approximate(total + unit - next), scale = exp2_approximate(inputs - next);
+    const float factor = exp2_approximate(inputs + m + static_cast<float>(ec));
+#pragma unroll
+    for (int i = 0; i < kTokens; i += kThreads) {
+      const int q = i + threadIdx.x;
+      if (kTokens % kThreads != 0 && q >= kTokens) break;
+      if constexpr (OUTPUT) {
+        vectors[At::kReach + q] = record[kTokens + q] + m;
+        vectors[At::kCarried + q] = exp2_approximate(record[q] + unit - inputs - m);
+      }
+      const float v = record[2 * kTokens + q] * scale;
+      const __half high = __float2half_rn(v);
+      reinterpret_cast<__half*>(vectors + At::kHigh)[q] = high;
+      reinterpret_cast<__half*>(vectors + At::kLow)[q] = __float2half_rn(v - __half2float(high));
+    }
+    unit_before = unit, unit = next, kept += total;
     X.convert(shared + At::kX, power_of_two(-ex));
-    if constexpr (OUTPUT) C.convert(shared + At::kC, power_of_two(-ec));
     publish();
     __syncthreads();
-    fetch(t + kTokens);
+    fetch(t + kTokens, buffer ^ 1);
     copy_async_commit();
-    if (warp == 0) fetch_steps(t + kTokens);
+    if (t + kTokens < stop) eb = __ldcg(exponents), ec = __ldcg(exponents + 1);
+    const uint32_t at_b = base + At::kB + buffer * At::kColumns;
 
     float y[8 * kBlocks];
-    float back[2];  // to what h as an operand is scaled
     if constexpr (OUTPUT) {
       // M[q][s] = C[q] B[s] exp(decay from s to q) dt[s], from its products, of a block of 16 rows
-      const float* decay = vectors + At::kDecay + buffer * kTokens;
-      const float* reach = vectors + At::kReach + buffer * kTokens;
+      const float *decay = record, *reach = vectors + At::kReach;
       auto decayed = [&](float(&m)[8 * kBlocks], int block) {
         const int row = 16 * block + quad;
         const float from[2] = {decay[row], decay[row + 8]};
-        float most[2] = {0.f, 0.f};
 #pragma unroll
         for (int j = 0; j < 2 * kBlocks; ++j) {
           if (j / 2 > block) continue;
@@ -326,64 +327,46 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, SSD_BLOCKS)
               const int at = row + 8 * r - 8 * j - pair;
               low = at >= 0 ? low : 0.f, high = at >= 1 ? high : 0.f;
             }
-            m[4 * j + 2 * r] = low, m[4 * j + 2 * r + 1] = high;
-            most[r] = fmaxf(most[r], fmaxf(fabsf(low), fabsf(high)));
-          }
-        }
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int e = exponent_of(row_max(most[r]), kLeastRow) - 14;
-          const float factor = power_of_two(-e);
-#pragma unroll
-          for (int j = 0; j < 2 * kBlocks; ++j)
-            if (j / 2 <= block)
-              *reinterpret_cast<uint32_t*>(shared + At::kM + place<kTokens>(row + 8 * r, 8 * j + pair)) =
-                  pack_f16(m[4 * j + 2 * r] * factor, m[4 * j + 2 * r + 1] * factor);
-          if (lane % 4 == 0) {
-            vectors[At::kCarried + row + 8 * r] = exp2_approximate(from[r] - static_cast<float>(e + eb + ex));
-            vectors[At::kRow + row + 8 * r] = power_of_two(e + eb + ex + ec);
+            *reinterpret_cast<uint32_t*>(shared + At::kM + place<kTokens>(row + 8 * r, 8 * j + pair)) = pack_f16(low, high);
           }
         }
       };
       constexpr bool kBegun = Multiply::kGroups && kTokens == 64;  // the product of the mix runs while h is made ready
       float m[8 * kBlocks];
-      if constexpr (kBegun) Multiply::mix(m, base + At::kC, base + At::kB, warp % 4);
+      if constexpr (kBegun) Multiply::mix(m, base + At::kC, at_b, warp % 4);
 
       uint32_t left[N / 16][4];
-      float most[2] = {0.f, 0.f}, factor[2];
+      __half2 most = __float2half2_rn(0.f);
 #pragma unroll
-      for (int i = 0; i < N / 2; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], fabsf(h[i]));
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int e = exponent_of(row_max(most[r]), -100) - 14;
-        factor[r] = power_of_two(-e), back[r] = exp2_approximate(unit + static_cast<float>(e));
+      for (int i = 0; i < N / 4; ++i) {
+        left[i / 4][i % 4] = pack_f16(h[2 * i], h[2 * i + 1]);
+        most = __hmax2(most, __habs2(reinterpret_cast<__half2&>(left[i / 4][i % 4])));
       }
-#pragma unroll
-      for (int i = 0; i < N / 4; ++i) left[i / 4][i % 4] = pack_f16(h[2 * i] * factor[i % 2], h[2 * i + 1] * factor[i % 2]);
+      measure(At::kState, fmaxf(__low2float(most), __high2float(most)));
 
       if constexpr (kBegun) {
         Multiply::template wait<0>(m);
         if (warp < 4) decayed(m, warp);
       } else {
         for (int block = warp; block < kBlocks; block += kWarps) {
-          Multiply::mix(m, base + At::kC, base + At::kB, block);
+          Multiply::mix(m, base + At::kC, at_b, block);
           decayed(m, block);
         }
       }
       publish();
       Multiply::carry(y, left, base + At::kC);
-      if (warp == 0) spread_steps(t + kTokens, buffer ^ 1);
       Multiply::template wait<0>(y);
       __syncthreads();
+      fetch_c(t + kTokens);
+      copy_async_commit();
 #pragma unroll
       for (int j = 0; j < 2 * kBlocks; ++j) {
         const float2 carried = *reinterpret_cast<const float2*>(vectors + At::kCarried + 8 * j + pair);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) y[4 * j + 2 * r] *= back[r] * carried.x, y[4 * j + 2 * r + 1] *= back[r] * carried.y;
+        for (int r = 0; r < 2; ++r) y[4 * j + 2 * r] *= carried.x, y[4 * j + 2 * r + 1] *= carried.y;
       }
-    } else if (warp == 0) {
-      spread_steps(t + kTokens, buffer ^ 1);
     }
+    advance();
 
     uint32_t x[kBlocks][4];
 #pragma unroll
@@ -391,57 +374,43 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, SSD_BLOCKS)
     if constexpr (OUTPUT) Multiply::apply(y, x, base + At::kM);
 
     // h <- exp(decay of the chunk) h + x^T (weights) B
-    int top = 7;  // |x| < 2^top in this warp
-    if (a.x_dtype != QUAMBA_I8) {
-      __half2 most = __float2half2_rn(0.f);
-#pragma unroll
-      for (int i = 0; i < 4 * kBlocks; ++i) most = __hmax2(most, __habs2(reinterpret_cast<__half2&>(x[i / 4][i % 4])));
-      const float largest = fmaxf(__low2float(most), __high2float(most));
-      top = exponent_of(__uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest))), kLeastInput) + 1;
-    }
-    const float total = vectors[At::kEnd + 2 * buffer];
-    const float next = vectors[At::kEnd + 2 * buffer + 1] + static_cast<float>(ex + eb + top);
-    const float stays = exp2_approximate(total + unit - next), shrink = power_of_two(-top);
-    unit = next, kept += total;
-    uint32_t high[kBlocks][4], low[kBlocks][4];
-#pragma unroll
-    for (int s = 0; s < kBlocks; ++s)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float2 weight = *reinterpret_cast<const float2*>(vectors + At::kWeight + buffer * kTokens + 16 * s + 8 * half + pair);
-        weight.x *= shrink, weight.y *= shrink;
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          const float2 v = unpack_f16(x[s][i]);
-          const float one = v.x * weight.x, two = v.y * weight.y;
-          high[s][i] = pack_f16(one, two);
-          const float2 taken = unpack_f16(high[s][i]);
-          low[s][i] = pack_f16(one - taken.x, two - taken.y);
-        }
-      }
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) h[i] *= stays;
-    if constexpr (OUTPUT) Multiply::template wait<0>(y);
-    Multiply::update(h, high, low, base + At::kB);
-
-    if constexpr (OUTPUT) {  // y^T turned, over the warp's own x, and out
-      const float all[2] = {own[0] * c_scale, own[1] * c_scale};
+    if constexpr (OUTPUT) {  // y^T turned, over the warp's own x
+      Multiply::template wait<0>(y);
+      const float all[2] = {own[0] * c_scale * factor, own[1] * c_scale * factor};
       const float direct[2] = {skip[0] * power_of_two(ex), skip[1] * power_of_two(ex)};
       __syncwarp();
 #pragma unroll
       for (int j = 0; j < 2 * kBlocks; ++j) {
-        const float2 row = *reinterpret_cast<const float2*>(vectors + At::kRow + 8 * j + pair);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const float2 v = unpack_f16(x[j / 2][j % 2 * 2 + r]);
-          const float one = __fmaf_rn(y[4 * j + 2 * r] * row.x, all[r], v.x * direct[r]);
-          const float two = __fmaf_rn(y[4 * j + 2 * r + 1] * row.y, all[r], v.y * direct[r]);
+          const float one = __fmaf_rn(y[4 * j + 2 * r], all[r], v.x * direct[r]);
+          const float two = __fmaf_rn(y[4 * j + 2 * r + 1], all[r], v.y * direct[r]);
           const uint32_t packed = a.y_dtype == QUAMBA_F16 ? pack_f16(one, two) : pack_bf16(one, two);
           *reinterpret_cast<uint32_t*>(shared + At::kX + place<kTokens>(8 * j + quad, 16 * warp + 8 * r + pair)) =
               turned(packed);
         }
       }
       __syncwarp();
+    }
+    uint32_t high[kBlocks][4], low[kBlocks][4];
+#pragma unroll
+    for (int s = 0; s < kBlocks; ++s)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = 8 * s + 4 * half + lane % 4;
+        const uint32_t one = reinterpret_cast<const uint32_t*>(vectors + At::kHigh)[at];
+        const uint32_t two = reinterpret_cast<const uint32_t*>(vectors + At::kLow)[at];
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          high[s][i] = times_f16(x[s][i], one);
+          low[s][i] = fma_f16x2(x[s][i], two, fma_f16x2(x[s][i], one, high[s][i] ^ 0x80008000u));
+        }
+      }
+    Multiply::update(h, high, low, at_b);
+    if constexpr (OUTPUT) {  // and out
       unsigned short* out = static_cast<unsigned short*>(a.y);
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
@@ -453,7 +422,7 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, SSD_BLOCKS)
     }
     Multiply::template wait<0>(h);
     copy_async_wait();
-    if (measured) measure();
+    if (!codes) measure(At::kLargest, X.largest());
     __syncthreads();
   }
 
@@ -480,6 +449,7 @@ int launch_32(const Params& p, bool output, void* stream);   // N of 16 and 32
 int launch_64(const Params& p, bool output, void* stream);
 int launch_128(const Params& p, bool output, void* stream);
 int launch_256(const Params& p, bool output, void* stream);
+int launch_operands(const Params& p, int tokens, void* stream);
 
 template <int N, int P, bool OUTPUT>
 int launch_as(const Params& p, void* stream) {
@@ -487,7 +457,7 @@ int launch_as(const Params& p, void* stream) {
   const QuambaSsdScan& a = p.a;
   const long long grid = static_cast<long long>(a.H) * a.sequences * (OUTPUT ? p.cuts : p.cuts - 1);
   if (grid > 0x7fffffffLL) return QUAMBA_UNSUPPORTED;
-  const int shared = At::kRaw + At::raw(size_of(a.x_dtype), size_of(a.b_dtype), size_of(a.c_dtype));
+  const int shared = At::kRaw + At::kTokens * P * size_of(a.x_dtype);
   cudaError_t error =
       cudaFuncSetAttribute(ssd_scan<N, P, OUTPUT>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;

@@ -13,6 +13,8 @@
 namespace quamba::ssd {
 
 constexpr int kPitch = 128;  // bytes of a panel's row
+constexpr int kBits = 7;     // |operand| < 2^7, as that of a code
+constexpr int kLeastInput = -15;  // the exponent below which inputs are not scaled up: its power is an fp16 too
 
 // Bytes from an operand's start to a column (a multiple of 8, or a pair within a piece) of a row.
 template <int Rows>
@@ -126,10 +128,35 @@ __device__ __forceinline__ int exponent_of(float v, int least) {
 // 2^e, infinite for what is too large.
 __device__ __forceinline__ float power_of_two(int e) { return __int_as_float((min(e, 128) + 127) << 23); }
 
-// The largest over the four lanes that share a row.
-__device__ __forceinline__ float row_max(float v) {
-  v = fmaxf(v, __shfl_xor_sync(~0u, v, 1));
-  return fmaxf(v, __shfl_xor_sync(~0u, v, 2));
+// The exponent of the power of two by which inputs, of which this is the largest, become operands.
+__device__ __forceinline__ int scale_of(float largest) { return max(exponent_of(largest, -127) + 1 - kBits, kLeastInput); }
+
+// The largest |element| of a piece of fp16 or bf16.
+__device__ __forceinline__ float largest_of(const uint4& v, int type) {
+  // of 15 bits without a sign the largest is the same whether they stand for fp16, bf16 or integers
+  const uint32_t two = __vmaxu2(__vmaxu2(v.x & 0x7fff7fffu, v.y & 0x7fff7fffu), __vmaxu2(v.z & 0x7fff7fffu, v.w & 0x7fff7fffu));
+  const float2 floats = halves_to_floats(two, type == QUAMBA_F16);
+  return fmaxf(floats.x, floats.y);
+}
+
+// A piece of fp16 or bf16 as fp16, times a power of two.
+__device__ __forceinline__ uint4 scaled_halves(const uint4& v, int type, float factor) {
+  if (type == QUAMBA_BF16)
+    return make_uint4(brains_to_halves(v.x, factor), brains_to_halves(v.y, factor), brains_to_halves(v.z, factor),
+                      brains_to_halves(v.w, factor));
+  const uint32_t both = pack_f16(factor, factor);
+  return make_uint4(times_f16(v.x, both), times_f16(v.y, both), times_f16(v.z, both), times_f16(v.w, both));
+}
+
+// 16 codes of a row into an operand.
+template <int Rows>
+__device__ __forceinline__ void store_codes(unsigned char* operand, int row, int piece, const uint4& v) {
+  const uint2 one = codes_to_halves(v.x), two = codes_to_halves(v.y);
+  const uint2 three = codes_to_halves(v.z), four = codes_to_halves(v.w);
+  const uint4 low = make_uint4(one.x, one.y, two.x, two.y), high = make_uint4(three.x, three.y, four.x, four.y);
+  const bool turn = piece & 4;  // so that pieces four apart do not meet in a bank
+  *reinterpret_cast<uint4*>(operand + place_in<Rows>(row, piece, turn)) = turn ? high : low;
+  *reinterpret_cast<uint4*>(operand + place_in<Rows>(row, piece, !turn)) = turn ? low : high;
 }
 
 }  // namespace quamba::ssd
