@@ -1,4 +1,4 @@
-// Into how many segments the SSD scan cuts a sequence, and the launches: operands, states of the segments, outputs.
+// Into how many segments the SSD scan cuts a sequence, and its two launches: operands, then states and outputs.
 #include "ssd_scan.cuh"
 
 namespace {
@@ -10,7 +10,7 @@ int tokens_of(const QuambaSsdScan& a) { return a.N == 256 || (a.N == 128 && a.P 
 
 // Scratch, in the order of Params.
 struct Scratch {
-  long long slots, operands, exponents, steps, local, left, bytes;
+  long long slots, operands, exponents, steps, flags, local, left, bytes;
 
   Scratch(const QuambaSsdScan& a, int cuts) {
     const int tokens = tokens_of(a);
@@ -19,15 +19,18 @@ struct Scratch {
     operands = 0;
     exponents = operands + slots * a.G * 2 * tokens * kPitch * (a.N > 64 ? a.N / 64 : 1);
     steps = exponents + (slots * a.G * 2 * 4 + 15) / 16 * 16;
-    local = steps + slots * a.H * 4 * (tokens == 64 ? kRecord<64> : kRecord<32>);
+    flags = steps + slots * a.H * 4 * (tokens == 64 ? kRecord<64> : kRecord<32>);
+    local = flags + (states * 4 + 15) / 16 * 16;
     left = local + states * a.P * a.N * 4;
     bytes = left + states * 4;
   }
 };
 
+constexpr int kMostCuts = 32;  // a thread waits for each
+
 // Each block takes about the same time for a chunk, and a processor runs a few blocks at once.
 int cuts_of(const QuambaSsdScan& a) {
-  if (a.cuts) return a.cuts;
+  if (a.cuts || a.T == 0) return a.T == 0 ? 1 : a.cuts;
   int processors = 0;
   if (device_attribute(cudaDevAttrMultiProcessorCount, processors) != cudaSuccess) return 1;
   const long long tokens = a.cu_seqlens ? a.T / a.sequences : a.T;
@@ -35,7 +38,7 @@ int cuts_of(const QuambaSsdScan& a) {
   const long long chunks = (tokens + chunk - 1) / chunk, blocks = static_cast<long long>(a.H) * a.sequences;
   int best = 1;
   double least = 0;
-  for (int cuts = 1; cuts <= 32 && cuts <= chunks; ++cuts) {
+  for (int cuts = 1; cuts <= kMostCuts && cuts <= chunks; ++cuts) {
     const long long each = (chunks + cuts - 1) / cuts, waves = (blocks * cuts + processors - 1) / processors;
     // one block alone leaves a processor idle half of the time
     const double busy = waves == 1 ? 1.8 : waves == 2 ? 2.2 : static_cast<double>(waves);
@@ -51,13 +54,13 @@ bool in_sixteens(const void* data, int type, long long token, long long batch, l
          part % elements == 0;
 }
 
-int launch_states(const Params& p, bool output, void* stream) {
+int launch_states(const Params& p, void* stream) {
   switch (p.a.N) {
     case 16:
-    case 32: return launch_32(p, output, stream);
-    case 64: return launch_64(p, output, stream);
-    case 128: return launch_128(p, output, stream);
-    case 256: return launch_256(p, output, stream);
+    case 32: return launch_32(p, stream);
+    case 64: return launch_64(p, stream);
+    case 128: return launch_128(p, stream);
+    case 256: return launch_256(p, stream);
     default: return QUAMBA_UNSUPPORTED;
   }
 }
@@ -72,7 +75,7 @@ extern "C" int quamba_ssd_scan(const QuambaSsdScan* args, void* stream) {
   const QuambaSsdScan& a = *args;
   auto is_float = [](int type) { return type == QUAMBA_F32 || type == QUAMBA_F16 || type == QUAMBA_BF16; };
   auto is_short = [](int type) { return type == QUAMBA_I8 || type == QUAMBA_F16 || type == QUAMBA_BF16; };
-  if (a.T < 0 || a.sequences < 1 || a.G < 1 || a.H < 1 || a.H % a.G || (a.cu_seqlens && a.T > 0x7fffffffLL) ||
+  if (a.T < 0 || a.cuts < 0 || a.cuts > kMostCuts || a.sequences < 1 || a.G < 1 || a.H < 1 || a.H % a.G || (a.cu_seqlens && a.T > 0x7fffffffLL) ||
       !is_short(a.x_dtype) || !is_short(a.b_dtype) || !is_short(a.c_dtype) || !is_float(a.dt_dtype) ||
       !is_float(a.D_dtype) || (a.dt_bias && !is_float(a.dt_bias_dtype)) || a.y_dtype == QUAMBA_I8 ||
       !is_short(a.y_dtype) || !in_sixteens(a.x, a.x_dtype, a.x_token, a.x_batch, a.x_head) ||
@@ -87,9 +90,8 @@ extern "C" int quamba_ssd_scan(const QuambaSsdScan* args, void* stream) {
   p.operands = reinterpret_cast<unsigned char*>(base + scratch.operands);
   p.exponents = reinterpret_cast<int*>(base + scratch.exponents);
   p.steps = reinterpret_cast<float*>(base + scratch.steps);
+  p.flags = reinterpret_cast<int*>(base + scratch.flags);
   p.local = reinterpret_cast<float*>(base + scratch.local), p.left = reinterpret_cast<float*>(base + scratch.left);
   if (int status = launch_operands(p, tokens_of(a), stream); status != QUAMBA_OK) return status;
-  if (p.cuts > 1)
-    if (int status = launch_states(p, false, stream); status != QUAMBA_OK) return status;
-  return launch_states(p, true, stream);
+  return launch_states(p, stream);
 }

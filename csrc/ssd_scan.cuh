@@ -5,7 +5,8 @@
 // operand: h as it was accumulated, for h C^T, and x^T for x^T M^T and for the update x^T B. What all warps share lies in
 // shared memory as the right operand: B, C and M = C B^T decayed, which the warps make by rows and hand over once.
 //
-// Where a sequence is cut, a launch before this one leaves behind what each segment adds to a state of zero.
+// Where a sequence is cut, each segment but the last has a second block, which leaves behind what the segment makes of a
+// state of zero; the outputs of later segments wait for it.
 //
 // Before that B and C become operands, once for all heads of a group, and dt decays and weights (ssd_scan_operands.cu).
 //
@@ -30,6 +31,7 @@ struct Params {
   const unsigned char* operands;  // [slots, G, 2]: B and C of a chunk as they lie in shared memory
   const int* exponents;       // [slots, G, 2]: of the powers of two that multiply them
   const float* steps;         // [slots, H, kRecord]
+  int* flags;                 // [sequences, H, cuts - 1]: 1 where local and left are there
   float *local, *left;        // [sequences, H, cuts - 1]: states in the order of the threads; log2 of what is left of earlier
 };
 
@@ -63,60 +65,64 @@ struct Layout {
   // floats: records of two chunks; then of one what is made of them: as in a record, factors of h C^T, weights in two halves
   static constexpr int kSteps = 0, kReach = 2 * kRecord<kTokens>, kCarried = kReach + kTokens, kHigh = kCarried + kTokens;
   static constexpr int kLow = kHigh + kTokens / 2, kLargest = kLow + kTokens / 2, kState = kLargest + kWarps;
-  static constexpr int kFloats = kState + kWarps;
+  static constexpr int kExponents = (kState + kWarps + 1) / 2 * 2, kFloats = kExponents + 4;
   static constexpr int kRaw = kVectors + (4 * kFloats + 15) / 16 * 16;
   // blocks that fit a processor's registers
   static constexpr int kBlocks = N <= 128 && P <= 64 ? 384 / (2 * P) : 1;
 };
 
-// The pieces of 16 bytes of a chunk of x that a thread copies and, later, reads back and converts: those from its
-// own number on, in steps of the block.
+// The pieces of 16 bytes of a chunk of x that a thread copies and, later, reads back and converts: those from its own
+// number on, in steps of the block.
 template <int Threads, int Rows, int Columns>
 struct Stream {
-  const unsigned char* from;  // of the first token of the next chunk
+  const unsigned char* from;  // the thread's first piece of the next chunk
   long long step;             // bytes from token to token
   unsigned char* raw;
   int type;
 
-  template <int Size, class F>  // of an element
+  // of the first token
+  __device__ __forceinline__ Stream(const unsigned char* start, long long step, unsigned char* raw, int type)
+      : step(step), raw(raw), type(type) {
+    const int pieces = Columns * size_of(type) / 16, log = 31 - __clz(pieces);
+    from = start + (threadIdx.x >> log) * step + 16 * (threadIdx.x & (pieces - 1));
+  }
+
+  template <int Size, class F>  // of an element; f(number, row, piece of the row, rows from the thread's first)
   __device__ __forceinline__ void each_piece(F f) const {
-    constexpr int kPieces = Columns * Size / 16, kTotal = Rows * kPieces, kAtOnce = kTotal / Threads < 4 ? 1 + kTotal / Threads : 4;
+    constexpr int kPieces = Columns * Size / 16, kTotal = Rows * kPieces;
+    constexpr int kAtOnce = kTotal / Threads < 4 ? 1 + kTotal / Threads : 4;
 #pragma unroll kAtOnce
     for (int i = 0; i < kTotal; i += Threads) {
       const int at = i + threadIdx.x;
-      if (kTotal % Threads == 0 || at < kTotal) f(at, at / kPieces, at % kPieces);
+      if (kTotal % Threads == 0 || at < kTotal) f(at, at / kPieces, at % kPieces, i / kPieces);
     }
   }
 
-  template <class F>
-  __device__ __forceinline__ void each_piece(F f) const {
-    if (type == QUAMBA_I8)
-      each_piece<1>(f);
-    else
-      each_piece<2>(f);
-  }
-
   __device__ __forceinline__ void fetch(int left) {
-    each_piece([&](int at, int row, int piece) {
-      copy_async(raw + 16 * at, from + row * step * (row < left) + 16 * piece, row < left);
-    });
+    auto copy = [&](int at, int row, int, int apart) {
+      copy_async(raw + 16 * at, row < left ? from + apart * step : from, row < left);
+    };
+    if (type == QUAMBA_I8)
+      each_piece<1>(copy);
+    else
+      each_piece<2>(copy);
     from += Rows * step;
   }
 
   // The largest |element| that this thread has copied, of 16 bits.
   __device__ __forceinline__ float largest() const {
     float most = 0.f;
-    each_piece<2>([&](int at, int, int) { most = fmaxf(most, largest_of(*reinterpret_cast<const uint4*>(raw + 16 * at), type)); });
+    each_piece<2>([&](int at, int, int, int) { most = fmaxf(most, largest_of(*reinterpret_cast<const uint4*>(raw + 16 * at), type)); });
     return most;
   }
 
   __device__ __forceinline__ void convert(unsigned char* operand, float factor) const {
     if (type == QUAMBA_I8)
-      each_piece<1>([&](int at, int row, int piece) {
+      each_piece<1>([&](int at, int row, int piece, int) {
         store_codes<Rows>(operand, row, piece, *reinterpret_cast<const uint4*>(raw + 16 * at));
       });
     else
-      each_piece<2>([&](int at, int row, int piece) {
+      each_piece<2>([&](int at, int row, int piece, int) {
         *reinterpret_cast<uint4*>(operand + place_in<Rows>(row, piece / 2, piece % 2)) =
             scaled_halves(*reinterpret_cast<const uint4*>(raw + 16 * at), type, factor);
       });
@@ -129,28 +135,36 @@ __device__ __forceinline__ float load_float(const void* data, int type, long lon
   return type == QUAMBA_F16 ? __half2float(reinterpret_cast<const __half&>(v)) : __uint_as_float(v << 16);
 }
 
+__device__ __forceinline__ void arrive(int* flag) { asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory"); }
+
+__device__ __forceinline__ bool arrived(const int* flag) {
+  int v;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
+  return v != 0;
+}
+
+// 8 bytes from global to shared memory.
+__device__ __forceinline__ void copy_async_pair(void* shared, const void* p) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(p) : "memory");
+}
+
 // log2 of a sum, of logarithms.
 __device__ __forceinline__ float together(float v, float w) {
   const float most = fmaxf(v, w);
   return most + log2_approximate(1.f + exp2_approximate(fminf(v, w) - most));
 }
 
+// A segment of a head: its outputs, or what it leaves behind of a state of zero.
 template <int N, int P, bool OUTPUT>
-__global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, Layout<N, P, OUTPUT>::kBlocks)
-    ssd_scan(const __grid_constant__ Params p) {
+__device__ __forceinline__ void scan_segment(const Params& p, unsigned char* shared, int head, int segment, int sequence) {
   using At = Layout<N, P, OUTPUT>;
   constexpr int kTokens = At::kTokens, kWarps = At::kWarps, kThreads = At::kThreads;
   constexpr int kBlocks = kTokens / 16;  // of tokens
   using Multiply = Products<kTokens, N, kWarps>;
-  extern __shared__ __align__(1024) unsigned char shared[];
   float* vectors = reinterpret_cast<float*>(shared + At::kVectors);
   const QuambaSsdScan& a = p.a;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, pair = 2 * (lane % 4);
-  launch_dependents();
-  wait_for_previous_kernel();
-
-  const int count = OUTPUT ? p.cuts : p.cuts - 1;
-  const int head = blockIdx.x % a.H, segment = blockIdx.x / a.H % count, sequence = blockIdx.x / a.H / count;
   const int group = head / (a.H / a.G);
   long long begin = 0, end = a.T, batch = sequence;
   if (a.cu_seqlens) {
@@ -159,7 +173,8 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, Layout<N, P, O
     end = max(min(static_cast<long long>(__ldg(a.cu_seqlens + sequence + 1)), a.T), begin);
   }
   const long long chunks = (end - begin + kTokens - 1) / kTokens, size = (chunks + p.cuts - 1) / p.cuts * kTokens;
-  const long long first = begin + segment * size, stop = min(first + size, end);
+  const long long first = begin + segment * size;
+  const int tokens = static_cast<int>(max(min(size, end - first), 0LL));
 
   Stream<kThreads, kTokens, P> X{
       static_cast<const unsigned char*>(a.x) +
@@ -170,19 +185,20 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, Layout<N, P, O
   const unsigned char* operand = p.operands + (slot * a.G + group) * 2 * At::kColumns + 16 * threadIdx.x;
   const int* exponents = p.exponents + (slot * a.G + group) * 2;
   const float* steps = p.steps + (slot * a.H + head) * kRecord<kTokens> + 4 * threadIdx.x;
-  auto fetch = [&](long long t, int buffer) {
-    if (t >= stop) return;
+  auto fetch = [&](int t, int buffer) {
+    if (t >= tokens) return;
 #pragma unroll
     for (int i = 0; i < At::kColumns; i += 16 * kThreads)
       copy_async(shared + At::kB + buffer * At::kColumns + i + 16 * threadIdx.x, operand + i, true);
-    X.fetch(static_cast<int>(min(stop - t, static_cast<long long>(kTokens))));
+    X.fetch(tokens - t);
+    if (threadIdx.x == 0) copy_async_pair(vectors + At::kExponents + 2 * buffer, exponents);
 #pragma unroll
     for (int i = 0; i < kRecord<kTokens> / 4; i += kThreads)
       if (i + threadIdx.x < kRecord<kTokens> / 4)
         copy_async(vectors + At::kSteps + buffer * kRecord<kTokens> + 4 * (i + threadIdx.x), steps + 4 * i, true);
   };
-  auto fetch_c = [&](long long t) {
-    if (t >= stop) return;
+  auto fetch_c = [&](int t) {
+    if (t >= tokens) return;
 #pragma unroll
     for (int i = 0; i < At::kColumns; i += 16 * kThreads)
       copy_async(shared + At::kC + i + 16 * threadIdx.x, operand + At::kColumns + i, true);
@@ -203,11 +219,9 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, Layout<N, P, O
   auto advance = [&] {
     operand += 2LL * a.G * At::kColumns, exponents += 2 * a.G, steps += static_cast<long long>(a.H) * kRecord<kTokens>;
   };
-  fetch(first, 0);
-  if constexpr (OUTPUT) fetch_c(first);
+  fetch(0, 0);
+  if constexpr (OUTPUT) fetch_c(0);
   copy_async_commit();
-  int eb = 0, ec = 0;
-  if (first < stop) eb = __ldcg(exponents), ec = __ldcg(exponents + 1);
   advance();
 
   // The state of rows quad and quad + 8 of the warp's 16, to be multiplied by own[] and 2^unit.
@@ -236,6 +250,11 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, Layout<N, P, O
           h[4 * j + 2 * r] = v.x * inverse[r], h[4 * j + 2 * r + 1] = v.y * inverse[r];
         }
     }
+    if (segment > 0) {
+      if (threadIdx.x < segment)
+        while (!arrived(p.flags + owner * (p.cuts - 1) + threadIdx.x)) __nanosleep(100);
+      __syncthreads();
+    }
     for (int i = 0; i < segment; ++i) {
       const long long from = owner * (p.cuts - 1) + i;
       const float factor = exp2_approximate(__ldcg(p.left + from));
@@ -251,6 +270,9 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, Layout<N, P, O
   if constexpr (OUTPUT && Multiply::kGroups)  // above the diagonal M stays zero
     for (int i = threadIdx.x; i < kTokens * kPitch / 16; i += kThreads)
       reinterpret_cast<uint4*>(shared + At::kM)[i] = make_uint4(0, 0, 0, 0);
+  unsigned short* out = static_cast<unsigned short*>(a.y) +
+                        ((batch * a.T + first + lane / 2) * a.H + head) * P + 16 * warp + lane % 2 * 8;
+  const long long out_step = 16LL * a.H * P;
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   copy_async_wait();
   if (!codes) measure(At::kLargest, X.largest());
@@ -271,8 +293,10 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, Layout<N, P, O
   }
   int buffer = 0;
 #pragma unroll 1
-  for (long long t = first; t < stop; t += kTokens, buffer ^= 1) {
+  for (int t = 0; t < tokens; t += kTokens, buffer ^= 1) {
     const int ex = exponent();
+    const int2 exponents_of = *reinterpret_cast<const int2*>(vectors + At::kExponents + 2 * buffer);
+    const int eb = exponents_of.x, ec = exponents_of.y;
     const float* record = vectors + At::kSteps + buffer * kRecord<kTokens>;
     const float4 sums = *reinterpret_cast<const float4*>(record + 3 * kTokens);
     const float total = sums.x, inputs = static_cast<float>(ex + eb);
@@ -305,7 +329,6 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, Layout<N, P, O
     __syncthreads();
     fetch(t + kTokens, buffer ^ 1);
     copy_async_commit();
-    if (t + kTokens < stop) eb = __ldcg(exponents), ec = __ldcg(exponents + 1);
     const uint32_t at_b = base + At::kB + buffer * At::kColumns;
 
     float y[8 * kBlocks];
@@ -411,14 +434,12 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, Layout<N, P, O
       }
     Multiply::update(h, high, low, at_b);
     if constexpr (OUTPUT) {  // and out
-      unsigned short* out = static_cast<unsigned short*>(a.y);
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        const int row = 16 * i + lane / 2, column = 16 * warp + lane % 2 * 8;
-        if (t + row < stop)
-          *reinterpret_cast<uint4*>(out + ((batch * a.T + t + row) * a.H + head) * P + column) =
-              *reinterpret_cast<const uint4*>(shared + At::kX + place<kTokens>(row, column));
-      }
+      for (int i = 0; i < kBlocks; ++i)
+        if (t + 16 * i + lane / 2 < tokens)
+          *reinterpret_cast<uint4*>(out + i * out_step) = *reinterpret_cast<const uint4*>(
+              shared + At::kX + place<kTokens>(16 * i + lane / 2, 16 * warp + lane % 2 * 8));
+      out += kBlocks * out_step;
     }
     Multiply::template wait<0>(h);
     copy_async_wait();
@@ -442,40 +463,52 @@ __global__ void __launch_bounds__(Layout<N, P, OUTPUT>::kThreads, Layout<N, P, O
       reinterpret_cast<float4*>(p.local)[(to * (N / 8) + j) * kThreads + threadIdx.x] =
           make_float4(h[4 * j] * scale, h[4 * j + 1] * scale, h[4 * j + 2] * scale, h[4 * j + 3] * scale);
     if (threadIdx.x == 0) p.left[to] = kept;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) arrive(p.flags + to);
   }
 }
 
-int launch_32(const Params& p, bool output, void* stream);   // N of 16 and 32
-int launch_64(const Params& p, bool output, void* stream);
-int launch_128(const Params& p, bool output, void* stream);
-int launch_256(const Params& p, bool output, void* stream);
-int launch_operands(const Params& p, int tokens, void* stream);
-
-template <int N, int P, bool OUTPUT>
-int launch_as(const Params& p, void* stream) {
-  using At = Layout<N, P, OUTPUT>;
-  const QuambaSsdScan& a = p.a;
-  const long long grid = static_cast<long long>(a.H) * a.sequences * (OUTPUT ? p.cuts : p.cuts - 1);
-  if (grid > 0x7fffffffLL) return QUAMBA_UNSUPPORTED;
-  const int shared = At::kRaw + At::kTokens * P * size_of(a.x_dtype);
-  cudaError_t error =
-      cudaFuncSetAttribute(ssd_scan<N, P, OUTPUT>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-  return launch(ssd_scan<N, P, OUTPUT>, p, dim3(static_cast<unsigned>(grid)), At::kThreads, stream, shared);
+// First the blocks that leave states behind, then those of the outputs, segment by segment: a block waits only for some
+// that begin before it.
+template <int N, int P>
+__global__ void __launch_bounds__(Layout<N, P, true>::kThreads, Layout<N, P, true>::kBlocks)
+    ssd_scan(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  launch_dependents();
+  wait_for_previous_kernel();
+  const int heads = p.a.H, owners = heads * p.a.sequences;
+  const int owner = blockIdx.x % owners, job = blockIdx.x / owners;
+  if (job < p.cuts - 1)
+    scan_segment<N, P, false>(p, shared, owner % heads, job, owner / heads);
+  else
+    scan_segment<N, P, true>(p, shared, owner % heads, job - (p.cuts - 1), owner / heads);
 }
 
+int launch_32(const Params& p, void* stream);  // N of 16 and 32
+int launch_64(const Params& p, void* stream);
+int launch_128(const Params& p, void* stream);
+int launch_256(const Params& p, void* stream);
+int launch_operands(const Params& p, int tokens, void* stream);
+
 template <int N, int P>
-int launch_as(const Params& p, bool output, void* stream) {
-  return output ? launch_as<N, P, true>(p, stream) : launch_as<N, P, false>(p, stream);
+int launch_as(const Params& p, void* stream) {
+  using At = Layout<N, P, true>;
+  const long long grid = static_cast<long long>(p.a.H) * p.a.sequences * (2 * p.cuts - 1);
+  if (grid > 0x7fffffffLL) return QUAMBA_UNSUPPORTED;
+  const int shared = At::kRaw + At::kTokens * P * size_of(p.a.x_dtype);
+  cudaError_t error = cudaFuncSetAttribute(ssd_scan<N, P>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+  return launch(ssd_scan<N, P>, p, dim3(static_cast<unsigned>(grid)), At::kThreads, stream, shared);
 }
 
 template <int N>
-int launch_states(const Params& p, bool output, void* stream) {
+int launch_states(const Params& p, void* stream) {
   switch (p.a.P) {
-    case 16: return launch_as<N, 16>(p, output, stream);
-    case 32: return launch_as<N, 32>(p, output, stream);
-    case 64: return launch_as<N, 64>(p, output, stream);
-    case 128: return launch_as<N, 128>(p, output, stream);
+    case 16: return launch_as<N, 16>(p, stream);
+    case 32: return launch_as<N, 32>(p, stream);
+    case 64: return launch_as<N, 64>(p, stream);
+    case 128: return launch_as<N, 128>(p, stream);
     default: return QUAMBA_UNSUPPORTED;
   }
 }

@@ -96,6 +96,9 @@ __global__ void __launch_bounds__(kThreads) operands(const __grid_constant__ Par
   wait_for_previous_kernel();
   const int blocks = 2 * a.G + (a.H - 1) / kHeads + 1, block = blockIdx.x % blocks;
   const long long slot = blockIdx.x / blocks;
+  const long long states = static_cast<long long>(a.sequences) * a.H * (p.cuts - 1);
+  for (long long i = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x; i < states; i += static_cast<long long>(gridDim.x) * kThreads)
+    p.flags[i] = 0;
   const Place place = place_of<Tokens>(a, slot);
   if (place.first >= place.end) return;
   if (block >= 2 * a.G) {
@@ -149,7 +152,7 @@ __global__ void __launch_bounds__(kThreads) operands(const __grid_constant__ Par
 }
 
 template <int N, int Tokens>
-int launch_as(const Params& p, void* stream) {
+int launch_chunks(const Params& p, void* stream) {
   const long long grid = p.slots * (2 * p.a.G + (p.a.H - 1) / kHeads + 1);
   if (grid > 0x7fffffffLL) return QUAMBA_UNSUPPORTED;
   return grid ? launch(operands<N, Tokens>, p, dim3(static_cast<unsigned>(grid)), kThreads, stream) : QUAMBA_OK;
@@ -159,11 +162,11 @@ int launch_as(const Params& p, void* stream) {
 
 int launch_operands(const Params& p, int tokens, void* stream) {
   switch (p.a.N) {
-    case 16: return launch_as<16, 64>(p, stream);
-    case 32: return launch_as<32, 64>(p, stream);
-    case 64: return launch_as<64, 64>(p, stream);
-    case 128: return tokens == 64 ? launch_as<128, 64>(p, stream) : launch_as<128, 32>(p, stream);
-    case 256: return launch_as<256, 32>(p, stream);
+    case 16: return launch_chunks<16, 64>(p, stream);
+    case 32: return launch_chunks<32, 64>(p, stream);
+    case 64: return launch_chunks<64, 64>(p, stream);
+    case 128: return tokens == 64 ? launch_chunks<128, 64>(p, stream) : launch_chunks<128, 32>(p, stream);
+    case 256: return launch_chunks<256, 32>(p, stream);
     default: return QUAMBA_UNSUPPORTED;
   }
 }
