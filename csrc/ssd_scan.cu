@@ -42,7 +42,7 @@ int cuts_of(const QuambaSsdScan& a) {
     const long long each = (chunks + cuts - 1) / cuts, waves = (blocks * cuts + processors - 1) / processors;
     // one block alone leaves a processor idle half of the time
     const double busy = waves == 1 ? 1.8 : waves == 2 ? 2.2 : static_cast<double>(waves);
-    const double time = busy * static_cast<double>(each) * (cuts > 1 ? 1.0 + 0.4 * (cuts - 1) / cuts : 1.0) + (cuts > 1 ? 3 : 0);
+    const double time = busy * static_cast<double>(each) * (1.0 + 0.4 * (cuts - 1) / cuts) + (cuts > 1 ? 3 : 0);
     if (cuts == 1 || time < least) best = cuts, least = time;
   }
   return best;
@@ -75,7 +75,8 @@ extern "C" int quamba_ssd_scan(const QuambaSsdScan* args, void* stream) {
   const QuambaSsdScan& a = *args;
   auto is_float = [](int type) { return type == QUAMBA_F32 || type == QUAMBA_F16 || type == QUAMBA_BF16; };
   auto is_short = [](int type) { return type == QUAMBA_I8 || type == QUAMBA_F16 || type == QUAMBA_BF16; };
-  if (a.T < 0 || a.cuts < 0 || a.cuts > kMostCuts || a.sequences < 1 || a.G < 1 || a.H < 1 || a.H % a.G || (a.cu_seqlens && a.T > 0x7fffffffLL) ||
+  if (a.T < 0 || a.cuts < 0 || a.cuts > kMostCuts || a.sequences < 1 || a.G < 1 || a.H < 1 || a.H % a.G ||
+      (a.cu_seqlens && a.T > 0x7fffffffLL) ||
       !is_short(a.x_dtype) || !is_short(a.b_dtype) || !is_short(a.c_dtype) || !is_float(a.dt_dtype) ||
       !is_float(a.D_dtype) || (a.dt_bias && !is_float(a.dt_bias_dtype)) || a.y_dtype == QUAMBA_I8 ||
       !is_short(a.y_dtype) || !in_sixteens(a.x, a.x_dtype, a.x_token, a.x_batch, a.x_head) ||

@@ -2,19 +2,19 @@
 //
 // A block takes a head over a segment of the sequence and keeps the state in the registers of its P / 16 warps, 16
 // channels each, from chunk to chunk. Everything is computed as y^T and h, so that what a warp holds is always the left
-// operand: h as it was accumulated, for h C^T, and x^T for x^T M^T and for the update x^T B. What all warps share lies in
-// shared memory as the right operand: B, C and M = C B^T decayed, which the warps make by rows and hand over once.
+// operand: h as it was accumulated, for h C^T, and x^T for x^T M^T and for the update x^T B. What all warps share lies
+// in shared memory as the right operand: B, C and M = C B^T decayed, which the warps make by rows and hand over once.
 //
-// Where a sequence is cut, each segment but the last has a second block, which leaves behind what the segment makes of a
-// state of zero; the outputs of later segments wait for it.
+// Where a sequence is cut, each segment but the last has a second block, which leaves behind what the segment makes of
+// a state of zero; the outputs of later segments wait for it.
 //
-// Before that B and C become operands, once for all heads of a group, and dt decays and weights (ssd_scan_operands.cu).
+// Before that B and C become operands, once for all heads of a group, and dt decays and weights: ssd_scan_operands.cu.
 //
-// Numbers. Operands are fp16, sums fp32. fp16 holds int8 exactly, and inputs of 16 bits after a power of two that brings
-// the largest of a chunk below 2^7. M and the state as operands of y have one term, which a 16-bit y cannot tell from the
-// exact ones; by powers of two they are kept below 2^15, from bounds: fp16 has 29 binary places below that at full
-// precision. What is added to the state has two terms, 22 bits: it stays for many tokens, and a prompt in pieces has to
-// leave the state of the whole.
+// Numbers. Operands are fp16, sums fp32. fp16 holds int8 exactly, and inputs of 16 bits after a power of two that
+// brings the largest of a chunk below 2^7. M and the state as operands of y have one term, which a 16-bit y cannot tell
+// from the exact ones; powers of two keep them below 2^15, from bounds: fp16 has full precision for 29 binary places
+// below that. What is added to the state has two terms, 22 bits: it stays for many tokens, and a prompt in pieces has
+// to leave the state of the whole.
 #pragma once
 
 #include "launch.cuh"
@@ -32,7 +32,7 @@ struct Params {
   const int* exponents;       // [slots, G, 2]: of the powers of two that multiply them
   const float* steps;         // [slots, H, kRecord]
   int* flags;                 // [sequences, H, cuts - 1]: 1 where local and left are there
-  float *local, *left;        // [sequences, H, cuts - 1]: states in the order of the threads; log2 of what is left of earlier
+  float *local, *left;        // the same: states in the order of the threads; log2 of what is left of earlier ones
 };
 
 constexpr int kHighest = 15;        // |M|, |h| <= 2^15
@@ -41,9 +41,9 @@ constexpr float kNothing = -200.f;  // log2 of zero
 template <int N, int P>
 constexpr int kChunk = N == 256 || (N == 128 && P == 128) ? 32 : 64;  // tokens
 
-// What a head needs to know of dt, of a chunk: [Tokens] log2 of the decay up to a token, the same less log2 of its dt, its
-// weight in the state that the chunk leaves; then log2 of the whole decay and of the sum of weights, the exponent of the
-// largest dt.
+// What a head needs to know of dt, of a chunk: [Tokens] log2 of the decay up to a token, the same less log2 of its dt,
+// its weight in the state that the chunk leaves; then log2 of the whole decay and of the sum of weights, the exponent
+// of the largest dt.
 template <int Tokens>
 constexpr int kRecord = 3 * Tokens + 4;
 
@@ -62,9 +62,10 @@ struct Layout {
   static constexpr int kColumns = kOperand<N, kTokens>, kChannels = kTokens * kPitch * (P > 64 ? P / 64 : 1);
   static constexpr int kB = 0, kC = kB + 2 * kColumns, kM = OUTPUT ? kC + kColumns : kC;
   static constexpr int kX = OUTPUT ? kM + kTokens * kPitch : kC, kVectors = kX + kChannels;
-  // floats: records of two chunks; then of one what is made of them: as in a record, factors of h C^T, weights in two halves
-  static constexpr int kSteps = 0, kReach = 2 * kRecord<kTokens>, kCarried = kReach + kTokens, kHigh = kCarried + kTokens;
-  static constexpr int kLow = kHigh + kTokens / 2, kLargest = kLow + kTokens / 2, kState = kLargest + kWarps;
+  // floats: records of two chunks; of one what is made of them: as there, factors of h C^T, weights in two halves
+  static constexpr int kSteps = 0, kReach = 2 * kRecord<kTokens>, kCarried = kReach + kTokens;
+  static constexpr int kHigh = kCarried + kTokens, kLow = kHigh + kTokens / 2;
+  static constexpr int kLargest = kLow + kTokens / 2, kState = kLargest + kWarps;
   static constexpr int kExponents = (kState + kWarps + 1) / 2 * 2, kFloats = kExponents + 4;
   static constexpr int kRaw = kVectors + (4 * kFloats + 15) / 16 * 16;
   // blocks that fit a processor's registers
@@ -112,7 +113,9 @@ struct Stream {
   // The largest |element| that this thread has copied, of 16 bits.
   __device__ __forceinline__ float largest() const {
     float most = 0.f;
-    each_piece<2>([&](int at, int, int, int) { most = fmaxf(most, largest_of(*reinterpret_cast<const uint4*>(raw + 16 * at), type)); });
+    each_piece<2>([&](int at, int, int, int) {
+      most = fmaxf(most, largest_of(*reinterpret_cast<const uint4*>(raw + 16 * at), type));
+    });
     return most;
   }
 
@@ -135,7 +138,9 @@ __device__ __forceinline__ float load_float(const void* data, int type, long lon
   return type == QUAMBA_F16 ? __half2float(reinterpret_cast<const __half&>(v)) : __uint_as_float(v << 16);
 }
 
-__device__ __forceinline__ void arrive(int* flag) { asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory"); }
+__device__ __forceinline__ void arrive(int* flag) {
+  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory");
+}
 
 __device__ __forceinline__ bool arrived(const int* flag) {
   int v;
@@ -157,7 +162,8 @@ __device__ __forceinline__ float together(float v, float w) {
 
 // A segment of a head: its outputs, or what it leaves behind of a state of zero.
 template <int N, int P, bool OUTPUT>
-__device__ __forceinline__ void scan_segment(const Params& p, unsigned char* shared, int head, int segment, int sequence) {
+__device__ __forceinline__ void scan_segment(const Params& p, unsigned char* shared, int head, int segment,
+                                             int sequence) {
   using At = Layout<N, P, OUTPUT>;
   constexpr int kTokens = At::kTokens, kWarps = At::kWarps, kThreads = At::kThreads;
   constexpr int kBlocks = kTokens / 16;  // of tokens
@@ -226,7 +232,8 @@ __device__ __forceinline__ void scan_segment(const Params& p, unsigned char* sha
 
   // The state of rows quad and quad + 8 of the warp's 16, to be multiplied by own[] and 2^unit.
   const int channel = warp * 16 + quad;
-  const float b_scale = a.b_scale ? __ldg(a.b_scale + group) : 1.f, c_scale = a.c_scale ? __ldg(a.c_scale + group) : 1.f;
+  const float b_scale = a.b_scale ? __ldg(a.b_scale + group) : 1.f;
+  const float c_scale = a.c_scale ? __ldg(a.c_scale + group) : 1.f;
   float own[2], skip[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -260,7 +267,8 @@ __device__ __forceinline__ void scan_segment(const Params& p, unsigned char* sha
       const float factor = exp2_approximate(__ldcg(p.left + from));
 #pragma unroll
       for (int j = 0; j < N / 8; ++j) {
-        const float4 v = __ldcg(reinterpret_cast<const float4*>(p.local) + (from * (N / 8) + j) * kThreads + threadIdx.x);
+        const float4 v =
+            __ldcg(reinterpret_cast<const float4*>(p.local) + (from * (N / 8) + j) * kThreads + threadIdx.x);
         h[4 * j] = __fmaf_rn(h[4 * j], factor, v.x), h[4 * j + 1] = __fmaf_rn(h[4 * j + 1], factor, v.y);
         h[4 * j + 2] = __fmaf_rn(h[4 * j + 2], factor, v.z), h[4 * j + 3] = __fmaf_rn(h[4 * j + 3], factor, v.w);
       }
@@ -300,7 +308,8 @@ __device__ __forceinline__ void scan_segment(const Params& p, unsigned char* sha
     const float* record = vectors + At::kSteps + buffer * kRecord<kTokens>;
     const float4 sums = *reinterpret_cast<const float4*>(record + 3 * kTokens);
     const float total = sums.x, inputs = static_cast<float>(ex + eb);
-    const float m = sums.z + static_cast<float>(1 + 2 * kBits + (31 - __clz(N)) - kHighest);  // |C B^T dt| < 2^m 2^kHighest
+    // |C B^T dt| < 2^m 2^kHighest
+    const float m = sums.z + static_cast<float>(1 + 2 * kBits + (31 - __clz(N)) - kHighest);
     // where h is no operand only what is added must not overflow
     float now = kNothing;
     if constexpr (OUTPUT)
@@ -350,7 +359,8 @@ __device__ __forceinline__ void scan_segment(const Params& p, unsigned char* sha
               const int at = row + 8 * r - 8 * j - pair;
               low = at >= 0 ? low : 0.f, high = at >= 1 ? high : 0.f;
             }
-            *reinterpret_cast<uint32_t*>(shared + At::kM + place<kTokens>(row + 8 * r, 8 * j + pair)) = pack_f16(low, high);
+            *reinterpret_cast<uint32_t*>(shared + At::kM + place<kTokens>(row + 8 * r, 8 * j + pair)) =
+                pack_f16(low, high);
           }
         }
       };

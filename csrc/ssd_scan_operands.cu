@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kThreads) operands(const __grid_constant__ Par
   const int blocks = 2 * a.G + (a.H - 1) / kHeads + 1, block = blockIdx.x % blocks;
   const long long slot = blockIdx.x / blocks;
   const long long states = static_cast<long long>(a.sequences) * a.H * (p.cuts - 1);
-  for (long long i = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x; i < states; i += static_cast<long long>(gridDim.x) * kThreads)
+  const long long threads = static_cast<long long>(gridDim.x) * kThreads;
+  for (long long i = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x; i < states; i += threads)
     p.flags[i] = 0;
   const Place place = place_of<Tokens>(a, slot);
   if (place.first >= place.end) return;
@@ -114,9 +115,8 @@ __global__ void __launch_bounds__(kThreads) operands(const __grid_constant__ Par
 
   const int type = is_c ? a.c_dtype : a.b_dtype, size = size_of(type);
   const long long token = is_c ? a.c_token : a.b_token;
-  const unsigned char* from = static_cast<const unsigned char*>(is_c ? a.c : a.b) +
-                              (is_c ? batch * a.c_batch + group * a.c_group : batch * a.b_batch + group * a.b_group) * size +
-                              first * token * size;
+  const long long row = is_c ? batch * a.c_batch + group * a.c_group : batch * a.b_batch + group * a.b_group;
+  const unsigned char* from = static_cast<const unsigned char*>(is_c ? a.c : a.b) + (row + first * token) * size;
   const long long at = (slot * a.G + group) * 2 + is_c;
   unsigned char* to = const_cast<unsigned char*>(p.operands) + at * kOperand<N, Tokens>;
   int* exponent = const_cast<int*>(p.exponents) + at;

@@ -1,4 +1,4 @@
-// The four products of a chunk of the SSD scan: by warps with mma.sync, or by groups of four warps with wgmma on sm_90a.
+// The four products of a chunk of the SSD scan: by warps with mma.sync, or by groups of four with wgmma on sm_90a.
 //
 // With wgmma a product is only begun: its operands must stay as they are, and its sums are there, after wait<..>().
 #pragma once
@@ -39,8 +39,8 @@ __device__ __forceinline__ uint64_t described(uint32_t at, uint32_t panel) {
   return static_cast<uint64_t>(at >> 4) | static_cast<uint64_t>(panel >> 4) << 16 | 64ull << 32 | 1ull << 62;
 }
 
-#define QUAMBA_SUMS8(i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define QUAMBA_SUMS4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define QUAMBA_SUMS8(i) QUAMBA_SUMS4(i), QUAMBA_SUMS4(i + 4)
 #define QUAMBA_SUMS16(i) QUAMBA_SUMS8(i), QUAMBA_SUMS8(i + 8)
 #define QUAMBA_SUMS32(i) QUAMBA_SUMS16(i), QUAMBA_SUMS16(i + 16)
 #define QUAMBA_D8 "%0,%1,%2,%3,%4,%5,%6,%7"
@@ -63,7 +63,8 @@ __device__ __forceinline__ void multiply_group(float* d, const uint32_t (&a)[4],
   if constexpr (Columns == 64)
     QUAMBA_WGMMA(64, QUAMBA_D32, "{%32,%33,%34,%35}, %36, %37, 1, 1, %38;", QUAMBA_SUMS32(0) : QUAMBA_IN);
   if constexpr (Columns == 128)
-    QUAMBA_WGMMA(128, QUAMBA_D64, "{%64,%65,%66,%67}, %68, %69, 1, 1, %70;", QUAMBA_SUMS32(0), QUAMBA_SUMS32(32) : QUAMBA_IN);
+    QUAMBA_WGMMA(128, QUAMBA_D64, "{%64,%65,%66,%67}, %68, %69, 1, 1, %70;", QUAMBA_SUMS32(0), QUAMBA_SUMS32(32)
+                 : QUAMBA_IN);
 #undef QUAMBA_IN
 }
 
@@ -154,8 +155,8 @@ struct Products {
     }
   }
 
-  // y += x^T M^T. Tokens see themselves and earlier ones; groups of warps multiply the zeros too, since sums of one shape
-  // follow each other without a wait.
+  // y += x^T M^T. Tokens see themselves and earlier ones; groups of warps multiply the zeros too, since sums of one
+  // shape follow each other without a wait.
   static __device__ __forceinline__ void apply(float (&y)[8 * kBlocks], const uint32_t (&x)[kBlocks][4], uint32_t m) {
     if constexpr (kGroups) {
 #if QUAMBA_SM >= 90

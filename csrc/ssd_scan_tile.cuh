@@ -129,12 +129,15 @@ __device__ __forceinline__ int exponent_of(float v, int least) {
 __device__ __forceinline__ float power_of_two(int e) { return __int_as_float((min(e, 128) + 127) << 23); }
 
 // The exponent of the power of two by which inputs, of which this is the largest, become operands.
-__device__ __forceinline__ int scale_of(float largest) { return max(exponent_of(largest, -127) + 1 - kBits, kLeastInput); }
+__device__ __forceinline__ int scale_of(float largest) {
+  return max(exponent_of(largest, -127) + 1 - kBits, kLeastInput);
+}
 
 // The largest |element| of a piece of fp16 or bf16.
 __device__ __forceinline__ float largest_of(const uint4& v, int type) {
   // of 15 bits without a sign the largest is the same whether they stand for fp16, bf16 or integers
-  const uint32_t two = __vmaxu2(__vmaxu2(v.x & 0x7fff7fffu, v.y & 0x7fff7fffu), __vmaxu2(v.z & 0x7fff7fffu, v.w & 0x7fff7fffu));
+  const uint32_t two = __vmaxu2(__vmaxu2(v.x & 0x7fff7fffu, v.y & 0x7fff7fffu),
+                                __vmaxu2(v.z & 0x7fff7fffu, v.w & 0x7fff7fffu));
   const float2 floats = halves_to_floats(two, type == QUAMBA_F16);
   return fmaxf(floats.x, floats.y);
 }

@@ -179,4 +179,3 @@ def test_shapes_that_no_kernel_serves_are_passed_over_in_a_sentence() -> None:
         reason = OPS[name].explain(Setting("cuda", torch.float16, shape))["cuda"]
         assert sentence in reason
         assert "GPU" in OPS[name].explain(Setting("cpu", torch.float16, shape))["cuda"]
-

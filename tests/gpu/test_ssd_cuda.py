@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from quamba_kernels import OPS, Backend, Setting
+from quamba_kernels import OPS, Setting
 from quamba_kernels.cuda import ssd
 from quamba_kernels.testing import TOLERANCE, disagreement, error
 

@@ -40,11 +40,16 @@ def why_not(P: int | None, N: int | None, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _strides(tensor: Tensor) -> list[int]:
+    """Strides, 0 along axes of one element: nothing is read there, and whatever torch says could be off the grid."""
+    return [stride if size > 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
+
+
 def _pieces(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """x, B or C with every row at a multiple of PIECE bytes, copied if they were not."""
     tensor = stream(name, tensor, x, (*HALVES, *CODES), shape)
     elements = PIECE // tensor.element_size()
-    if tensor.data_ptr() % PIECE or any(s % elements for s, n in zip(tensor.stride()[:3], shape, strict=False) if n > 1):
+    if tensor.data_ptr() % PIECE or any(stride % elements for stride in _strides(tensor)[:-1]):
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     return tensor
 
@@ -77,11 +82,10 @@ def ssd_scan(
     a = QuambaSsdScan(T=T, H=H, P=P, G=G, N=N, sequences=sequences, cuts=CUTS, lowest=lowest, highest=highest)
     for name, tensor, part in (("x", x, "head"), ("b", B, "group"), ("c", C, "group"), ("dt", dt, None)):
         setattr(a, name, tensor.data_ptr())
-        setattr(a, f"{name}_batch", tensor.stride(0))
-        setattr(a, f"{name}_token", tensor.stride(1))
         setattr(a, f"{name}_dtype", DTYPES[tensor.dtype])
-        if part is not None:
-            setattr(a, f"{name}_{part}", tensor.stride(2))
+        for axis, stride in zip(("batch", "token", part), _strides(tensor), strict=False):
+            if axis is not None:
+                setattr(a, f"{name}_{axis}", stride)
     a.y, a.y_dtype, a.last = y.data_ptr(), DTYPES[out_dtype], last.data_ptr()
     fp32 = (torch.float32,)
     a.x_scale = constant("x_scale", x_scale, x, fp32, (H, P))
