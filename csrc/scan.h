@@ -21,3 +21,23 @@ typedef struct {         // quamba_selective_scan
   int x_dtype, dt_dtype, b_dtype, c_dtype, D_dtype, dt_bias_dtype, y_dtype;
   int polynomial;  // of eight exponentials of int8 inputs, how many the multiply-adds compute: 0 or 1
 } QuambaScan;
+
+typedef struct {         // quamba_ssd_scan, with quamba_ssd_scan_workspace
+  const void *x, *dt;    // [B, T, H, P] int8, fp16 or bf16 in whole 16 bytes; [B, T, H] float; strides in elements below
+  const void *b, *c;     // [B, T, G, N], as x
+  const float *x_scale;  // [H, P] beside int8 x; else null
+  const float *b_scale, *c_scale;  // [G] beside int8; else null
+  const float* A;                  // [H]
+  const void *D, *dt_bias;         // [H] float; dt_bias may be null
+  const float* state;              // [sequences, H, P, N] before the first token, or null
+  float* last;                     // [sequences, H, P, N] after the last
+  const int* cu_seqlens;           // [sequences + 1] where B is 1 and sequences lie one after the other; else null
+  void* y;                         // [B, T, H, P] contiguous, fp16 or bf16
+  void* workspace;
+  long long workspace_bytes;
+  long long T;
+  long long x_batch, x_token, x_head, dt_batch, dt_token, b_batch, b_token, b_group, c_batch, c_token, c_group;
+  int H, P, G, N, sequences, cuts;  // cuts: segments of a sequence, 0 for what fits the size
+  int x_dtype, dt_dtype, b_dtype, c_dtype, D_dtype, dt_bias_dtype, y_dtype;
+  float lowest, highest;  // of dt
+} QuambaSsdScan;

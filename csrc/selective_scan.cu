@@ -12,6 +12,7 @@
 #include "launch.cuh"
 #include "quads.cuh"
 #include "scan.h"
+#include "softplus.cuh"
 
 namespace {
 
@@ -36,17 +37,6 @@ __device__ __forceinline__ float exp2_polynomial(float v) {
   y = __fmaf_rn(y, rest, 6.93147e-1f);
   y = __fmaf_rn(y, rest, 1.f);
   return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
-}
-
-// log(1 + exp(v)) to a few units in the last place: max(v, 0) + 2 artanh(e / (2 + e)), e = exp(-|v|).
-__device__ __forceinline__ float softplus(float v) {
-  const float e = exp2_approximate(-kLog2e * fabsf(v)), s = __fdividef(e, 2.f + e), q = s * s;
-  float sum = 0.28011987f;
-  sum = __fmaf_rn(sum, q, 0.28001805f);
-  sum = __fmaf_rn(sum, q, 0.40021527f);
-  sum = __fmaf_rn(sum, q, 0.66666416f);
-  sum = __fmaf_rn(sum, q, 2.f);
-  return __fmaf_rn(sum, s, fmaxf(v, 0.f));
 }
 
 // Lanes x States = N. Type: of x, B and C, and then dt has 16 bits and all rows lie in whole quads; or kAny. Polynomial: how many of eight exponentials do not go through the special function unit.

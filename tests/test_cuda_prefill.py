@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from quamba_kernels import OPS, Setting
-from quamba_kernels.cuda import arguments, conv, rowwise, scan
+from quamba_kernels.cuda import arguments, conv, rowwise, scan, ssd
 from quamba_kernels.cuda.build import CSRC
 
-STRUCTS = [rowwise.QuambaRows, rowwise.QuambaGate, conv.QuambaConv, scan.QuambaScan]
+STRUCTS = [rowwise.QuambaRows, rowwise.QuambaGate, conv.QuambaConv, scan.QuambaScan, ssd.QuambaSsdScan]
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -87,6 +87,37 @@ def test_a_scan_without_tokens_still_returns_states(calls) -> None:
     assert y.shape == (1, 0, 8) and last.shape == (2, 8, 16) and a.last == last.data_ptr() and not a.state
 
 
+def ssd_scan(x=None, B=None, C=None, state=None, limit=(0.0, float("inf")), out_dtype=torch.bfloat16, **given):
+    """A call of the SSD scan with 4 heads of 16 channels, 2 groups of 16 states."""
+    x = torch.ones(2, 3, 4, 16, dtype=torch.int8) if x is None else x
+    B = torch.ones(*x.shape[:2], 2, 16, dtype=torch.int8) if B is None else B
+    H, P = x.shape[2:]
+    scales = {"x_scale": torch.ones(H, P), "B_scale": torch.ones(B.shape[2]), "C_scale": torch.ones(B.shape[2])} | given
+    dt, A = torch.ones(*x.shape[:2], H).half(), -torch.ones(H)
+    return ssd.ssd_scan(x, dt, A, B, B if C is None else C, A, None, state, *scales.values(), *limit, out_dtype, None)
+
+
+def test_an_ssd_scan_gets_strides_of_columns(calls) -> None:
+    wide = torch.ones(2, 3, 4 * 16 + 2 * 2 * 16, dtype=torch.int8)
+    x, B, C = wide.split([64, 32, 32], -1)
+    y, last = ssd_scan(x.unflatten(-1, (4, 16)), B.unflatten(-1, (2, 16)), C.unflatten(-1, (2, 16)))
+    (name, a), = calls  # fmt: skip
+    assert name == "quamba_ssd_scan" and y.dtype == torch.bfloat16 and last.shape == (2, 4, 16, 16)
+    assert (a.T, a.H, a.P, a.G, a.N, a.sequences, a.cuts) == (3, 4, 16, 2, 16, 2, 0)
+    assert (a.x, a.b, a.c) == (x.data_ptr(), B.data_ptr(), C.data_ptr())
+    assert (a.x_batch, a.x_token, a.x_head, a.b_token, a.b_group, a.c_group) == (384, 128, 16, 128, 16, 16)
+    assert (a.dt_batch, a.dt_token, a.y_dtype, a.lowest, a.highest) == (12, 4, 2, 0.0, float("inf"))
+
+
+def test_rows_that_an_ssd_scan_cannot_copy_by_16_bytes_are_copied(calls) -> None:
+    wide = torch.ones(2, 3, 4, 24, dtype=torch.int8)
+    ssd_scan(wide[..., 8:])
+    ssd_scan(wide[..., 16:].repeat(1, 1, 1, 2)[:, 1:])
+    (_, a), (_, b) = calls
+    assert a.x != wide[..., 8:].data_ptr() and (a.x_batch, a.x_token, a.x_head) == (192, 64, 16)
+    assert (b.x_batch, b.x_token, b.x_head) == (192, 64, 16) and b.T == 2
+
+
 X, ONES = torch.randn(2, 3, 16), torch.ones(16)
 REFUSED = {
     r"weight has to be \[16\], got \[8\]": lambda: rowwise.rms_norm(X, torch.ones(8), 1e-5, None, False, X.dtype),
@@ -113,6 +144,16 @@ REFUSED = {
     "takes 8, 16, 32 states a channel, got 4": lambda: scan.selective_scan(
         X, X, torch.ones(16, 4), X, X, ONES, None, None, None, None, None, X.dtype, None
     ),
+    "takes heads of 16, 32, 64, 128 channels, got 24": lambda: ssd_scan(torch.ones(2, 3, 4, 24, dtype=torch.int8)),
+    "takes 16, 32, 64, 128, 256 states a channel, got 8": lambda: ssd_scan(B=torch.ones(2, 3, 2, 8)),
+    "computes outputs of 16 bits, got float32": lambda: ssd_scan(out_dtype=torch.float32),
+    "the 3 state groups have to divide the 4 heads": lambda: ssd_scan(B=torch.ones(2, 3, 3, 16).half()),
+    "dt_limit has to rise from 0 or more": lambda: ssd_scan(limit=(-1.0, 2.0)),
+    "x has to be torch.float16 or torch.bfloat16 or torch.int8, got torch.float32": lambda: ssd_scan(
+        torch.ones(2, 3, 4, 16)
+    ),
+    r"state has to be \[2, 4, 16, 16\], got \[1, 4, 16, 16\]": lambda: ssd_scan(state=torch.ones(1, 4, 16, 16)),
+    r"x_scale has to be \[4, 16\], got \[4\]": lambda: ssd_scan(x_scale=torch.ones(4)),
     r"B has to be \[2, 3, 8\], got \[2, 3, 16\]": lambda: scan.selective_scan(
         X, X, torch.ones(16, 8), X, X, ONES, None, None, None, None, None, X.dtype, None
     ),
@@ -132,8 +173,9 @@ def test_shapes_that_no_kernel_serves_are_passed_over_in_a_sentence() -> None:
         ("gate_output", {"I": 10**6}, "holds a row in shared memory"),
         ("causal_conv1d", {"W": 8}, "width 2 to 4, got 8"),
         ("selective_scan", {"N": 64}, "8, 16, 32 states a channel, got 64"),
+        ("ssd_scan", {"P": 24, "N": 64}, "heads of 16, 32, 64, 128 channels, got 24"),
+        ("ssd_scan", {"P": 64, "N": 48}, "16, 32, 64, 128, 256 states a channel, got 48"),
     ):
         reason = OPS[name].explain(Setting("cuda", torch.float16, shape))["cuda"]
         assert sentence in reason
         assert "GPU" in OPS[name].explain(Setting("cpu", torch.float16, shape))["cuda"]
-

@@ -47,12 +47,14 @@ class Model(NamedTuple):
     proj: int
     norm_groups: int
     N: int = 0
+    heads: tuple[int, int, int, int] | None = None
+    """Of the SSD scan: H, P, G, N."""
 
 
 MODELS = (
     Model("mamba1-2.8b", 2560, 5120, 5120, 0, 10240, 0, N=16),
-    Model("mamba2-2.7b", 2560, 5120, 5376, 5120, 10576, 1),
-    Model("mamba2-8b", 4096, 8192, 10240, 8192, 18560, 8),
+    Model("mamba2-2.7b", 2560, 5120, 5376, 5120, 10576, 1, heads=(80, 64, 1, 128)),
+    Model("mamba2-8b", 4096, 8192, 10240, 8192, 18560, 8, heads=(128, 64, 8, 128)),
 )
 
 
@@ -103,6 +105,19 @@ def problems(model: Model, tokens: int, rng: torch.Generator, device: str = "cud
         scan = {"x_scale": one, "B_scale": one, "C_scale": one}
         yield Problem("selective_scan", "int8 in", inputs, scan, {"I": model.I, "N": model.N})
 
+    if model.heads:
+        H, P, G, N = model.heads
+        A, D = -(torch.rand(H, generator=rng, device=device) * 15 + 1), normal(H, dtype=fp32)
+        dt = normal(1, tokens, H + 16)[..., 16:] - 4
+        for variant in ("int8 in", "fp16 in"):
+            int8 = variant == "int8 in"
+            mixed = codes(1, tokens, model.conv) if int8 else normal(1, tokens, model.conv)
+            x, B, C = mixed.split([H * P, G * N, G * N], -1)
+            given = (x.unflatten(-1, (H, P)), dt, A, B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N)), D)
+            options = {"x_scale": scales(H, P), "B_scale": scales(G), "C_scale": scales(G)} if int8 else {}
+            shape = {"H": H, "P": P, "G": G, "N": N}
+            yield Problem("ssd_scan", variant, given, {**options, "out_dtype": torch.float16}, shape)
+
     weight = normal(model.I) if model.norm_groups else None
     gate = {"z_scale": scales(model.I), "norm_groups": model.norm_groups, "block": model.I, "out_scale": one}
     u = normal(1, tokens, model.I, dtype=fp32), codes(1, tokens, model.I), weight, 1e-5
@@ -116,16 +131,17 @@ def size(tensors: Sequence[torch.Tensor]) -> int:
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
     """A copy with the same strides between tokens."""
-    if tensor.dim() != 3 or tensor.is_contiguous():
+    if tensor.dim() < 3 or tensor.is_contiguous():
         return tensor.clone()
-    wide = torch.empty(*tensor.shape[:-1], tensor.stride(1), dtype=tensor.dtype, device=tensor.device)
+    wide = torch.empty(*tensor.shape[:2], tensor.stride(1), dtype=tensor.dtype, device=tensor.device)
     start = tensor.storage_offset() % tensor.stride(1)
-    return wide[..., start : start + tensor.shape[-1]].copy_(tensor)
+    own = wide[..., start : start + tensor[0, 0].numel()]
+    return own.unflatten(-1, tensor.shape[2:]).copy_(tensor)
 
 
 def beginning(value: Any, tokens: int) -> Any:
     """The first tokens of every stream among nested arguments, in memory of their own."""
-    return change(value, lambda t: (t[:, :CHECKED] if t.dim() == 3 and t.shape[1] == tokens else t).clone())
+    return change(value, lambda t: (t[:, :CHECKED] if t.dim() >= 3 and t.shape[1] == tokens else t).clone())
 
 
 def gate(call: Callable[..., Any], given: Problem, tokens: int) -> None:
@@ -133,7 +149,7 @@ def gate(call: Callable[..., Any], given: Problem, tokens: int) -> None:
     want = flat(OPS[given.op].reference(*beginning(given.args, tokens), **beginning(given.kwargs, tokens)))
     args = change(given.args, copied)
     got = flat(beginning(change(call(*args, **given.kwargs), torch.clone), tokens))
-    if given.op == "selective_scan" and tokens > CHECKED:
+    if given.op in ("selective_scan", "ssd_scan") and tokens > CHECKED:
         want, got = want[:1], got[:1]  # the last state is another token's
     types = TOLERANCE[given.op]
     difference = disagreement([t.cpu() for t in got], [t.cpu() for t in want], max(types.values()))
@@ -221,7 +237,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [model.name for model in MODELS]
-    ops = ["rms_norm", "quantize", "causal_conv1d", "selective_scan", "gate_output"]
+    ops = ["rms_norm", "quantize", "causal_conv1d", "selective_scan", "ssd_scan", "gate_output"]
     made.add_argument("--models", nargs="+", choices=names, default=names)
     made.add_argument("--ops", nargs="+", choices=ops, default=ops)
     made.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS), metavar="T")

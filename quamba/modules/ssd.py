@@ -98,7 +98,7 @@ class SSDMixer(Mixer):
         parts = mixed.split(list(self.conv_channels.values()), -1)
         x, B, C = (self.quantise_part(name, part) for name, part in zip(self.conv_channels, parts, strict=True))
         A, D, dt_bias = self._rates
-        options = {**self._scales, "dt_limit": self.mixer_spec.dt_limit}
+        options = {**self._scales, "dt_limit": self.mixer_spec.dt_limit, "out_dtype": self.dtype}
         if state is not None and tokens == 1 and state.filled:
             heads = x.view(batch, s["H"], s["P"])
             y = self._update(

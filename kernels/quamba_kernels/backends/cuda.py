@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from quamba_kernels import ops
-from quamba_kernels.cuda import conv, decode, linear, objects, rowwise, scan
+from quamba_kernels.cuda import conv, decode, linear, objects, rowwise, scan, ssd
 from quamba_kernels.cuda.library import library
 from quamba_kernels.cuda.toolchain import CannotBuild, of_device
 from quamba_kernels.ops import Activation
@@ -51,6 +51,11 @@ def _why_not_conv(setting: Setting) -> str | None:
 
 def _why_not_scan(setting: Setting) -> str | None:
     reason = scan.why_not(setting.shape["N"]) if "N" in setting.shape else None
+    return _why_not(setting) if setting.device != "cuda" else reason or _why_not(setting)
+
+
+def _why_not_ssd(setting: Setting) -> str | None:
+    reason = ssd.why_not(setting.shape.get("P"), setting.shape.get("N"), setting.dtype)
     return _why_not(setting) if setting.device != "cuda" else reason or _why_not(setting)
 
 
@@ -110,6 +115,17 @@ def selective_scan(
     """The states of a channel lie in the lanes of a warp, which walks through the tokens."""
     return torch.ops.quamba.selective_scan.default(
         x, dt, A, B, C, D, dt_bias, state, x_scale, B_scale, C_scale, out_dtype, cu_seqlens
+    )
+
+
+@ops.ssd_scan.backend("cuda", why_not=_why_not_ssd, rank=RANK)
+def ssd_scan(
+    x, dt, A, B, C, D, dt_bias=None, state=None, *, x_scale=None, B_scale=None, C_scale=None, dt_limit=NO_LIMIT,
+    out_dtype=torch.float32, cu_seqlens=None,
+):  # fmt: skip
+    """Chunks of tokens as products on tensor cores; a block keeps the state of its head in registers."""
+    return torch.ops.quamba.ssd_scan.default(
+        x, dt, A, B, C, D, dt_bias, state, x_scale, B_scale, C_scale, *dt_limit, out_dtype, cu_seqlens
     )
 
 

@@ -1,0 +1,98 @@
+// Into how many segments the SSD scan cuts a sequence, and its two launches: operands, then states and outputs.
+#include "ssd_scan.cuh"
+
+namespace {
+
+using namespace quamba;
+using namespace quamba::ssd;
+
+int tokens_of(const QuambaSsdScan& a) { return a.N == 256 || (a.N == 128 && a.P == 128) ? 32 : 64; }  // of a chunk
+
+// Scratch, in the order of Params.
+struct Scratch {
+  long long slots, operands, exponents, steps, flags, local, left, bytes;
+
+  Scratch(const QuambaSsdScan& a, int cuts) {
+    const int tokens = tokens_of(a);
+    const long long states = static_cast<long long>(a.sequences) * a.H * (cuts - 1);
+    slots = a.cu_seqlens ? a.T / tokens + a.sequences : a.sequences * ((a.T + tokens - 1) / tokens);
+    operands = 0;
+    exponents = operands + slots * a.G * 2 * tokens * kPitch * (a.N > 64 ? a.N / 64 : 1);
+    steps = exponents + (slots * a.G * 2 * 4 + 15) / 16 * 16;
+    flags = steps + slots * a.H * 4 * (tokens == 64 ? kRecord<64> : kRecord<32>);
+    local = flags + (states * 4 + 15) / 16 * 16;
+    left = local + states * a.P * a.N * 4;
+    bytes = left + states * 4;
+  }
+};
+
+constexpr int kMostCuts = 32;  // a thread waits for each
+
+// Each block takes about the same time for a chunk, and a processor runs a few blocks at once.
+int cuts_of(const QuambaSsdScan& a) {
+  if (a.cuts || a.T == 0) return a.T == 0 ? 1 : a.cuts;
+  int processors = 0;
+  if (device_attribute(cudaDevAttrMultiProcessorCount, processors) != cudaSuccess) return 1;
+  const long long tokens = a.cu_seqlens ? a.T / a.sequences : a.T;
+  const int chunk = tokens_of(a);
+  const long long chunks = (tokens + chunk - 1) / chunk, blocks = static_cast<long long>(a.H) * a.sequences;
+  int best = 1;
+  double least = 0;
+  for (int cuts = 1; cuts <= kMostCuts && cuts <= chunks; ++cuts) {
+    const long long each = (chunks + cuts - 1) / cuts, waves = (blocks * cuts + processors - 1) / processors;
+    // one block alone leaves a processor idle half of the time
+    const double busy = waves == 1 ? 1.8 : waves == 2 ? 2.2 : static_cast<double>(waves);
+    const double time = busy * static_cast<double>(each) * (1.0 + 0.4 * (cuts - 1) / cuts) + (cuts > 1 ? 3 : 0);
+    if (cuts == 1 || time < least) best = cuts, least = time;
+  }
+  return best;
+}
+
+bool in_sixteens(const void* data, int type, long long token, long long batch, long long part) {
+  const int elements = 16 / size_of(type);
+  return reinterpret_cast<unsigned long long>(data) % 16 == 0 && token % elements == 0 && batch % elements == 0 &&
+         part % elements == 0;
+}
+
+int launch_states(const Params& p, void* stream) {
+  switch (p.a.N) {
+    case 16:
+    case 32: return launch_32(p, stream);
+    case 64: return launch_64(p, stream);
+    case 128: return launch_128(p, stream);
+    case 256: return launch_256(p, stream);
+    default: return QUAMBA_UNSUPPORTED;
+  }
+}
+
+}  // namespace
+
+extern "C" long long quamba_ssd_scan_workspace(const QuambaSsdScan* args) {
+  return Scratch(*args, cuts_of(*args)).bytes;
+}
+
+extern "C" int quamba_ssd_scan(const QuambaSsdScan* args, void* stream) {
+  const QuambaSsdScan& a = *args;
+  auto is_float = [](int type) { return type == QUAMBA_F32 || type == QUAMBA_F16 || type == QUAMBA_BF16; };
+  auto is_short = [](int type) { return type == QUAMBA_I8 || type == QUAMBA_F16 || type == QUAMBA_BF16; };
+  if (a.T < 0 || a.cuts < 0 || a.cuts > kMostCuts || a.sequences < 1 || a.G < 1 || a.H < 1 || a.H % a.G ||
+      (a.cu_seqlens && a.T > 0x7fffffffLL) ||
+      !is_short(a.x_dtype) || !is_short(a.b_dtype) || !is_short(a.c_dtype) || !is_float(a.dt_dtype) ||
+      !is_float(a.D_dtype) || (a.dt_bias && !is_float(a.dt_bias_dtype)) || a.y_dtype == QUAMBA_I8 ||
+      !is_short(a.y_dtype) || !in_sixteens(a.x, a.x_dtype, a.x_token, a.x_batch, a.x_head) ||
+      !in_sixteens(a.b, a.b_dtype, a.b_token, a.b_batch, a.b_group) ||
+      !in_sixteens(a.c, a.c_dtype, a.c_token, a.c_batch, a.c_group))
+    return QUAMBA_UNSUPPORTED;
+  Params p{a, cuts_of(a)};
+  const Scratch scratch(a, p.cuts);
+  if (scratch.bytes > a.workspace_bytes) return QUAMBA_UNSUPPORTED;
+  char* base = static_cast<char*>(a.workspace);
+  p.slots = scratch.slots;
+  p.operands = reinterpret_cast<unsigned char*>(base + scratch.operands);
+  p.exponents = reinterpret_cast<int*>(base + scratch.exponents);
+  p.steps = reinterpret_cast<float*>(base + scratch.steps);
+  p.flags = reinterpret_cast<int*>(base + scratch.flags);
+  p.local = reinterpret_cast<float*>(base + scratch.local), p.left = reinterpret_cast<float*>(base + scratch.left);
+  if (int status = launch_operands(p, tokens_of(a), stream); status != QUAMBA_OK) return status;
+  return launch_states(p, stream);
+}
