@@ -20,8 +20,13 @@ struct Octet {
   float4 low, high;
 };
 
-// Held: octets of a thread that stay in registers; 0: none, for rows of any length.
-template <int Held>
+struct RawOctet {
+  uint4 low, high;
+};
+
+// Held: octets of a thread that stay in registers; 0: none, for rows of any length. X: the type of x, whose rows then lie
+// in whole octets, or kAny.
+template <int Held, int X>
 __global__ void __launch_bounds__(kMaxThreads) normalise_rows(const __grid_constant__ Rows p) {
   const QuambaRows& a = p.a;
   __shared__ float sums[32], peaks[32];
@@ -37,8 +42,27 @@ __global__ void __launch_bounds__(kMaxThreads) normalise_rows(const __grid_const
   };
   Octet held[Held ? Held : 1], gains[Held ? Held : 1];
   if constexpr (Held > 0) {
+    if constexpr (X == kAny) {
 #pragma unroll
-    for (int k = 0; k < Held; ++k) held[k] = load(a.x, a.x_dtype, start, threadIdx.x + k * step, p.whole);
+      for (int k = 0; k < Held; ++k) held[k] = load(a.x, a.x_dtype, start, threadIdx.x + k * step, p.whole);
+    } else {  // all loads before the first use
+      RawOctet raw[Held];
+      const auto* x = reinterpret_cast<const uint4*>(static_cast<const char*>(a.x) + start * size_of(X));
+#pragma unroll
+      for (int k = 0; k < Held; ++k) {
+        const int octet = threadIdx.x + k * step;
+        raw[k] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+        if (octet >= p.octets) continue;
+        raw[k].low = __ldcg(x + octet * size_of(X) / 2);
+        if (X == QUAMBA_F32) raw[k].high = __ldcg(x + 2 * octet + 1);
+      }
+#pragma unroll
+      for (int k = 0; k < Held; ++k) {
+        const uint4 low = raw[k].low, high = raw[k].high;
+        held[k] = X == QUAMBA_F32 ? Octet{to_floats(low, X), to_floats(high, X)}
+                                  : Octet{to_floats(low, X), to_floats(make_uint4(low.z, low.w, 0, 0), X)};
+      }
+    }
     if (a.weight)
 #pragma unroll
       for (int k = 0; k < Held; ++k) gains[k] = load(a.weight, a.weight_dtype, 0, threadIdx.x + k * step, p.whole_weight);
@@ -99,7 +123,7 @@ __global__ void __launch_bounds__(kMaxThreads) normalise_rows(const __grid_const
   } else if (a.out_scale && a.out_scale_count == 1) {
     scale = __ldg(a.out_scale);
   }
-  const float inverse = __frcp_rn(scale);
+  const Grid grid = make_grid(scale);
   const bool codes = a.y_scale || a.out_scale, per_channel = a.out_scale && a.out_scale_count > 1;
   const int type = codes ? QUAMBA_I8 : a.y_dtype;
   visit_finished([&](int octet, Octet& v) {
@@ -107,17 +131,26 @@ __global__ void __launch_bounds__(kMaxThreads) normalise_rows(const __grid_const
     if (count <= 0) return;
     if (per_channel) {
       auto quad = [&](float4 q, int from, int left) {
-        return each([](float x, float s) { return round_code(x, s, __frcp_rn(s)); }, q,
+        return each([](float x, float s) { return code_on(x, make_grid(s)); }, q,
                     load_quad(a.out_scale, QUAMBA_F32, from, left, p.whole_scale));
       };
       v = {quad(v.low, first, count), quad(v.high, first + 4, count - 4)};
     } else if (codes) {
-      auto code = [&](float x, float) { return round_code(x, scale, inverse); };
+      auto code = [&](float x, float) { return code_on(x, grid); };
       v = {each(code, v.low, v.low), each(code, v.high, v.high)};
     }
     const long long at = row * a.D + first;
-    store_quad(a.y, type, at, v.low, min(count, 4), p.whole_y);
-    store_quad(a.y, type, at + 4, v.high, count - 4, p.whole_y);
+    const uint4 low = to_raw(v.low, type), high = to_raw(v.high, type);
+    if (X != kAny && type != QUAMBA_F32) {
+      auto* y = static_cast<char*>(a.y) + at * (type == QUAMBA_I8 ? 1 : 2);
+      if (type == QUAMBA_I8)
+        *reinterpret_cast<uint2*>(y) = make_uint2(low.x, high.x);
+      else
+        *reinterpret_cast<uint4*>(y) = make_uint4(low.x, low.y, high.x, high.y);
+      return;
+    }
+    store_raw(a.y, type, at, low, min(count, 4), p.whole_y);
+    store_raw(a.y, type, at + 4, high, count - 4, p.whole_y);
   });
 }
 
@@ -143,7 +176,16 @@ int launch_rows(const QuambaRows& a, bool norm, void* stream) {
   const int held = a.rows <= processors && octets <= kMaxThreads ? 1 : octets <= 2 * kMaxThreads ? 2 : 0;
   const int wanted = held ? (octets - 1) / held + 1 : kMaxThreads;
   const int threads = (wanted + 31) / 32 * 32;
-  auto kernel = held == 1 ? normalise_rows<1> : held == 2 ? normalise_rows<2> : normalise_rows<0>;
+  auto octets_at = [](const void* data) { return reinterpret_cast<unsigned long long>(data) % 16 == 0; };
+  const bool whole = a.D % kOctet == 0 && a.x_stride % kOctet == 0 && octets_at(a.x) && octets_at(a.y);
+  auto with = [&](auto any, auto f32, auto f16, auto bf16) {
+    return !whole ? any : a.x_dtype == QUAMBA_F32 ? f32 : a.x_dtype == QUAMBA_F16 ? f16 : bf16;
+  };
+  auto kernel = held == 1   ? with(normalise_rows<1, kAny>, normalise_rows<1, QUAMBA_F32>, normalise_rows<1, QUAMBA_F16>,
+                                   normalise_rows<1, QUAMBA_BF16>)
+                : held == 2 ? with(normalise_rows<2, kAny>, normalise_rows<2, QUAMBA_F32>, normalise_rows<2, QUAMBA_F16>,
+                                   normalise_rows<2, QUAMBA_BF16>)
+                            : normalise_rows<0, kAny>;
   return launch(kernel, p, dim3(static_cast<unsigned>(a.rows)), threads, stream);
 }
 

@@ -99,7 +99,7 @@ class SelectiveMixer(Mixer):
         rank, B, C = self.x_proj(x_in).split([s["R"], s["N"], s["N"]], -1)
         if self.norms:
             rank, B, C = (self.norms[name](part) for name, part in (("dt", rank), ("B", B), ("C", C)))
-        dt = self.dt_proj(rank.contiguous())
+        dt = self.dt_proj(rank)
         A, D = self._rates
         if decode is not None and state is not None:
             u = decode(
@@ -107,14 +107,18 @@ class SelectiveMixer(Mixer):
                 z_scale=self._z_scale, **self._scales, **self.output_options(),
             )  # fmt: skip
             return self.project(u, residual)
-        B, C = self.quantise_part("B", B), self.quantise_part("C", C)
         if state is not None and tokens == 1 and state.filled:
+            B, C = self.quantise_part("B", B), self.quantise_part("C", C)
             y = self._update(
                 state.recurrent, state.scale, state.rng, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, **self._scales
             ).unsqueeze(1)
         else:
             before = state.value() if state is not None and state.filled else None
-            y, last = self._scan(x, dt, A, B, C, D, None, before, **self._scales)
+            B, C = (
+                self.entering(self.sites[name], part, self._scales[f"{name}_scale"]).data
+                for name, part in (("B", B), ("C", C))
+            )
+            y, last = self._scan(x, dt, A, B, C, D, None, before, **self._scales, out_dtype=self.dtype)
             if state is not None:
                 self._quantize_state(last, state.recurrent, state.scale, state.rng)
                 state.seen()
