@@ -26,8 +26,8 @@ struct Sequence {
 
 // X: the type of x. Rounds: x becomes int8 on its way in. Whole: rows of x and y lie in whole quads.
 template <int X, bool Rounds, bool Whole>
-__global__ void __launch_bounds__(32 * kWarps, 5) causal_conv1d(const __grid_constant__ Conv p) {
-  constexpr int kAhead = 4;  // tokens whose loads go out together
+__global__ void __launch_bounds__(32 * kWarps, 4) causal_conv1d(const __grid_constant__ Conv p) {
+  constexpr int kAhead = 8;  // tokens whose loads go out together
   constexpr int kStateType = Rounds ? QUAMBA_I8 : X;
   const QuambaConv& a = p.a;
   const int first = 4 * (blockIdx.x * 32 + threadIdx.x % 32), lead = kWidth - a.W;
@@ -154,12 +154,22 @@ __global__ void __launch_bounds__(32 * kWarps, 5) causal_conv1d(const __grid_con
     }
     const long long stop = min(end, s.end);
     long long at = (row + t) * a.C + first;
-    for (; t + kAhead <= stop; t += kAhead) {
+    if (t + kAhead <= stop) {
       uint4 raw[kAhead];
+      auto fetch = [&] {
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) raw[u] = load(t + u, true);
+        for (int u = 0; u < kAhead; ++u) raw[u] = load(t + u, true);
+      };
+      fetch();
+      do {  // the next tokens are on their way while these are computed
+        uint4 these[kAhead];
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u, at += a.C) step(raw[u], at);
+        for (int u = 0; u < kAhead; ++u) these[u] = raw[u];
+        t += kAhead;
+        if (t + kAhead <= stop) fetch();
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u, at += a.C) step(these[u], at);
+      } while (t + kAhead <= stop);
     }
 #pragma unroll 1
     for (; t < stop; ++t, at += a.C) step(load(t, true), at);
@@ -192,7 +202,7 @@ extern "C" int quamba_causal_conv1d(const QuambaConv* args, void* stream) {
     return error;
   const long long quads = (a.C - 1) / 4 + 1;
   // runs that fill the GPU, and that a grid can count
-  long long run = a.T * quads * a.B / (static_cast<long long>(processors) * 640);
+  long long run = a.T * quads * a.B / (static_cast<long long>(processors) * 512);
   run = run < 128 ? run : 128;
   const long long fewest = a.T / (60000LL * kWarps);
   run = ((run > fewest ? run : fewest) / kLeast + 1) * kLeast;

@@ -15,6 +15,7 @@
 namespace quamba::gate {
 
 constexpr int kRow = 256, kPitch = kRow + 16, kPart = 16;
+constexpr int kResident = 1280;  // threads of a multiprocessor, so that registers are few enough for them
 
 struct Halves {
   QuambaGate a;
@@ -73,9 +74,9 @@ constexpr int shared_bytes() {
   return Top * (kPitch * 4 + kRow);
 }
 
-// Half: fp16, else bf16. Blocks: that a multiprocessor should hold.
+// Half: fp16, else bf16.
 template <int Top, bool Half>
-__global__ void __launch_bounds__(threads<Top>(), 960 / threads<Top>()) gate_halves(const __grid_constant__ Halves p) {
+__global__ void __launch_bounds__(threads<Top>(), kResident / threads<Top>()) gate_halves(const __grid_constant__ Halves p) {
   constexpr int kThreads = threads<Top>(), kTurns = (kRow - 1) / kThreads + 1;
   extern __shared__ __align__(16) float row[];
   __shared__ float sums[Top], peaks[32];
@@ -113,7 +114,12 @@ __global__ void __launch_bounds__(threads<Top>(), 960 / threads<Top>()) gate_hal
       z = each([](float x, float s) { return __fmul_rn(code_on(x, make_grid(s)), s); }, z, scale[q]);
     float4 u = each([](float x, float g) { return x * silu(g); }, quad_of(raw_y, q), z);
     sum += (u.x * u.x + u.y * u.y) + (u.z * u.z + u.w * u.w);
-    if (a.weight) u = each([](float x, float w) { return x * w; }, u, constant_quad(a.weight, a.weight_dtype, first + 4 * q));
+    if (a.weight) {
+      constexpr int kType = Half ? QUAMBA_F16 : QUAMBA_BF16;
+      const float4 weight = a.weight_dtype == kType ? constant_quad(a.weight, kType, first + 4 * q)
+                                                    : constant_quad(a.weight, a.weight_dtype, first + 4 * q);
+      u = each([](float x, float w) { return x * w; }, u, weight);
+    }
     v[4 * q] = u.x, v[4 * q + 1] = u.y, v[4 * q + 2] = u.z, v[4 * q + 3] = u.w;
   }
   butterfly(v);
@@ -131,19 +137,17 @@ __global__ void __launch_bounds__(threads<Top>(), 960 / threads<Top>()) gate_hal
   }
   __syncthreads();
 
-  const int rows = a.norm_groups ? Top / a.norm_groups : 0;  // of 256 channels in a group
-  auto factor_of = [&](int group) {
-    float total = 0.f;
-    for (int i = 0; i < rows; ++i) total += sums[group * rows + i];
-    return rsqrtf(total / static_cast<float>(rows * kRow) + a.eps);
-  };
+  auto factor_of = [&](float total, int channels) { return rsqrtf(total / static_cast<float>(channels) + a.eps); };
   {
     float* const at = row + place_of_own;
     const int low = thread % kPart;
 #pragma unroll
     for (int i = 0; i < kPart; ++i) v[i] = at[place(kPart * i + low)];
     if (a.norm_groups > 1) {
-      const float factor = factor_of(own / rows);
+      const int rows = Top / a.norm_groups, begin = own / rows * rows;  // of 256 channels in a group
+      float total = 0.f;
+      for (int i = 0; i < rows; ++i) total += sums[begin + i];
+      const float factor = factor_of(total, rows * kRow);
 #pragma unroll
       for (int i = 0; i < kPart; ++i) v[i] *= factor;
     }
@@ -153,7 +157,14 @@ __global__ void __launch_bounds__(threads<Top>(), 960 / threads<Top>()) gate_hal
   }
   __syncthreads();
 
-  const float gain = a.norm_groups == 1 ? p.gain * factor_of(0) : p.gain;
+  float gain = p.gain;
+  if (a.norm_groups == 1) {
+    const int lane = thread % 32;
+    float total = (lane < Top ? sums[lane] : 0.f) + (lane + 32 < Top ? sums[lane + 32] : 0.f);
+#pragma unroll
+    for (int d = 16; d; d /= 2) total += __shfl_xor_sync(~0u, total, d);
+    gain *= factor_of(total, Top * kRow);
+  }
   float top[kTurns][Top], peak = 0.f;
 #pragma unroll
   for (int turn = 0; turn < kTurns; ++turn) {

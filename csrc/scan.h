@@ -7,7 +7,7 @@ typedef struct {         // quamba_selective_scan
   const void *x, *dt;    // [B, T, I]: x int8 or float, dt float; the last axis is dense, strides in elements below
   const void *b, *c;     // [B, T, N]: int8 or float
   const float *x_scale;  // [1] or [I] beside int8 x; else null
-  const float *b_scale, *c_scale;  // [1]: B and C are int8, or rounded on their way in; else null
+  const float *b_scale, *c_scale;  // [1] beside int8; else null
   const float* A;                  // [I, N]
   const void *D, *dt_bias;         // [I] float; dt_bias may be null
   const float* state;              // [sequences, I, N] before the first token, or null
@@ -17,7 +17,6 @@ typedef struct {         // quamba_selective_scan
   long long T;
   long long x_batch, x_token, dt_batch, dt_token, b_batch, b_token, c_batch, c_token;
   int I, N, sequences;
-  int x_scale_count, lanes;  // lanes: of a channel, 16, 8 or 4; 0 for what fits the size
+  int x_scale_count, lanes;  // lanes: of a channel, 8 or 4; 0 for what fits the size
   int x_dtype, dt_dtype, b_dtype, c_dtype, D_dtype, dt_bias_dtype, y_dtype;
-  int polynomial;  // of eight exponentials of int8 x, how many the multiply-adds compute: 0 or 1
 } QuambaScan;

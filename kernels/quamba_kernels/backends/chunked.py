@@ -97,7 +97,7 @@ def selective_scan(
             cu_seqlens, state, x, dt, B, C,
         )  # fmt: skip
     tokens, size = x.shape[1], min(SELECTIVE_CHUNK, max(x.shape[1], 1))
-    x, B, C = dequantize(x, x_scale), selective.rounded(B, B_scale), selective.rounded(C, C_scale)
+    x, B, C = dequantize(x, x_scale), dequantize(B, B_scale), dequantize(C, C_scale)
     dt = selective.timestep(dt, dt_bias)
     dts = _chunks(dt, size)  # B c l I
     dx = _chunks(dt * x, size).unsqueeze(-1)

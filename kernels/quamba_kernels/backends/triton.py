@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 
 from quamba_kernels import ops
-from quamba_kernels.ops.rowwise import codes, to_int8
+from quamba_kernels.ops.rowwise import to_int8
 from quamba_kernels.ops.ssd import NO_LIMIT
 from quamba_kernels.registry import Setting
 
@@ -159,10 +159,9 @@ def selective_scan(
     x, dt, A, B, C, D, dt_bias=None, state=None, *,
     x_scale=None, B_scale=None, C_scale=None, out_dtype=torch.float32, cu_seqlens=None,
 ):  # fmt: skip
-    """A thread per channel, token after token, in one or two launches; rounding B and C is a pass of torch's."""
+    """A thread per channel, token after token, in one or two launches."""
     from quamba_kernels.triton import selective
 
-    B, C = codes(B, B_scale), codes(C, C_scale)
     return selective.selective_scan(
         x, dt, A, B, C, D, dt_bias, state, x_scale, B_scale, C_scale, out_dtype, cu_seqlens
     )

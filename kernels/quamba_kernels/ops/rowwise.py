@@ -122,8 +122,8 @@ def gate_output(
     """u = y * silu(z); u = rms_norm(u) * weight within each of ``norm_groups`` groups; u = u H; quantise.
 
     y [..., I] float; z [..., I] float, or int8 with z_scale [1] or [I]; a float z beside a z_scale is rounded to int8
-    first, as the op quantize would. weight [I] or None; norm_groups 0 leaves the norm out (Mamba1); block is the size of
-    the Hadamard blocks, 0 leaves the rotation out (Quamba, section 4.2).
+    first, as the op quantize would. weight [I] or None; norm_groups 0 leaves the norm out (Mamba1); block is the size
+    of the Hadamard blocks, 0 leaves the rotation out (Quamba, section 4.2).
     """
     u = y.float() * silu(dequantize(codes(z, z_scale), z_scale))
     if norm_groups:

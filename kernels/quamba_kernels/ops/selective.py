@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import softplus
 
-from quamba_kernels.ops.rowwise import codes, dequantize
+from quamba_kernels.ops.rowwise import dequantize
 from quamba_kernels.ops.sequences import scan_each
 from quamba_kernels.ops.state import load_state, quantize_state
 from quamba_kernels.registry import op
@@ -25,11 +25,6 @@ def timestep(dt: torch.Tensor, dt_bias: torch.Tensor | None) -> torch.Tensor:
     """softplus(dt + dt_bias) in fp32."""
     dt = dt.float()
     return softplus(dt if dt_bias is None else dt + dt_bias.float())
-
-
-def rounded(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """The fp32 values of codes, or of floats once rounded where they have a scale."""
-    return dequantize(codes(x, scale), scale)
 
 
 @op
@@ -52,9 +47,8 @@ def selective_scan(
     """h[t] = exp(dt A) h[t-1] + dt B x;  y[t] = C h[t] + D x, dt = softplus(dt + dt_bias).
 
     x [B, T, I] int8 with x_scale [1] or [I], or float; dt [B, T, I] float; A [I, N] fp32, negative; B, C [B, T, N]
-    float, or int8 with B_scale, C_scale [1], by which floats beside them are rounded first, as the op quantize would;
-    D, dt_bias [I]; state [B, I, N] fp32 before the first token, None for zeros. Returns y [B, T, I] and the last state
-    [B, I, N] fp32. cu_seqlens: ops/sequences.py.
+    int8 with B_scale, C_scale [1], or float; D, dt_bias [I]; state [B, I, N] fp32 before the first token, None for
+    zeros. Returns y [B, T, I] and the last state [B, I, N] fp32. cu_seqlens: ops/sequences.py.
     """
     if cu_seqlens is not None:
         options: dict[str, Any] = {
@@ -64,7 +58,7 @@ def selective_scan(
             lambda h, x, dt, B, C: selective_scan(x, dt, A, B, C, D, dt_bias, h, **options),
             cu_seqlens, state, x, dt, B, C,
         )  # fmt: skip
-    x, B, C = dequantize(x, x_scale), rounded(B, B_scale), rounded(C, C_scale)
+    x, B, C = dequantize(x, x_scale), dequantize(B, B_scale), dequantize(C, C_scale)
     dt = timestep(dt, dt_bias)
     h = x.new_zeros(x.shape[0], *A.shape) if state is None else state.float()
     y = torch.empty_like(x)
