@@ -12,4 +12,11 @@ __device__ __forceinline__ float exp2_approximate(float v) {
   return y;
 }
 
+// 1 / v; denormal v count as zero, and of v above 2^126 the result is zero.
+__device__ __forceinline__ float reciprocal_approximate(float v) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(v));
+  return y;
+}
+
 }  // namespace quamba

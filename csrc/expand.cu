@@ -8,9 +8,11 @@
 
 #include <type_traits>
 
-#include "linear.h"
+#include "launch.cuh"
 
 namespace {
+
+using namespace quamba;
 
 constexpr int kThreads = 256, kUnroll = 4;
 
@@ -33,20 +35,36 @@ __device__ __forceinline__ uint2 scale_codes(unsigned word, unsigned m) {
   return make_uint2(__byte_perm(even, odd, 0x5140), __byte_perm(even, odd, 0x7362));
 }
 
-__global__ void __launch_bounds__(kThreads)
-    expand_int8(const uint2* __restrict__ packed, const unsigned char* __restrict__ multiplier, uint4* __restrict__ y,
-                Shape shape, unsigned count) {
+// Both kernels read the weights, which are constants, while the kernel before still runs, and write when it has ended.
+struct Expand {
+  const void *packed, *scale;
+  uint4* y;
+  Shape shape;
+  unsigned count;
+};
+
+__global__ void __launch_bounds__(kThreads) expand_int8(const __grid_constant__ Expand p) {
+  const auto* packed = static_cast<const uint2*>(p.packed);
+  const auto* multiplier = static_cast<const unsigned char*>(p.scale);
+  const Shape& shape = p.shape;
+  const unsigned count = p.count;
+  launch_dependents();
   unsigned first = blockIdx.x * (kThreads * kUnroll) + threadIdx.x;
   uint2 words[kUnroll];
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u)
-    if (unsigned i = first + u * kThreads; i < count) words[u] = __ldg(packed + i);
+  unsigned low_scale[kUnroll], high_scale[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u)
     if (unsigned i = first + u * kThreads; i < count) {
-      uint2 low = scale_codes(words[u].x, __ldg(multiplier + group_of(shape, 2 * i)));
-      uint2 high = scale_codes(words[u].y, __ldg(multiplier + group_of(shape, 2 * i + 1)));
-      y[i] = make_uint4(low.x, low.y, high.x, high.y);
+      words[u] = __ldg(packed + i);
+      low_scale[u] = __ldg(multiplier + group_of(shape, 2 * i));
+      high_scale[u] = __ldg(multiplier + group_of(shape, 2 * i + 1));
+    }
+  wait_for_previous_kernel();
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u)
+    if (unsigned i = first + u * kThreads; i < count) {
+      uint2 low = scale_codes(words[u].x, low_scale[u]), high = scale_codes(words[u].y, high_scale[u]);
+      p.y[i] = make_uint4(low.x, low.y, high.x, high.y);
     }
 }
 
@@ -62,17 +80,24 @@ __device__ __forceinline__ unsigned round_pair(float low, float high) {
 }
 
 template <class Pair>
-__global__ void __launch_bounds__(kThreads)
-    expand_float(const unsigned* __restrict__ packed, const __half* __restrict__ scale, uint4* __restrict__ y,
-                 Shape shape, unsigned count) {
+__global__ void __launch_bounds__(kThreads) expand_float(const __grid_constant__ Expand p) {
+  const auto* packed = static_cast<const unsigned*>(p.packed);
+  const auto* scale = static_cast<const __half*>(p.scale);
+  const unsigned count = p.count;
+  launch_dependents();
   unsigned first = blockIdx.x * (kThreads * kUnroll) + threadIdx.x, words[kUnroll];
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u)
-    if (unsigned i = first + u * kThreads; i < count) words[u] = __ldg(packed + i);
+  __half scales[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u)
     if (unsigned i = first + u * kThreads; i < count) {
-      float s = __half2float(__ldg(scale + group_of(shape, i)));
+      words[u] = __ldg(packed + i);
+      scales[u] = __ldg(scale + group_of(p.shape, i));
+    }
+  wait_for_previous_kernel();
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u)
+    if (unsigned i = first + u * kThreads; i < count) {
+      float s = __half2float(scales[u]);
       unsigned pairs[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -80,7 +105,7 @@ __global__ void __launch_bounds__(kThreads)
         int high = static_cast<int>(words[u] >> (8 * j + 4) & 15) - 8;
         pairs[j] = round_pair<Pair>(low * s, high * s);
       }
-      y[i] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+      p.y[i] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
 }
 
@@ -100,19 +125,16 @@ Shape shape_of(const QuambaLinear& a) {
 extern "C" int quamba_expand_w4a8(const QuambaLinear* a, void* stream) {
   unsigned grid = blocks(*a, 16);
   if (!grid || a->y_dtype != QUAMBA_I8) return QUAMBA_UNSUPPORTED;
-  expand_int8<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<const uint2*>(a->w), static_cast<const unsigned char*>(a->w_multiplier), static_cast<uint4*>(a->y),
-      shape_of(*a), static_cast<unsigned>(static_cast<long long>(a->O) * a->K / 16));
-  return cudaGetLastError();
+  const Expand p{a->w, a->w_multiplier, static_cast<uint4*>(a->y), shape_of(*a),
+                 static_cast<unsigned>(static_cast<long long>(a->O) * a->K / 16)};
+  return launch(expand_int8, p, dim3(grid), kThreads, stream);
 }
 
 extern "C" int quamba_expand_w4a16(const QuambaLinear* a, void* stream) {
   unsigned grid = blocks(*a, 8);
-  bool half = a->y_dtype == QUAMBA_F16;
+  const bool half = a->y_dtype == QUAMBA_F16;
   if (!grid || (!half && a->y_dtype != QUAMBA_BF16)) return QUAMBA_UNSUPPORTED;
-  auto kernel = half ? expand_float<__half2> : expand_float<__nv_bfloat162>;
-  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<const unsigned*>(a->w), static_cast<const __half*>(a->w_scale), static_cast<uint4*>(a->y),
-      shape_of(*a), static_cast<unsigned>(static_cast<long long>(a->O) * a->K / 8));
-  return cudaGetLastError();
+  const Expand p{a->w, a->w_scale, static_cast<uint4*>(a->y), shape_of(*a),
+                 static_cast<unsigned>(static_cast<long long>(a->O) * a->K / 8)};
+  return launch(half ? expand_float<__half2> : expand_float<__nv_bfloat162>, p, dim3(grid), kThreads, stream);
 }

@@ -1,5 +1,7 @@
 // What stands between a scan and its output projection, a row a block: u = y silu(z), RMS norm within groups, gain,
-// Hadamard rotation, quantisation. A row is read once and lies in shared memory as fp32 until it is written.
+// Hadamard rotation, quantisation. A row is read once and lies in shared memory as fp32 until it is written. This
+// kernel serves any types and sizes; the usual ones have a faster one.
+#include "gate_halves.cuh"
 #include "hadamard.cuh"
 #include "launch.cuh"
 #include "quads.cuh"
@@ -22,10 +24,10 @@ struct Gate {
 // Floats of shared memory: the row, then the sums of its stretches, then a factor for each group.
 int shared_floats(const Gate& p) { return padded(4 * p.quads) + p.stretches + p.a.norm_groups; }
 
-// Base: the part of the rotation that is no power of two. Common: y is fp32, z int8, and their rows lie in whole quads.
-template <int Base, bool Common>
-__global__ void __launch_bounds__(kThreads, Common ? 4 : 2) gate_rows(const __grid_constant__ Gate p) {
-  constexpr int kAhead = Common ? 4 : 2, kY = Common ? QUAMBA_F32 : kAny, kZ = Common ? QUAMBA_I8 : kAny;
+// Base: the part of the rotation that is no power of two.
+template <int Base>
+__global__ void __launch_bounds__(kThreads, 2) gate_rows(const __grid_constant__ Gate p) {
+  constexpr int kAhead = 2;
   extern __shared__ float row[];
   __shared__ float peaks[32];
   const QuambaGate& a = p.a;
@@ -53,8 +55,8 @@ __global__ void __launch_bounds__(kThreads, Common ? 4 : 2) gate_rows(const __gr
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       const int quad = from + k * step + thread, count = min(a.I - 4 * quad, 4);
-      raw_y[k] = load_raw_as<kY>(a.y, a.y_dtype, y_start + 4LL * quad, count, Common || p.whole_y);
-      raw_z[k] = load_raw_as<kZ>(a.z, a.z_dtype, z_start + 4LL * quad, count, Common || p.whole_z);
+      raw_y[k] = load_raw(a.y, a.y_dtype, y_start + 4LL * quad, count, p.whole_y);
+      raw_z[k] = load_raw(a.z, a.z_dtype, z_start + 4LL * quad, count, p.whole_z);
     }
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
@@ -62,8 +64,11 @@ __global__ void __launch_bounds__(kThreads, Common ? 4 : 2) gate_rows(const __gr
       if (stretch >= p.stretches) continue;  // the same for a whole warp
       float4 scale = make_float4(z_scale, z_scale, z_scale, z_scale);
       if (by_channel) scale = load_quad(a.z_scale, QUAMBA_F32, 4LL * quad, a.I - 4 * quad, p.whole_scale);
-      const float4 z = each(times, to_floats_as<kZ>(raw_z[k], a.z_dtype), scale);
-      const float4 u = each([](float v, float g) { return v * silu(g); }, to_floats_as<kY>(raw_y[k], a.y_dtype), z);
+      float4 z = to_floats(raw_z[k], a.z_dtype);
+      if (a.z_scale && a.z_dtype != QUAMBA_I8)
+        z = each([](float v, float s) { return code_on(v, make_grid(s)); }, z, scale);
+      z = each(times, z, scale);
+      const float4 u = each([](float v, float g) { return v * silu(g); }, to_floats(raw_y[k], a.y_dtype), z);
       if (a.norm_groups) {
         float sum = (u.x * u.x + u.y * u.y) + (u.z * u.z + u.w * u.w);
 #pragma unroll
@@ -163,9 +168,10 @@ extern "C" int quamba_gate_output(const QuambaGate* args, void* stream) {
       (!codes && !is_float(a.u_dtype)) || (a.weight && !is_float(a.weight_dtype)) ||
       (a.norm_groups && a.I % a.norm_groups) || (a.block > 1 && a.I % a.block) || !make_rotation(a.block, p.rotation))
     return QUAMBA_UNSUPPORTED;
-  int processors = 0, limit = 0;
-  cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, processors);
-  if (error == cudaSuccess) error = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, limit);
+  if (gate::of_halves(a))
+    if (int status = gate::run_halves(a, p.rotation.gain, stream); status != QUAMBA_UNSUPPORTED) return status;
+  int limit = 0;
+  cudaError_t error = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, limit);
   if (error != cudaSuccess) return error;
   p.quads = (a.I - 1) / 4 + 1;
   p.stretches = (p.quads - 1) / kWarp + 1;
@@ -176,12 +182,11 @@ extern "C" int quamba_gate_output(const QuambaGate* args, void* stream) {
   p.whole_weight = dense && in_quads(a.weight, a.weight_dtype);
   p.whole_u = dense && in_quads(a.u, codes ? QUAMBA_I8 : a.u_dtype);
   const int shared = shared_floats(p) * static_cast<int>(sizeof(float));
-  const bool common = p.whole_y && p.whole_z && a.y_dtype == QUAMBA_F32 && a.z_dtype == QUAMBA_I8;
-  auto kernel = p.rotation.base == 12   ? (common ? gate_rows<12, true> : gate_rows<12, false>)
-                : p.rotation.base == 20 ? (common ? gate_rows<20, true> : gate_rows<20, false>)
-                : p.rotation.base == 28 ? gate_rows<28, false>
-                : p.rotation.base == 36 ? gate_rows<36, false>
-                                        : (common ? gate_rows<1, true> : gate_rows<1, false>);
+  auto kernel = p.rotation.base == 12   ? gate_rows<12>
+                : p.rotation.base == 20 ? gate_rows<20>
+                : p.rotation.base == 28 ? gate_rows<28>
+                : p.rotation.base == 36 ? gate_rows<36>
+                                        : gate_rows<1>;
   if (shared + 256 > limit) return QUAMBA_UNSUPPORTED;
   if (shared > 48 * 1024 - 256) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);

@@ -15,9 +15,10 @@ inline cudaError_t device_attribute(cudaDeviceAttr attribute, int& value) {
 }
 
 // Launch kernel(params). From sm_90 on it may start while the kernel before it still runs, so it has to call
-// wait_for_previous_kernel before it touches anything that is not a constant of the model.
+// wait_for_previous_kernel before it touches anything that is not a constant of the model; not where ``early`` is false.
 template <class Params>
-int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, void* stream, int shared = 0) {
+int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, void* stream, int shared = 0,
+           bool early = true) {
   int major = 0;
   cudaError_t error = device_attribute(cudaDevAttrComputeCapabilityMajor, major);
   if (error != cudaSuccess) return error;
@@ -30,7 +31,7 @@ int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads,
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
-  config.numAttrs = major >= 9 ? 1 : 0;
+  config.numAttrs = early && major >= 9 ? 1 : 0;
   error = cudaLaunchKernelEx(&config, kernel, params);
   return error != cudaSuccess ? error : cudaGetLastError();
 }

@@ -174,7 +174,7 @@ __device__ __forceinline__ float4 each(F f, float4 a, float4 b, float4 c) {
   return make_float4(f(a.x, b.x, c.x), f(a.y, b.y, c.y), f(a.z, b.z, c.z), f(a.w, b.w, c.w));
 }
 
-__device__ __forceinline__ float silu(float v) { return __fdividef(v, 1.f + exp2_approximate(-kLog2e * v)); }
+__device__ __forceinline__ float silu(float v) { return v * reciprocal_approximate(1.f + exp2_approximate(-kLog2e * v)); }
 
 __device__ __forceinline__ float saturate_code(float v) { return fminf(fmaxf(v, -127.f), 127.f); }
 
@@ -184,6 +184,37 @@ __device__ __forceinline__ float round_code(float v, float scale, float inverse)
   float exact = __fmaf_rn(__fmaf_rn(-quotient, scale, v), inverse, quotient);
   quotient = fabsf(quotient) < 1024.f ? exact : quotient;
   return __fadd_rn(__fadd_rn(saturate_code(quotient), kRounder), -kRounder);
+}
+
+// What codes are multiples of: limited to 127 scale first, a quotient needs no bounds, and an approximate inverse will do.
+struct Grid {
+  float scale, inverse, limit;
+};
+
+__device__ __forceinline__ Grid make_grid(float scale) {
+  return {scale, reciprocal_approximate(scale), __fmul_rn(127.f, scale)};
+}
+
+// The code nearest to v / scale, as a float, from the quotient correctly rounded.
+__device__ __forceinline__ float code_on(float v, const Grid& g) {
+  v = fminf(fmaxf(v, -g.limit), g.limit);
+  const float quotient = __fmul_rn(v, g.inverse);
+  const float exact = __fmaf_rn(__fmaf_rn(-quotient, g.scale, v), g.inverse, quotient);
+  return __fadd_rn(__fadd_rn(exact, kRounder), -kRounder);
+}
+
+// Four constants of a model that lie in a whole quad, through L1.
+__device__ __forceinline__ float4 constant_quad(const void* data, int type, int at) {
+  if (type == QUAMBA_F32) return __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(data) + at));
+  const uint2 two = __ldg(reinterpret_cast<const uint2*>(static_cast<const unsigned short*>(data) + at));
+  return to_floats(make_uint4(two.x, two.y, 0, 0), type);
+}
+
+// Two 16-bit floats of a word, of the type that is known.
+template <bool Half>
+__device__ __forceinline__ float2 pair_of(unsigned word) {
+  if constexpr (Half) return __half22float2(reinterpret_cast<__half2&>(word));
+  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
 }
 
 }  // namespace quamba

@@ -9,6 +9,9 @@ namespace {
 using namespace quamba;
 
 constexpr int kMaxThreads = 1024, kOctet = 8;
+constexpr int kMany = 5;  // octets of a thread where there are many rows: 2560 and 5120 channels fill whole warps
+
+constexpr int most_threads(int held) { return held > 1 ? kMaxThreads / 2 : kMaxThreads; }
 
 struct Rows {
   QuambaRows a;
@@ -20,9 +23,14 @@ struct Octet {
   float4 low, high;
 };
 
-// Held: octets of a thread that stay in registers; 0: none, for rows of any length.
-template <int Held>
-__global__ void __launch_bounds__(kMaxThreads) normalise_rows(const __grid_constant__ Rows p) {
+struct RawOctet {
+  uint4 low, high;
+};
+
+// Held: octets of a thread that stay in registers; 0: none, for rows of any length. X: the type of x, whose rows then lie
+// in whole octets, or kAny.
+template <int Held, int X>
+__global__ void __launch_bounds__(most_threads(Held)) normalise_rows(const __grid_constant__ Rows p) {
   const QuambaRows& a = p.a;
   __shared__ float sums[32], peaks[32];
   const long long row = blockIdx.x, start = row * a.x_stride;
@@ -35,23 +43,40 @@ __global__ void __launch_bounds__(kMaxThreads) normalise_rows(const __grid_const
     return Octet{load_quad(data, type, from + first, min(count, 4), whole),
                  load_quad(data, type, from + first + 4, count - 4, whole)};
   };
-  Octet held[Held ? Held : 1], gains[Held ? Held : 1];
+  constexpr bool kEarly = Held == 1;  // few rows: gains are on their way with x
+  Octet held[Held ? Held : 1], gain{};
   if constexpr (Held > 0) {
+    if constexpr (X == kAny) {
 #pragma unroll
-    for (int k = 0; k < Held; ++k) held[k] = load(a.x, a.x_dtype, start, threadIdx.x + k * step, p.whole);
-    if (a.weight)
+      for (int k = 0; k < Held; ++k) held[k] = load(a.x, a.x_dtype, start, threadIdx.x + k * step, p.whole);
+    } else {  // all loads before the first use
+      RawOctet raw[Held];
+      const auto* x = reinterpret_cast<const uint4*>(static_cast<const char*>(a.x) + start * size_of(X));
 #pragma unroll
-      for (int k = 0; k < Held; ++k) gains[k] = load(a.weight, a.weight_dtype, 0, threadIdx.x + k * step, p.whole_weight);
+      for (int k = 0; k < Held; ++k) {
+        const int octet = threadIdx.x + k * step;
+        raw[k] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+        if (octet >= p.octets) continue;
+        raw[k].low = __ldcg(x + octet * size_of(X) / 2);
+        if (X == QUAMBA_F32) raw[k].high = __ldcg(x + 2 * octet + 1);
+      }
+#pragma unroll
+      for (int k = 0; k < Held; ++k) {
+        const uint4 low = raw[k].low, high = raw[k].high;
+        held[k] = X == QUAMBA_F32 ? Octet{to_floats(low, X), to_floats(high, X)}
+                                  : Octet{to_floats(low, X), to_floats(make_uint4(low.z, low.w, 0, 0), X)};
+      }
+    }
+    if (kEarly && a.weight) gain = load(a.weight, a.weight_dtype, 0, threadIdx.x, p.whole_weight);
   }
   auto visit = [&](auto use) {
     if constexpr (Held > 0) {
 #pragma unroll
-      for (int k = 0; k < Held; ++k) use(static_cast<int>(threadIdx.x) + k * step, held[k], gains[k]);
+      for (int k = 0; k < Held; ++k) use(static_cast<int>(threadIdx.x) + k * step, held[k]);
     } else {
       for (int octet = threadIdx.x; octet < p.octets; octet += step) {
-        Octet v = load(a.x, a.x_dtype, start, octet, p.whole), gain;
-        if (a.weight) gain = load(a.weight, a.weight_dtype, 0, octet, p.whole_weight);
-        use(octet, v, gain);
+        Octet v = load(a.x, a.x_dtype, start, octet, p.whole);
+        use(octet, v);
       }
     }
   };
@@ -59,27 +84,28 @@ __global__ void __launch_bounds__(kMaxThreads) normalise_rows(const __grid_const
   float inverse_rms = 1.f;
   if (p.norm) {
     float sum = 0.f;
-    visit([&](int, Octet& v, Octet&) {
+    visit([&](int, Octet& v) {
       auto square = [&](float4 q) { sum += (q.x * q.x + q.y * q.y) + (q.z * q.z + q.w * q.w); };
       square(v.low), square(v.high);
     });
     sum = block_reduce(sum, sums, [](float x, float y) { return x + y; });
     inverse_rms = rsqrtf(sum / static_cast<float>(a.D) + a.eps);
   }
-  auto finish = [&](Octet& v, const Octet& gain) {
+  auto finish = [&](int octet, Octet& v) {
     if (p.norm) {
       auto scale = [&](float x, float) { return __fmul_rn(x, inverse_rms); };
       v = {each(scale, v.low, v.low), each(scale, v.high, v.high)};
     }
     if (a.weight) {
+      if (!kEarly) gain = load(a.weight, a.weight_dtype, 0, octet, p.whole_weight);
       auto times = [](float x, float w) { return __fmul_rn(x, w); };
       v = {each(times, v.low, gain.low), each(times, v.high, gain.high)};
     }
   };
-  if constexpr (Held > 0) visit([&](int, Octet& v, Octet& gain) { finish(v, gain); });
+  if constexpr (Held > 0) visit(finish);
   auto visit_finished = [&](auto use) {
-    visit([&](int octet, Octet& v, Octet& gain) {
-      if constexpr (Held == 0) finish(v, gain);
+    visit([&](int octet, Octet& v) {
+      if constexpr (Held == 0) finish(octet, v);
       use(octet, v);
     });
   };
@@ -99,7 +125,7 @@ __global__ void __launch_bounds__(kMaxThreads) normalise_rows(const __grid_const
   } else if (a.out_scale && a.out_scale_count == 1) {
     scale = __ldg(a.out_scale);
   }
-  const float inverse = __frcp_rn(scale);
+  const Grid grid = make_grid(scale);
   const bool codes = a.y_scale || a.out_scale, per_channel = a.out_scale && a.out_scale_count > 1;
   const int type = codes ? QUAMBA_I8 : a.y_dtype;
   visit_finished([&](int octet, Octet& v) {
@@ -107,17 +133,29 @@ __global__ void __launch_bounds__(kMaxThreads) normalise_rows(const __grid_const
     if (count <= 0) return;
     if (per_channel) {
       auto quad = [&](float4 q, int from, int left) {
-        return each([](float x, float s) { return round_code(x, s, __frcp_rn(s)); }, q,
+        return each([](float x, float s) { return code_on(x, make_grid(s)); }, q,
                     load_quad(a.out_scale, QUAMBA_F32, from, left, p.whole_scale));
       };
       v = {quad(v.low, first, count), quad(v.high, first + 4, count - 4)};
     } else if (codes) {
-      auto code = [&](float x, float) { return round_code(x, scale, inverse); };
-      v = {each(code, v.low, v.low), each(code, v.high, v.high)};
+      auto exact = [&](float x, float) { return code_on(x, grid); };
+      // ties are a matter of chance after a norm, unless the scale is one of the row's own elements
+      auto close = [&](float x, float) { return saturate_code(x * grid.inverse); };
+      v = p.norm && !a.y_scale ? Octet{each(close, v.low, v.low), each(close, v.high, v.high)}
+                 : Octet{each(exact, v.low, v.low), each(exact, v.high, v.high)};
     }
     const long long at = row * a.D + first;
-    store_quad(a.y, type, at, v.low, min(count, 4), p.whole_y);
-    store_quad(a.y, type, at + 4, v.high, count - 4, p.whole_y);
+    const uint4 low = to_raw(v.low, type), high = to_raw(v.high, type);
+    if (X != kAny && type != QUAMBA_F32) {
+      auto* y = static_cast<char*>(a.y) + at * (type == QUAMBA_I8 ? 1 : 2);
+      if (type == QUAMBA_I8)
+        *reinterpret_cast<uint2*>(y) = make_uint2(low.x, high.x);
+      else
+        *reinterpret_cast<uint4*>(y) = make_uint4(low.x, low.y, high.x, high.y);
+      return;
+    }
+    store_raw(a.y, type, at, low, min(count, 4), p.whole_y);
+    store_raw(a.y, type, at + 4, high, count - 4, p.whole_y);
   });
 }
 
@@ -140,10 +178,19 @@ int launch_rows(const QuambaRows& a, bool norm, void* stream) {
                dense && in_quads(a.out_scale, QUAMBA_F32),
                dense && in_quads(a.y, codes ? QUAMBA_I8 : a.y_dtype)};
   // few rows: as many threads as have work, for the latency; many: fewer, with more loads on their way
-  const int held = a.rows <= processors && octets <= kMaxThreads ? 1 : octets <= 2 * kMaxThreads ? 2 : 0;
+  const int held = a.rows <= processors && octets <= kMaxThreads ? 1 : octets <= kMany * most_threads(kMany) ? kMany : 0;
   const int wanted = held ? (octets - 1) / held + 1 : kMaxThreads;
   const int threads = (wanted + 31) / 32 * 32;
-  auto kernel = held == 1 ? normalise_rows<1> : held == 2 ? normalise_rows<2> : normalise_rows<0>;
+  auto octets_at = [](const void* data) { return reinterpret_cast<unsigned long long>(data) % 16 == 0; };
+  const bool whole = a.D % kOctet == 0 && a.x_stride % kOctet == 0 && octets_at(a.x) && octets_at(a.y);
+  auto with = [&](auto any, auto f32, auto f16, auto bf16) {
+    return !whole ? any : a.x_dtype == QUAMBA_F32 ? f32 : a.x_dtype == QUAMBA_F16 ? f16 : bf16;
+  };
+  auto kernel = held == 1   ? with(normalise_rows<1, kAny>, normalise_rows<1, QUAMBA_F32>, normalise_rows<1, QUAMBA_F16>,
+                                   normalise_rows<1, QUAMBA_BF16>)
+                : held > 1  ? with(normalise_rows<kMany, kAny>, normalise_rows<kMany, QUAMBA_F32>,
+                                   normalise_rows<kMany, QUAMBA_F16>, normalise_rows<kMany, QUAMBA_BF16>)
+                            : normalise_rows<0, kAny>;
   return launch(kernel, p, dim3(static_cast<unsigned>(a.rows)), threads, stream);
 }
 

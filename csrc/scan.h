@@ -17,9 +17,8 @@ typedef struct {         // quamba_selective_scan
   long long T;
   long long x_batch, x_token, dt_batch, dt_token, b_batch, b_token, c_batch, c_token;
   int I, N, sequences;
-  int x_scale_count, lanes;  // lanes: of a channel, 0 for what fits the size
+  int x_scale_count, lanes;  // lanes: of a channel, 8 or 4; 0 for what fits the size
   int x_dtype, dt_dtype, b_dtype, c_dtype, D_dtype, dt_bias_dtype, y_dtype;
-  int polynomial;  // of eight exponentials of int8 inputs, how many the multiply-adds compute: 0 or 1
 } QuambaScan;
 
 typedef struct {         // quamba_ssd_scan, with quamba_ssd_scan_workspace

@@ -3,16 +3,15 @@
 // What bounds it is the exponential: one for each token, channel and state, 16 a cycle and multiprocessor, where the rest
 // is four multiply-adds; the bytes are a quarter of that time. Cutting time into chunks that run at once, and joining
 // them afterwards, needs each exponential twice. So time is not cut: a channel's states are shared out over the lanes of
-// a warp, 8 lanes of 2 states or 4 lanes of 4, which gives 1280 warps for 5120 channels, each exponential is taken
-// once, and what is added are sums over the lanes, for as many tokens at a time as there are lanes: a butterfly that
-// halves the number of values at every step costs 7 shuffles for 8 tokens.
+// a warp, 8 lanes of 2 states or 4 lanes of 4, each exponential is taken once, and what is added are sums over the lanes,
+// for as many tokens at a time as there are lanes: a butterfly that halves the number of values at every step costs 7
+// shuffles for 8 tokens.
 //
 // A block stages tiles of 32 tokens in shared memory: dt after the softplus and dt x for its channels, B and C for all.
-// The next tile is on its way while one is computed.
+// The next tile is on its way while one is computed. The sums of some tokens are added up while the next are computed.
 #include "launch.cuh"
 #include "quads.cuh"
 #include "scan.h"
-#include "softplus.cuh"
 
 namespace {
 
@@ -26,30 +25,32 @@ struct Scan {
   bool whole_x, whole_dt, whole_b, whole_c, whole_y;
 };
 
-// 2^v on the pipe of the multiply-adds: rounded to an integer, a polynomial of degree five for the rest, to 1e-7.
-__device__ __forceinline__ float exp2_polynomial(float v) {
-  v = fmaxf(v, -126.f);
-  const float shifted = __fadd_rn(v, kRounder), rest = v - __fadd_rn(shifted, -kRounder);
-  float y = 1.3264727e-3f;
-  y = __fmaf_rn(y, rest, 9.671513e-3f);
-  y = __fmaf_rn(y, rest, 5.5507336e-2f);
-  y = __fmaf_rn(y, rest, 2.4022242e-1f);
-  y = __fmaf_rn(y, rest, 6.93147e-1f);
-  y = __fmaf_rn(y, rest, 1.f);
-  return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
+// log(1 + exp(v)) to a few units in the last place: max(v, 0) + 2 artanh(e / (2 + e)), e = exp(-|v|).
+__device__ __forceinline__ float softplus(float v) {
+  const float e = exp2_approximate(-kLog2e * fabsf(v)), s = e * reciprocal_approximate(2.f + e), q = s * s;
+  float sum = 0.28011987f;
+  sum = __fmaf_rn(sum, q, 0.28001805f);
+  sum = __fmaf_rn(sum, q, 0.40021527f);
+  sum = __fmaf_rn(sum, q, 0.66666416f);
+  sum = __fmaf_rn(sum, q, 2.f);
+  return __fmaf_rn(sum, s, fmaxf(v, 0.f));
 }
 
-// Lanes x States = N. Type: of x, B and C, and then dt has 16 bits and all rows lie in whole quads; or kAny. Polynomial: how many of eight exponentials do not go through the special function unit.
-template <int Lanes, int States, int Type, int Polynomial>
+// Lanes x States = N. Float: the type of dt and y, and of x, B and C unless these are Codes, all rows lying in whole quads;
+// or kAny, for any types.
+template <int Lanes, int States, int Float, bool Codes>
 __global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant__ Scan p) {
-  constexpr int N = Lanes * States, kChannels = kThreads / Lanes, kPlanes = States / 2;
+  constexpr int N = Lanes * States, kChannels = kThreads / Lanes;
+  constexpr int kType = Codes ? QUAMBA_I8 : Float;
+  constexpr bool kWhole = Float != kAny;
   constexpr int kQuads = kChannels / 4;                               // of channels
   constexpr int kItems = kTokens * kQuads / kThreads;                 // quads of channels a thread stages
   constexpr int kRows = N / 4;                                        // quads of B, and of C, a token
   constexpr int kRowItems = (kTokens * kRows + kThreads - 1) / kThreads;
   constexpr int kPitch = kChannels + 32 / Lanes;  // so that a butterfly's results fall into different banks
-  __shared__ float4 rates[2][kTokens / 2][kChannels + 1];      // dt, dt x of two tokens
-  __shared__ float4 columns[2][kTokens][kPlanes][Lanes];       // B, B, C, C of two states; or planes of four
+  constexpr int kPlanes = States / 2;
+  __shared__ float4 rates[2][kTokens / 2][kChannels + 1];  // dt, dt x of two tokens
+  __shared__ float4 columns[2][kTokens][kPlanes][Lanes];   // B, B, C, C of two states; or planes of four
   __shared__ __align__(16) float outputs[2][kTokens][kPitch];
 
   const QuambaScan& a = p.a;
@@ -67,7 +68,6 @@ __global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant
     begin = min(max(static_cast<long long>(__ldg(a.cu_seqlens + sequence)), 0LL), a.T);
     tokens = max(min(static_cast<long long>(__ldg(a.cu_seqlens + sequence + 1)), a.T) - begin, 0LL);
   }
-  constexpr int kDtType = Type == kAny ? kAny : QUAMBA_F16;
   // where the first tile of each stream lies for this thread, and what leads from tile to tile
   const long long row = thread / kQuads, column_row = thread / kRows;
   long long x_at = batch * a.x_batch + (begin + row) * a.x_token + first, x_step = kTokens * a.x_token;
@@ -99,16 +99,16 @@ __global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       const int there = static_cast<int>(row) + k * kApart < left ? count : 0;
-      raw_x[k] = load_raw_as<Type>(a.x, a.x_dtype, x_at + k * kApart * a.x_token, there, Type != kAny || p.whole_x);
+      raw_x[k] = load_raw_as<kType>(a.x, a.x_dtype, x_at + k * kApart * a.x_token, there, kWhole || p.whole_x);
       raw_dt[k] =
-          load_raw_as<kDtType>(a.dt, a.dt_dtype, dt_at + k * kApart * a.dt_token, there, Type != kAny || p.whole_dt);
+          load_raw_as<Float>(a.dt, a.dt_dtype, dt_at + k * kApart * a.dt_token, there, kWhole || p.whole_dt);
     }
 #pragma unroll
     for (int k = 0; k < kRowItems; ++k) {
       const int item = static_cast<int>(column_row) + k * kColumnsApart;
       const int there = item < kTokens && item < left ? 4 : 0;
-      raw_b[k] = load_raw_as<Type>(a.b, a.b_dtype, b_at + k * kColumnsApart * a.b_token, there, Type != kAny || p.whole_b);
-      raw_c[k] = load_raw_as<Type>(a.c, a.c_dtype, c_at + k * kColumnsApart * a.c_token, there, Type != kAny || p.whole_c);
+      raw_b[k] = load_raw_as<kType>(a.b, a.b_dtype, b_at + k * kColumnsApart * a.b_token, there, kWhole || p.whole_b);
+      raw_c[k] = load_raw_as<kType>(a.c, a.c_dtype, c_at + k * kColumnsApart * a.c_token, there, kWhole || p.whole_c);
     }
     x_at += x_step, dt_at += dt_step, b_at += b_step, c_at += c_step;
   };
@@ -117,11 +117,11 @@ __global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       const int t = static_cast<int>(row) + k * (kThreads / kQuads);
-      const float4 x = to_floats_as<Type>(raw_x[k], a.x_dtype);
+      const float4 x = to_floats(raw_x[k], kWhole ? kType : a.x_dtype);
       skipped[k] = each(times, x, skip);
       float4 dt = make_float4(0.f, 0.f, 0.f, 0.f), dt_x = dt;  // beyond the last token dt = 0 leaves the states alone
       if (t < left) {
-        dt = each([](float v, float b) { return softplus(v + b); }, to_floats_as<kDtType>(raw_dt[k], a.dt_dtype), bias);
+        dt = each([](float v, float b) { return softplus(v + b); }, to_floats(raw_dt[k], kWhole ? Float : a.dt_dtype), bias);
         dt_x = each(times, dt, each(times, x, x_factor));
       }
       float2* rate = reinterpret_cast<float2*>(&rates[buffer][t / 2][4 * quad]) + t % 2;
@@ -134,7 +134,8 @@ __global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant
     for (int k = 0; k < kRowItems; ++k) {
       const int t = static_cast<int>(column_row) + k * (kThreads / kRows), q = thread % kRows;
       if (t >= kTokens) continue;
-      const float4 b = to_floats_as<Type>(raw_b[k], a.b_dtype), c = to_floats_as<Type>(raw_c[k], a.c_dtype);
+      const float4 b = to_floats(raw_b[k], kWhole ? kType : a.b_dtype);
+      const float4 c = to_floats(raw_c[k], kWhole ? kType : a.c_dtype);
       if constexpr (States == 2) {
         columns[buffer][t][0][2 * q] = make_float4(b.x, b.y, c.x, c.y);
         columns[buffer][t][0][2 * q + 1] = make_float4(b.z, b.w, c.z, c.w);
@@ -153,45 +154,53 @@ __global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant
   for (long long left = tokens; left > 0; left -= kTokens) {
     const int here = clamped(left), next = max(clamped(left - kTokens), 0);
     fetch(next);
-#pragma unroll 1
-    for (int group = 0; group < here; group += Lanes) {
-      float sums[Lanes];
+    float before[Lanes];  // a lane's sums over its states, for tokens whose sums over the lanes are to be taken
+    auto advance = [&](int group, float (&sums)[Lanes]) {
 #pragma unroll
       for (int u = 0; u < Lanes; ++u) {
         const int t = group + u;
         const float4 rate = rates[buffer][t / 2][own];
         const float dt = u % 2 ? rate.z : rate.x, dt_x = u % 2 ? rate.w : rate.y;
         float b[States], c[States];
+        const float4 v = columns[buffer][t][0][lane];
         if constexpr (States == 2) {
-          const float4 v = columns[buffer][t][0][lane];
           b[0] = v.x, b[1] = v.y, c[0] = v.z, c[1] = v.w;
         } else {
-          const float4 v = columns[buffer][t][0][lane], w = columns[buffer][t][1][lane];
+          const float4 w = columns[buffer][t][1][lane];
           b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w, c[0] = w.x, c[1] = w.y, c[2] = w.z, c[3] = w.w;
         }
         float sum = 0.f;
 #pragma unroll
         for (int s = 0; s < States; ++s) {
-          const float exponent = dt * decay[s];
-          const bool by_polynomial = (u * States + s) % 8 < Polynomial;
-          const float kept = by_polynomial ? exp2_polynomial(exponent) : exp2_approximate(exponent);
-          h[s] = __fmaf_rn(kept, h[s], dt_x * b[s]);
-          sum = __fmaf_rn(c[s], h[s], sum);
+          h[s] = __fmaf_rn(exp2_approximate(dt * decay[s]), h[s], dt_x * b[s]);
+          sum = s ? __fmaf_rn(c[s], h[s], sum) : c[s] * h[s];
         }
         sums[u] = sum;
       }
-      // lane j of a channel ends up with the sum over all lanes for token j
+    };
+    auto add_up = [&](int group) {  // lane j of a channel ends up with the sum over all lanes for token j
 #pragma unroll
       for (int step = Lanes / 2; step; step /= 2) {
         const bool upper = lane & step;
 #pragma unroll
         for (int i = 0; i < step; ++i) {
-          const float sent = upper ? sums[i] : sums[i + step], kept = upper ? sums[i + step] : sums[i];
-          sums[i] = kept + __shfl_xor_sync(~0u, sent, step);
+          const float sent = upper ? before[i] : before[i + step], kept = upper ? before[i + step] : before[i];
+          before[i] = kept + __shfl_xor_sync(~0u, sent, step);
         }
       }
-      outputs[buffer][group + lane][own] = sums[0];
+      outputs[buffer][group + lane][own] = before[0];
+    };
+    advance(0, before);
+    int group = Lanes;
+#pragma unroll 1
+    for (; group < here; group += Lanes) {
+      float sums[Lanes];
+      advance(group, sums);
+      add_up(group - Lanes);
+#pragma unroll
+      for (int u = 0; u < Lanes; ++u) before[u] = sums[u];
     }
+    add_up(group - Lanes);
     float4 added[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) added[k] = skipped[k];
@@ -203,7 +212,7 @@ __global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant
       if (t >= here) continue;
       const float4 y = each([&](float v, float w) { return __fmaf_rn(c_scale, w, v); }, added[k],
                             *reinterpret_cast<const float4*>(&outputs[buffer][t][4 * quad]));
-      store_quad(a.y, a.y_dtype, y_at + static_cast<long long>(k * (kThreads / kQuads)) * a.I, y, count, p.whole_y);
+      store_quad(a.y, kWhole ? Float : a.y_dtype, y_at + static_cast<long long>(k * (kThreads / kQuads)) * a.I, y, count, kWhole || p.whole_y);
     }
     y_at += static_cast<long long>(kTokens) * a.I;
     buffer ^= 1;
@@ -213,12 +222,13 @@ __global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant
     for (int s = 0; s < States; ++s) a.last[at + s] = h[s];
 }
 
-template <int Lanes, int States, int Type, int Polynomial>
+template <int Lanes, int States, int Float, bool Codes>
 int launch_as(const Scan& p, void* stream) {
   const long long grid = static_cast<long long>(p.blocks) * p.a.sequences;
   if (grid > 0x7fffffffLL) return QUAMBA_UNSUPPORTED;
-  return launch(selective_scan<Lanes, States, Type, Polynomial>, p, dim3(static_cast<unsigned>(grid)), kThreads,
-                stream);
+  // not before the kernel ahead has ended: blocks that start while its own still run are shared out unevenly
+  return launch(selective_scan<Lanes, States, Float, Codes>, p, dim3(static_cast<unsigned>(grid)), kThreads,
+                stream, 0, false);
 }
 
 template <int Lanes, int States>
@@ -232,17 +242,23 @@ int launch_scan(const QuambaScan& a, void* stream) {
                in_quads(a.c, a.c_dtype, a.c_token, a.c_batch),
                dense && in_quads(a.y, a.y_dtype)};
   if constexpr (Lanes * States == 16) {
-    const bool whole = p.whole_x && p.whole_dt && p.whole_b && p.whole_c && a.dt_dtype != QUAMBA_F32;
-    if (whole && a.x_dtype == QUAMBA_I8 && a.b_dtype == QUAMBA_I8 && a.c_dtype == QUAMBA_I8)
-      return a.polynomial ? launch_as<Lanes, States, QUAMBA_I8, 1>(p, stream)
-                          : launch_as<Lanes, States, QUAMBA_I8, 0>(p, stream);
-    if (whole && size_of(a.x_dtype) == 2 && size_of(a.b_dtype) == 2 && size_of(a.c_dtype) == 2)
-      return launch_as<Lanes, States, QUAMBA_F16, 0>(p, stream);
+    const bool whole = p.whole_x && p.whole_dt && p.whole_b && p.whole_c && p.whole_y, half = a.dt_dtype == QUAMBA_F16;
+    auto all = [&](int type) { return a.x_dtype == type && a.b_dtype == type && a.c_dtype == type; };
+    if (whole && a.y_dtype == a.dt_dtype && a.dt_dtype != QUAMBA_F32) {
+      if (all(QUAMBA_I8))
+        return half ? launch_as<Lanes, States, QUAMBA_F16, true>(p, stream)
+                    : launch_as<Lanes, States, QUAMBA_BF16, true>(p, stream);
+      if (all(a.dt_dtype))
+        return half ? launch_as<Lanes, States, QUAMBA_F16, false>(p, stream)
+                    : launch_as<Lanes, States, QUAMBA_BF16, false>(p, stream);
+    }
+    if constexpr (Lanes != 8)
+      return launch_scan<8, 2>(a, stream);  // one for any types is enough
+    else
+      return launch_as<Lanes, States, kAny, false>(p, stream);
+  } else {
+    return launch_as<Lanes, States, kAny, false>(p, stream);
   }
-  if constexpr (States == 4 && Lanes == 4)
-    return launch_scan<8, 2>(a, stream);  // one for any types is enough
-  else
-    return launch_as<Lanes, States, kAny, 0>(p, stream);
 }
 
 }  // namespace

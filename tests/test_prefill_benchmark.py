@@ -26,7 +26,7 @@ def prefill():
 
 @pytest.fixture
 def problems(prefill):
-    tiny = prefill.Model("tiny", D=32, I=48, conv=64, at=48, proj=160, norm_groups=2, N=8)
+    tiny = prefill.Model("tiny", D=32, I=48, conv=64, at=48, proj=160, norm_groups=2, N=8, R=6)
     return list(prefill.problems(tiny, TOKENS, torch.Generator().manual_seed(0), "cpu"))
 
 
@@ -48,14 +48,14 @@ def test_problems_are_what_the_ops_take_and_the_gate_tells_right_from_wrong(pref
 
 
 def test_bytes_are_those_of_inputs_and_outputs(prefill, problems) -> None:
-    norm, conv = problems[0], problems[3]
+    norm, conv = problems[0], problems[2]
     assert prefill.bytes_moved(OPS["rms_norm"].reference, norm) == TOKENS * 32 * (4 + 1) + 4
     weights = 64 * 4 + 64 * 2 + 3 * 64 * 4
     assert prefill.bytes_moved(OPS["causal_conv1d"].reference, conv) == TOKENS * 64 * (2 + 1) + weights + 3 * 64
 
 
 def test_copies_keep_the_strides_of_a_projection(prefill, problems) -> None:
-    x = problems[3].args[0]
+    x = problems[2].args[0]
     same = prefill.copied(x)
     assert same.stride() == x.stride() and torch.equal(same, x) and same.data_ptr() != x.data_ptr()
 

@@ -49,10 +49,11 @@ class Model(NamedTuple):
     N: int = 0
     heads: tuple[int, int, int, int] | None = None
     """Of the SSD scan: H, P, G, N."""
+    R: int = 0
 
 
 MODELS = (
-    Model("mamba1-2.8b", 2560, 5120, 5120, 0, 10240, 0, N=16),
+    Model("mamba1-2.8b", 2560, 5120, 5120, 0, 10240, 0, N=16, R=160),
     Model("mamba2-2.7b", 2560, 5120, 5376, 5120, 10576, 1, heads=(80, 64, 1, 128)),
     Model("mamba2-8b", 4096, 8192, 10240, 8192, 18560, 8, heads=(128, 64, 8, 128)),
 )
@@ -86,8 +87,6 @@ def problems(model: Model, tokens: int, rng: torch.Generator, device: str = "cud
     yield Problem("rms_norm", "per token", (hidden, None, 1e-5), {"per_token": True}, {})
 
     z = projected[..., : model.I] if model.at else projected[..., model.I :]
-    yield Problem("quantize", "gate", (z, scales(model.I)), {}, {})
-
     x = projected[..., model.at : model.at + model.conv]
     weights = codes(model.conv, 4), normal(model.conv)
     options = {"weight_scale": scales(model.conv), "out_scale": scales(model.conv)}
@@ -99,10 +98,13 @@ def problems(model: Model, tokens: int, rng: torch.Generator, device: str = "cud
     yield Problem("causal_conv1d", "int8 in", given, {"x_scale": scales(model.conv), **options}, shape)
 
     if model.N:
+        low_rank = normal(1, tokens, model.R + 2 * model.N)  # dt, B and C, from x_proj
+        yield Problem("quantize", "dt", (low_rank[..., : model.R],), {}, {})
+        yield Problem("quantize", "B and C", (low_rank[..., model.R :], scales(2 * model.N)), {}, {})
         A = -(torch.rand(model.I, model.N, generator=rng, device=device) * 15 + 1)
         inputs = (codes(1, tokens, model.I), normal(1, tokens, model.I) - 4, A, codes(1, tokens, model.N),
                   codes(1, tokens, model.N), normal(model.I, dtype=fp32))  # fmt: skip
-        scan = {"x_scale": one, "B_scale": one, "C_scale": one}
+        scan = {"x_scale": one, "B_scale": one, "C_scale": one, "out_dtype": torch.float16}
         yield Problem("selective_scan", "int8 in", inputs, scan, {"I": model.I, "N": model.N})
 
     if model.heads:
@@ -120,8 +122,10 @@ def problems(model: Model, tokens: int, rng: torch.Generator, device: str = "cud
 
     weight = normal(model.I) if model.norm_groups else None
     gate = {"z_scale": scales(model.I), "norm_groups": model.norm_groups, "block": model.I, "out_scale": one}
-    u = normal(1, tokens, model.I, dtype=fp32), codes(1, tokens, model.I), weight, 1e-5
-    yield Problem("gate_output", "static", u, gate, {"I": model.I, "block": model.I})
+    shape = {"I": model.I, "block": model.I}
+    yield Problem("gate_output", "fp16 y and z", (normal(1, tokens, model.I), z, weight, 1e-5), gate, shape)
+    given = normal(1, tokens, model.I, dtype=fp32), codes(1, tokens, model.I), weight, 1e-5
+    yield Problem("gate_output", "fp32 y, int8 z", given, gate, shape)
 
 
 def size(tensors: Sequence[torch.Tensor]) -> int:
@@ -196,12 +200,10 @@ def implementations(given: Problem, variants: bool) -> Iterator[tuple[str, Calla
         if given.op != "selective_scan" or backend.name != "cuda" or not variants:
             yield backend.name, backend
             continue
-        kept = scan.LANES, scan.POLYNOMIAL
-        for lanes in (4, 8):
-            for polynomial in (0, 1):
-                scan.LANES, scan.POLYNOMIAL = lanes, polynomial
-                yield f"cuda lanes={lanes} polynomial={polynomial}", backend
-        scan.LANES, scan.POLYNOMIAL = kept
+        kept = scan.LANES
+        for scan.LANES in (4, 8):
+            yield f"cuda lanes={scan.LANES}", backend
+        scan.LANES = kept
 
 
 def table(rows: Sequence[Row]) -> str:

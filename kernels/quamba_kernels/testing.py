@@ -223,9 +223,11 @@ def _gate_output(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterato
         y = _normal(rng, batch, tokens, 192, dtype=dtype)
         weight = _normal(rng, 192, dtype=dtype) if groups else None
         z, z_scale = _normal(rng, batch, tokens, 192, dtype=dtype), None
-        for static in (None, torch.tensor([0.03]), _scale(rng, 192)):
+        shared, by_channel = torch.tensor([0.03]), _scale(rng, 192)
+        for static, rounds in ((None, False), (shared, False), (by_channel, False), (shared, True), (by_channel, True)):
             if static is not None:
-                z, z_scale = _codes(rng, batch, tokens, 192), static
+                z_scale = static
+                z = _normal(rng, batch, tokens, 192, dtype=dtype) if rounds else _codes(rng, batch, tokens, 192)
             options = {"norm_groups": groups, "block": block, "z_scale": z_scale, "out_dtype": dtype}
             out = outs[(i + (0 if static is None else static.numel())) % 3]
             label = f"{batch}x{tokens} groups={groups} block={block} z={z.dtype} {next(iter(out), 'float')} {dtype}"

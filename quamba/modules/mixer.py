@@ -195,6 +195,13 @@ class Mixer(LowBit):
             return x
         return self.sites[name](x).data
 
+    def entering(self, site: Site, x: torch.Tensor, scale: torch.Tensor | None) -> Activation:
+        """x [..., C] for an op that rounds floats by a static scale itself; rounded here where the scale varies."""
+        if scale is None:
+            return site(x)
+        site.watch(x)
+        return Activation(x, scale)
+
     def output_options(self) -> dict[str, Any]:
         """What gate_output, and the ops that end in it, take beside their tensors."""
         site = self.linear(self.out.role).input
@@ -203,7 +210,7 @@ class Mixer(LowBit):
 
     def leave(self, y: torch.Tensor, z: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """Gate, norm, rotate and project y [B, T, I] back into the residual stream."""
-        gate = self.gate(z)
+        gate = self.entering(self.gate, z, self._z_scale)
         norm = getattr(self, "norm", None)
         u = self._gate_output(
             y, gate.data, None if norm is None else norm.weight, self.eps, z_scale=gate.scale,

@@ -63,6 +63,10 @@ class SelectiveMixer(Mixer):
         sites = self.sites
         self._scales = {f"{name}_scale": sites[name].shared_scale for name in ("B", "C")}
         self._scales["x_scale"] = sites["x"].per_channel()
+        columns = [scale for scale in (self._scales["B_scale"], self._scales["C_scale"]) if scale is not None]
+        together = len(columns) == 2 and not self.norms
+        self._column_scale = torch.cat([s.expand(self.mixer_spec.sizes["N"]) for s in columns]) if together else None
+        self._quantize = ops.quantize.bind(setting)
         self._decode = self._fused(ops.selective_decode) if self._has_decode() else None
         self._conv_decode = None if self._decode is None else ops.conv_decode.bind(setting)
 
@@ -96,10 +100,11 @@ class SelectiveMixer(Mixer):
         else:
             x = self.quantise_part("x", self.convolve(x, state, attention_mask))
         x_in = Activation(x, self.sites["x"].shared_scale) if x.dtype == torch.int8 else x
-        rank, B, C = self.x_proj(x_in).split([s["R"], s["N"], s["N"]], -1)
+        rank, columns = self.x_proj(x_in).split([s["R"], 2 * s["N"]], -1)
+        B, C = columns.chunk(2, -1)
         if self.norms:
             rank, B, C = (self.norms[name](part) for name, part in (("dt", rank), ("B", B), ("C", C)))
-        dt = self.dt_proj(rank.contiguous())
+        dt = self.dt_proj(rank)
         A, D = self._rates
         if decode is not None and state is not None:
             u = decode(
@@ -107,15 +112,26 @@ class SelectiveMixer(Mixer):
                 z_scale=self._z_scale, **self._scales, **self.output_options(),
             )  # fmt: skip
             return self.project(u, residual)
-        B, C = self.quantise_part("B", B), self.quantise_part("C", C)
+        B, C = self.quantise_columns(columns, B, C)
         if state is not None and tokens == 1 and state.filled:
             y = self._update(
                 state.recurrent, state.scale, state.rng, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, **self._scales
             ).unsqueeze(1)
         else:
             before = state.value() if state is not None and state.filled else None
-            y, last = self._scan(x, dt, A, B, C, D, None, before, **self._scales)
+            y, last = self._scan(x, dt, A, B, C, D, None, before, **self._scales, out_dtype=self.dtype)
             if state is not None:
                 self._quantize_state(last, state.recurrent, state.scale, state.rng)
                 state.seen()
         return self.leave(y, z, residual)
+
+    def quantise_columns(
+        self, columns: torch.Tensor, B: torch.Tensor, C: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """B and C [B, T, N], int8 where their sites say so; with static scales in one pass over both, [B, T, 2 N]."""
+        if self._column_scale is None:
+            return self.quantise_part("B", B), self.quantise_part("C", C)
+        self.sites["B"].watch(B)
+        self.sites["C"].watch(C)
+        B, C = self._quantize(columns, self._column_scale).data.chunk(2, -1)
+        return B, C

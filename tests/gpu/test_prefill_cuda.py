@@ -60,7 +60,7 @@ def check(name: str, args: tuple[Any, ...], options: dict[str, Any], label: str)
     got = flat(backend(name)(*own[0], **own[1])) + flat(own)  # states are updated in place
     dtype = options.get("out_dtype", F32)
     tolerance = TOLERANCE[name].get(dtype, TOLERANCE[name][BF16])
-    difference = disagreement([t.cpu() for t in got], [t.cpu() for t in want], tolerance)
+    difference = disagreement(got, want, tolerance)
     assert difference is None, f"{name} {label}: {difference}"
 
 
@@ -85,8 +85,9 @@ def test_rows(width: int) -> None:
 
 
 GATES = [
-    (192, (192, 64, 12, 0), (0, 1, 2)), (1536, (1536, 512), (1,)), (2560, (2560, 128), (0, 1)), (3072, (3072,), (1,)),
-    (4096, (4096,), (1, 8)), (5120, (5120, 1024, 0), (0, 1, 10)), (8192, (8192,), (1, 8)), (1792, (1792, 28), (1,)),
+    (192, (192, 64, 12, 0), (0, 1, 2)), (1536, (1536, 512), (1,)), (2048, (2048,), (0, 4)),
+    (2560, (2560, 128), (0, 1)), (3072, (3072,), (1,)),
+    (4096, (4096,), (0, 1, 8)), (5120, (5120, 1024, 0), (0, 1, 10)), (8192, (8192,), (1, 8)), (1792, (1792, 28), (1,)),
     (9216, (9216, 36), (3,)), (10240, (10240,), (1,)), (20480, (20480,), (8,)), (130, (2, 0), (5, 13)),
 ]  # fmt: skip
 """Channels, Hadamard blocks, groups of the norm."""
@@ -100,13 +101,14 @@ def test_gate_output(inner: int, blocks: tuple[int, ...], groups: tuple[int, ...
             for norm_groups in groups:
                 dtype = (F32, BF16, F16)[index % 3]
                 weight = normal(inner, dtype=dtype) if norm_groups else None
-                y = normal(rows, inner, dtype=dtype)
-                z = part_of_wider(codes(rows, inner)) if rows != 3 else part_of_wider(normal(rows, inner, dtype=dtype))
-                z_scale = None if rows == 3 else scales(inner) if rows == 63 else scales(1)
-                for out in outputs()[index % 2 :: 2]:
-                    options = {"z_scale": z_scale, "norm_groups": norm_groups, "block": block, **out}
-                    label = f"{rows} x {inner} block {block} groups {norm_groups} {dtype} {list(out)}"
-                    check("gate_output", (y, z, weight, 1e-5), options, label)
+                y, z = normal(rows, inner, dtype=dtype), part_of_wider(normal(rows, inner, dtype=dtype))
+                z[0, ::7] *= 100  # far beyond the scales
+                gates = ((z, None), (part_of_wider(codes(rows, inner)), scales(1)), (z, scales(1)), (z, scales(inner)))
+                for kind, (gate, z_scale) in enumerate(gates):
+                    for out in outputs()[(index + kind) % 2 :: 2]:
+                        options = {"z_scale": z_scale, "norm_groups": norm_groups, "block": block, **out}
+                        label = f"{rows} x {inner} block {block} groups {norm_groups} {dtype} z {kind} {list(out)}"
+                        check("gate_output", (y, gate, weight, 1e-5), options, label)
 
 
 def conv_arguments(
@@ -147,13 +149,15 @@ def test_convolution_of_sequences(mode: str) -> None:
 
 
 def scan_arguments(
-    batch: int, tokens: int, inner: int, d_state: int, int8: bool, sequences: int
+    batch: int, tokens: int, inner: int, d_state: int, mode: str, sequences: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if int8:
-        x, B, C = codes(batch, tokens, inner), codes(batch, tokens, d_state), codes(batch, tokens, d_state)
-        options = {"x_scale": scales(1), "B_scale": scales(1), "C_scale": scales(1)}
+    """mode: "int8", "float", or "x": that alone is int8."""
+    x = normal(batch, tokens, inner, dtype=BF16) if mode == "float" else codes(batch, tokens, inner)
+    options = {} if mode == "float" else {"x_scale": scales(1)}
+    if mode == "int8":
+        B, C = codes(batch, tokens, d_state), codes(batch, tokens, d_state)
+        options |= {"B_scale": scales(1), "C_scale": scales(1)}
     else:
-        x, options = normal(batch, tokens, inner, dtype=BF16), {}
         B, C = (part_of_wider(normal(batch, tokens, d_state, dtype=BF16), 160, 16) for _ in range(2))
     A = -torch.rand(inner, d_state, device="cuda") * 16 - 0.01
     dt = normal(batch, tokens, inner, dtype=BF16) - 2
@@ -162,22 +166,23 @@ def scan_arguments(
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("lanes, polynomial", [(4, 0), (8, 0), (4, 1), (8, 1)])
-def test_selective_scan(lanes: int, polynomial: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lanes", [4, 8])
+def test_selective_scan(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "LANES", lanes)
-    monkeypatch.setattr(scan, "POLYNOMIAL", polynomial)
     for index, tokens in enumerate(LENGTHS):
         for batch, inner in ((1, 1600), (index % 5 + 1, 83)):
-            args, options = scan_arguments(batch, tokens, inner, 16, bool(index % 2), batch)
-            options["out_dtype"] = (F32, BF16)[index % 2]
-            check("selective_scan", args, options, f"{batch} x {tokens} x {inner}")
+            for mode in ("int8", "float", "x"):
+                args, options = scan_arguments(batch, tokens, inner, 16, mode, batch)
+                options["out_dtype"] = (F32, BF16)[index % 2]
+                check("selective_scan", args, options, f"{batch} x {tokens} x {inner} {mode}")
 
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("d_state", [8, 16, 32])
 def test_scan_of_sequences(d_state: int) -> None:
     for lengths in (RAGGED, (1,) * 40, (400,)):
-        args, options = scan_arguments(1, sum(lengths), 72, d_state, d_state == 16, len(lengths))
+        mode = {8: "float", 16: "int8", 32: "x"}[d_state]
+        args, options = scan_arguments(1, sum(lengths), 72, d_state, mode, len(lengths))
         options["cu_seqlens"] = bounds(lengths)
         check("selective_scan", args, options, f"{lengths} N={d_state}")
         check("selective_scan", (*args[:6], None, None), options, f"{lengths} N={d_state} from zeros")
@@ -221,10 +226,10 @@ def small(name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (normal(70, 2560, dtype=BF16), scales(1)), {}
     if name == "gate_output":
         options = {"z_scale": scales(5120), "norm_groups": 1, "block": 5120, "out_scale": scales(1)}
-        return (normal(70, 5120), codes(70, 5120), normal(5120), 1e-5), options
+        return (normal(70, 5120, dtype=BF16), normal(70, 5120, dtype=BF16), normal(5120), 1e-5), options
     if name == "causal_conv1d":
         return conv_arguments(2, 70, 640, 4, "rounds", 2)
-    return scan_arguments(2, 70, 640, 16, True, 2)
+    return scan_arguments(2, 70, 640, 16, "int8", 2)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -21,8 +21,6 @@ from quamba_kernels.ops.sequences import check_cu_seqlens
 STATES = (8, 16, 32)
 LANES = 0
 """Lanes of a warp that share a channel of 16 states, 4 or 8; 0 leaves it to the size of the problem."""
-POLYNOMIAL = 0
-"""Of eight exponentials of 16 states and int8 inputs, how many are left to the multiply-adds: 0 or 1."""
 
 
 class QuambaScan(Arguments):
@@ -31,7 +29,7 @@ class QuambaScan(Arguments):
     _fields_ = fields(
         "x dt b c x_scale b_scale c_scale A D dt_bias state last cu_seqlens y",
         "T x_batch x_token dt_batch dt_token b_batch b_token c_batch c_token",
-        "I N sequences x_scale_count lanes x_dtype dt_dtype b_dtype c_dtype D_dtype dt_bias_dtype y_dtype polynomial",
+        "I N sequences x_scale_count lanes x_dtype dt_dtype b_dtype c_dtype D_dtype dt_bias_dtype y_dtype",
     )
 
 
@@ -62,7 +60,7 @@ def selective_scan(
     last = torch.empty((sequences, I, N), dtype=torch.float32, device=x.device)
     before = None if state is None else state.float().contiguous()
 
-    a = QuambaScan(T=T, I=I, N=N, sequences=sequences, lanes=LANES, polynomial=POLYNOMIAL)
+    a = QuambaScan(T=T, I=I, N=N, sequences=sequences, lanes=LANES)
     for name, tensor in (("x", x), ("dt", dt), ("b", B), ("c", C)):
         setattr(a, name, tensor.data_ptr())
         setattr(a, f"{name}_batch", tensor.stride(0))

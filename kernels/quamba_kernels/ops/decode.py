@@ -8,15 +8,10 @@ from __future__ import annotations
 import torch
 
 from quamba_kernels.ops.conv import causal_conv1d
-from quamba_kernels.ops.rowwise import Activation, gate_output, quantize
+from quamba_kernels.ops.rowwise import Activation, codes, gate_output
 from quamba_kernels.ops.selective import selective_update
 from quamba_kernels.ops.ssd import NO_LIMIT, ssd_update
 from quamba_kernels.registry import op
-
-
-def codes(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """int8 codes of x where it has a scale, else x."""
-    return x if scale is None else quantize(x, scale).data
 
 
 @op

@@ -33,10 +33,21 @@ def to_int8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.round(x.float() / scale).clamp_(-QMAX, QMAX).to(torch.int8)
 
 
+def codes(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """Floats as int8 codes where they have a scale; else x, which is floats or codes already."""
+    return x if scale is None or x.dtype == torch.int8 else to_int8(x, scale)
+
+
+def peak_scale(peak: torch.Tensor) -> torch.Tensor:
+    """peak / 127 in fp32, and 1 where it is 0."""
+    peak = peak.float()
+    # by a tensor: CUDA multiplies by the reciprocal of a Python number, which rounds otherwise than a division
+    return torch.where(peak > 0, peak / peak.new_full((), QMAX), torch.ones_like(peak))
+
+
 def token_scale(x: torch.Tensor) -> torch.Tensor:
     """max |x| / 127 over the last axis, [..., 1] fp32; 1 for a row of zeros."""
-    peak = x.abs().amax(-1, keepdim=True).float()
-    return torch.where(peak > 0, peak / QMAX, torch.ones_like(peak))
+    return peak_scale(x.abs().amax(-1, keepdim=True))
 
 
 def emit(y: torch.Tensor, out_scale: torch.Tensor | None, per_token: bool, out_dtype: torch.dtype) -> Activation:
@@ -110,10 +121,11 @@ def gate_output(
 ) -> Activation:
     """u = y * silu(z); u = rms_norm(u) * weight within each of ``norm_groups`` groups; u = u H; quantise.
 
-    y [..., I] float; z [..., I] int8 with z_scale [1] or [I], or float; weight [I] or None; norm_groups 0 leaves the
-    norm out (Mamba1); block is the size of the Hadamard blocks, 0 leaves the rotation out (Quamba, section 4.2).
+    y [..., I] float; z [..., I] float, or int8 with z_scale [1] or [I]; a float z beside a z_scale is rounded to int8
+    first, as the op quantize would. weight [I] or None; norm_groups 0 leaves the norm out (Mamba1); block is the size
+    of the Hadamard blocks, 0 leaves the rotation out (Quamba, section 4.2).
     """
-    u = y.float() * silu(dequantize(z, z_scale))
+    u = y.float() * silu(dequantize(codes(z, z_scale), z_scale))
     if norm_groups:
         grouped = u.unflatten(-1, (norm_groups, -1))
         u = (grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)).flatten(-2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quamba_kernels.ops.rowwise import QMAX
+from quamba_kernels.ops.rowwise import QMAX, peak_scale
 from quamba_kernels.registry import op
 
 _MASK = 0xFFFFFFFF
@@ -47,8 +47,7 @@ def quantize_state(
     if scale is None:
         state.copy_(h)
         return
-    peak = h.abs().amax(-1)
-    torch.where(peak > 0, peak / QMAX, torch.ones_like(peak), out=scale)
+    scale.copy_(peak_scale(h.abs().amax(-1)))
     codes = h / scale.unsqueeze(-1)
     if rng is None:
         codes.round_()

@@ -45,11 +45,12 @@ def gate_kernel(
     y_ptr, z_ptr, weight_ptr, z_scale_ptr, base_ptr, out_scale_ptr, u_ptr, token_scale_ptr,
     I, y_stride, z_stride, eps, norm_factor,  # noqa: E741
     GROUPS: tl.constexpr, GROUP: tl.constexpr, BASE: tl.constexpr, POWER: tl.constexpr, CHANNEL_GATE: tl.constexpr,
-    CHANNEL_SCALE: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr,
-    F3: tl.constexpr,
+    ROUND_GATE: tl.constexpr, CHANNEL_SCALE: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, F1: tl.constexpr,
+    F2: tl.constexpr, F3: tl.constexpr,
 ):  # fmt: skip
     """One row of I channels. Tile [BB, BK, POWER] of blocks, rows of the base matrix (BASE of them, none if 1) and
-    columns; F1 F2 F3 = POWER; GROUPS norms of GROUP channels, none if 0; norm_factor scales the rotation."""
+    columns; F1 F2 F3 = POWER; GROUPS norms of GROUP channels, none if 0; norm_factor scales the rotation. ROUND_GATE: z
+    are floats that become codes first."""
     row = tl.program_id(0).to(tl.int64)
     block, base, column = tl.arange(0, BB), tl.arange(0, BK), tl.arange(0, POWER)
     i = (block[:, None, None] * BASE + base[None, :, None]) * POWER + column[None, None, :]
@@ -57,7 +58,13 @@ def gate_kernel(
     u = tl.load(y_ptr + row * y_stride + i, mask=inside, other=0).to(tl.float32)
     z = tl.load(z_ptr + row * z_stride + i, mask=inside, other=0).to(tl.float32)
     if z_scale_ptr is not None:
-        z *= tl.load(z_scale_ptr + i, mask=inside, other=0) if CHANNEL_GATE else tl.load(z_scale_ptr)
+        if CHANNEL_GATE:
+            z_scale = tl.load(z_scale_ptr + i, mask=inside, other=1)
+        else:
+            z_scale = tl.load(z_scale_ptr) + tl.zeros_like(z)
+        if ROUND_GATE:
+            z = codes(z, z_scale).to(tl.float32)
+        z *= z_scale
     u *= silu(z)
     if GROUPS > 0:
         squares = u * u
@@ -152,7 +159,7 @@ def gate_output(
             None if per_token else packed(out_scale), u, scale if per_token else None,
             channels, y_rows.stride(0), z_rows.stride(0), eps, max(block, 1) ** -0.5,
             GROUPS=norm_groups, GROUP=channels // max(1, norm_groups), BASE=base, POWER=width,
-            CHANNEL_GATE=z_scale is not None and z_scale.numel() > 1,
+            CHANNEL_GATE=z_scale is not None and z_scale.numel() > 1, ROUND_GATE=z.is_floating_point(),
             CHANNEL_SCALE=out_scale is not None and out_scale.numel() > 1,
             BB=BB, BK=BK, F1=F1, F2=F2, F3=F3, num_warps=min(16, max(4, elements // 1024)), enable_fp_fusion=False,
         )  # fmt: skip
