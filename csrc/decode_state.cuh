@@ -59,9 +59,12 @@ __device__ __forceinline__ float rounded(float v, int type) {
   return v;
 }
 
-// v / d to the last place, without the branches of a division: one Newton step from an approximate inverse.
+// v / d to the last place, without the branches of a division: one Newton step from an approximate inverse. d and 1 / d are
+// normal numbers.
 __device__ __forceinline__ float quotient(float v, float d) {
-  const float inverse = __fdividef(1.f, d), q = __fmul_rn(v, inverse);
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(d));
+  const float q = __fmul_rn(v, inverse);
   return __fmaf_rn(__fmaf_rn(-q, d, v), inverse, q);
 }
 
@@ -287,20 +290,21 @@ __device__ __forceinline__ float max_lanes(float v) {
   return v;
 }
 
-// Quantises a row that LANES lanes hold; returns its scale. With dither the inverse is a few units in the last place too
-// small, so that no code lies beyond 127 and nothing has to be clamped. 1.5 * 2^23 leaves a sum whose last place is 1: added to
-// nearest it rounds half to even, added downwards it is the floor; the code is the low byte either way.
-template <int LANES>
-__device__ __forceinline__ float quantize_row(float (&h)[16], bool noisy, unsigned row_draw, const unsigned (&column)[16],
-                                              Stored<int8_t, 16>& s) {
-  constexpr float kRounder = 12582912.f;
-  float peak = 0.f;
-#pragma unroll
-  for (int i = 0; i < 16; ++i) peak = fmaxf(peak, fabsf(h[i]));
-  peak = max_lanes<LANES>(peak);
+// A row of codes has the scale peak / 127. With dither the inverse is a few units in the last place too small, so that no
+// code lies beyond 127 and nothing has to be clamped.
+__device__ __forceinline__ float scale_of(float peak) { return peak > 0.f ? quotient(peak, 127.f) : 1.f; }
+
+__device__ __forceinline__ float inverse_of(float peak, bool noisy) {
   const float nearest = peak > 0x1p-120f ? quotient(127.f, peak) : 0.f;
+  return noisy ? nearest * (1.f - 0x1p-21f) : nearest;
+}
+
+// 1.5 * 2^23 leaves a sum whose last place is 1: added to nearest it rounds half to even, added downwards it is the floor;
+// the code is the low byte either way.
+__device__ __forceinline__ void round_row(float (&h)[16], float inverse, bool noisy, unsigned row_draw,
+                                          const unsigned (&column)[16], Stored<int8_t, 16>& s) {
+  constexpr float kRounder = 12582912.f;
   if (noisy) {
-    const float inverse = nearest * (1.f - 0x1p-21f);
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       // 1 + dither: its upper 23 bits behind the exponent of 1
@@ -309,7 +313,7 @@ __device__ __forceinline__ float quantize_row(float (&h)[16], bool noisy, unsign
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) h[i] = __fadd_rn(__fmul_rn(h[i], nearest), kRounder);
+    for (int i = 0; i < 16; ++i) h[i] = __fadd_rn(__fmul_rn(h[i], inverse), kRounder);
   }
   unsigned words[4];
 #pragma unroll
@@ -318,7 +322,18 @@ __device__ __forceinline__ float quantize_row(float (&h)[16], bool noisy, unsign
     words[w] = __byte_perm(pair(4 * w), pair(4 * w + 2), 0x5410);
   }
   s.words[0] = make_uint4(words[0], words[1], words[2], words[3]);
-  return peak > 0.f ? quotient(peak, 127.f) : 1.f;
+}
+
+// Quantises a row that LANES lanes hold; returns its scale.
+template <int LANES>
+__device__ __forceinline__ float quantize_row(float (&h)[16], bool noisy, unsigned row_draw, const unsigned (&column)[16],
+                                              Stored<int8_t, 16>& s) {
+  float peak = 0.f;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) peak = fmaxf(peak, fabsf(h[i]));
+  peak = max_lanes<LANES>(peak);
+  round_row(h, inverse_of(peak, noisy), noisy, row_draw, column, s);
+  return scale_of(peak);
 }
 
 }  // namespace quamba::decode

@@ -5,17 +5,18 @@
 // the batch, several loads ahead. Hazards and what is fetched before the wait are as in ssd_decode.cuh.
 //
 // Budget, int8: 40 bytes of traffic and 64 of L2 (once in `run` sequences) for 16 elements. An element takes an
-// exponential (ex2, 4 instructions), unpacking 2.3, recurrence 4, maximum, rounding, dither and packing 8; the row's own
+// exponential (2 instructions), unpacking 2.3, recurrence 4, maximum, rounding, dither and packing 8; the row's own
 // softplus, gate and hash add 10: 28 instructions for 2.5 bytes, so 3 TB/s leave an H100 about as many as it needs.
 #include <cstdlib>
 
+#include "approximate.cuh"
 #include "decode_finish.h"
 #include "decode_launch.cuh"
 #include "decode_state.cuh"
 
 namespace quamba::decode {
 
-constexpr int kRowThreads = 128, kStates = 16, kMaxRun = 16;
+constexpr int kRowThreads = 128, kStates = 16, kMaxRun = 32, kRowBlocks = 4;
 
 struct SelectiveParams {
   QuambaDecode q;
@@ -23,7 +24,7 @@ struct SelectiveParams {
 };
 
 template <typename State>
-__global__ void __launch_bounds__(kRowThreads, 4) selective_rows(const __grid_constant__ SelectiveParams p) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks) selective_rows(const __grid_constant__ SelectiveParams p) {
   constexpr int COUNT = 16 / sizeof(State), kLanes = kStates / COUNT;
   constexpr bool kCodes = sizeof(State) == 1;
   constexpr int kAhead = kCodes ? 2 : 4;
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) selective_rows(const __grid_co
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const float before = kCodes ? h[j + k] * scale : h[j + k];
-          h[j + k] = fmaf(exp2f(power * A[j + k]), before, input * bs[k]);
+          h[j + k] = fmaf(exp2_approximate(power * A[j + k]), before, input * bs[k]);
           y = fmaf(h[j + k], cs[k], y);
         }
       }
@@ -146,8 +147,10 @@ cudaError_t launch_selective(const QuambaDecode& q, int sms, void* stream) {
   // few sequences: small blocks, so that more multiprocessors take part; many: a run of them for each block
   const int threads = static_cast<long long>(q.batch) * q.H * kLanes >= 256ll * sms ? kRowThreads : kRowThreads / 2;
   const int tile = threads / kLanes, tiles = (q.H + tile - 1) / tile;
-  const long long wanted = static_cast<long long>(q.batch) * tiles / (12ll * sms);
-  int run = wanted < 1 ? 1 : wanted > kMaxRun ? kMaxRun : static_cast<int>(wanted);
+  // one wave of blocks, so that A and what else belongs to a channel is read by few of them
+  const long long blocks = static_cast<long long>(q.batch) * tiles, slots = static_cast<long long>(kRowBlocks) * sms;
+  const long long wanted = (blocks + slots - 1) / slots;
+  int run = wanted > kMaxRun ? kMaxRun : static_cast<int>(wanted);
 #ifdef QUAMBA_TUNE
   if (const char* text = std::getenv("QUAMBA_DECODE_RUN")) run = std::atoi(text);
 #endif
