@@ -209,6 +209,17 @@ __device__ __forceinline__ unsigned dither_key(const long long* rng) {
 // As 32 bits behind the point, so that the sum of two wraps around to its fraction.
 __device__ __forceinline__ unsigned draw(unsigned key, unsigned index) { return mix(index + key); }
 
+// The dither is used to 16 bits, two columns in a word: the sum of two words is that of their halves, but for a carry in the
+// last place of the upper one.
+__device__ __forceinline__ unsigned draw_columns(unsigned key, unsigned index) {
+  return __byte_perm(draw(key, index), draw(key, index + 1), 0x7632);
+}
+
+__device__ __forceinline__ unsigned draw_row(unsigned key, unsigned index) {
+  const unsigned drawn = draw(key, index);
+  return __byte_perm(drawn, drawn, 0x3232);
+}
+
 // COUNT neighbouring elements of a row of the state, as they are stored.
 template <typename State, int COUNT>
 struct Stored {
@@ -249,13 +260,20 @@ __device__ __forceinline__ void unpack(const Stored<__half, 8>& s, float (&h)[8]
   }
 }
 
-// A code behind the bits of 2^23 is a float whose last places it fills: a byte permutation and a subtraction.
-__device__ __forceinline__ void unpack(const Stored<int8_t, 16>& s, float (&h)[16]) {
-  const unsigned words[4] = {s.words[0].x ^ 0x80808080u, s.words[0].y ^ 0x80808080u, s.words[0].z ^ 0x80808080u,
-                             s.words[0].w ^ 0x80808080u};
+// A code, its sign flipped, behind the bits of 2^23 is a float whose last places it fills: a byte permutation and a
+// subtraction.
+constexpr unsigned kFlip = 0x80808080u;
+
+__device__ __forceinline__ void unpack(const unsigned (&codes)[4], float (&h)[16]) {
 #pragma unroll
   for (int i = 0; i < 16; ++i)
-    h[i] = __uint_as_float(__byte_perm(words[i / 4], 0x4b000000u, 0x7440 + i % 4)) - 8388736.f;
+    h[i] = __uint_as_float(__byte_perm(codes[i / 4], 0x4b000000u, 0x7440 + i % 4)) - 8388736.f;
+}
+
+__device__ __forceinline__ void unpack(const Stored<int8_t, 16>& s, float (&h)[16]) {
+  const uint4& v = s.words[0];
+  const unsigned codes[4] = {v.x ^ kFlip, v.y ^ kFlip, v.z ^ kFlip, v.w ^ kFlip};
+  unpack(codes, h);
 }
 
 template <int COUNT>
@@ -302,14 +320,14 @@ __device__ __forceinline__ float inverse_of(float peak, bool noisy) {
 // 1.5 * 2^23 leaves a sum whose last place is 1: added to nearest it rounds half to even, added downwards it is the floor;
 // the code is the low byte either way.
 __device__ __forceinline__ void round_row(float (&h)[16], float inverse, bool noisy, unsigned row_draw,
-                                          const unsigned (&column)[16], Stored<int8_t, 16>& s) {
+                                          const unsigned (&columns)[8], Stored<int8_t, 16>& s) {
   constexpr float kRounder = 12582912.f;
   if (noisy) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      // 1 + dither: its upper 23 bits behind the exponent of 1
-      const float dither = __uint_as_float(__funnelshift_r(row_draw + column[i], 0x7f, 9));
-      h[i] = __fadd_rd(__fmaf_rn(h[i], inverse, dither), kRounder - 1.f);
+      // 128 + dither: its 16 bits are the last ones of a float between 128 and 256, in which the sum stays
+      const float dither = __uint_as_float(__byte_perm(row_draw + columns[i / 2], 0x43000000u, i % 2 ? 0x7632 : 0x7610));
+      h[i] = __fadd_rd(__fmaf_rn(h[i], inverse, dither), kRounder - 128.f);
     }
   } else {
 #pragma unroll
@@ -326,13 +344,13 @@ __device__ __forceinline__ void round_row(float (&h)[16], float inverse, bool no
 
 // Quantises a row that LANES lanes hold; returns its scale.
 template <int LANES>
-__device__ __forceinline__ float quantize_row(float (&h)[16], bool noisy, unsigned row_draw, const unsigned (&column)[16],
+__device__ __forceinline__ float quantize_row(float (&h)[16], bool noisy, unsigned row_draw, const unsigned (&columns)[8],
                                               Stored<int8_t, 16>& s) {
   float peak = 0.f;
 #pragma unroll
   for (int i = 0; i < 16; ++i) peak = fmaxf(peak, fabsf(h[i]));
   peak = max_lanes<LANES>(peak);
-  round_row(h, inverse_of(peak, noisy), noisy, row_draw, column, s);
+  round_row(h, inverse_of(peak, noisy), noisy, row_draw, columns, s);
   return scale_of(peak);
 }
 

@@ -89,11 +89,11 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) selective_rows(const 
   }
   const bool noisy = kCodes && q.rng;
   const unsigned key = noisy ? dither_key(q.rng) : 0;
-  unsigned dither[kCodes ? COUNT : 1];
+  unsigned dither[kCodes ? COUNT / 2 : 1];
   if constexpr (kCodes)
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-      dither[i] = noisy ? draw(key, static_cast<unsigned>(q.batch) * inner + column + i) : 0;
+    for (int i = 0; i < COUNT / 2; ++i)
+      dither[i] = noisy ? draw_columns(key, static_cast<unsigned>(q.batch) * inner + column + 2 * i) : 0;
   __syncthreads();
 
 #pragma unroll 1
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) selective_rows(const 
       Stored<State, COUNT> stored;
       float row_scale = 0.f;
       if constexpr (kCodes)
-        row_scale = quantize_row<kLanes>(h, noisy, noisy ? draw(key, static_cast<unsigned>(at)) : 0, dither, stored);
+        row_scale = quantize_row<kLanes>(h, noisy, noisy ? draw_row(key, static_cast<unsigned>(at)) : 0, dither, stored);
       else
         pack(h, stored);
       if (!exists) continue;

@@ -1,8 +1,8 @@
 // The recurrence of Mamba2 over the int8 states of many sequences, from what ssd_inputs.cu made of the projection.
 //
 // The state of a batch is one run of rows of N, in which B and C change with every group. A block, one of a single wave,
-// takes its share of the run: LANES threads hold a row, 16 bytes each, and walk down with a ring of loads in flight that
-// never drains; what belongs to rows comes into shared memory a tile ahead. Two rows at a time, because their sums and
+// takes its share of the run: LANES threads hold a row, 16 bytes each, and walk down with a ring of copies in flight, in
+// shared memory, that never drains; what belongs to rows comes there a tile ahead. Two rows at a time, because their sums and
 // maxima over the lanes, and what belongs to a row, then cost half: each half of the lanes ends with one of them.
 //
 // Budget, N = 128: 2 bytes of traffic an element, so 3 TB/s leave 19 instructions each on an H100. Unpacking takes 2.3,
@@ -16,7 +16,8 @@
 
 namespace quamba::decode {
 
-constexpr int kStreamThreads = 256, kStreamBlocks = 2, kCount = 16, kStreamRing = 4, kTile = 256;
+constexpr int kStreamThreads = 256, kStreamBlocks = 2, kCount = 16, kTile = 256;
+constexpr int kDeepest = 4;
 constexpr int kLeast = 256;  // rows a multiprocessor from which on the launch of ssd_inputs pays
 
 struct StreamParams {
@@ -42,9 +43,11 @@ __device__ __forceinline__ float fold(float a, float b, bool upper, F combine) {
 
 template <int N>
 __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(const __grid_constant__ StreamParams p) {
-  constexpr int kLanes = N / kCount, kPass = kStreamThreads / kLanes, kRound = kStreamRing * kPass;
-  static_assert(kTile % kRound == 0 && kLanes >= 4, "a tile is whole rounds of the ring");
-  __shared__ __align__(16) char shared[2 * sizeof(TileTerms)];
+  constexpr int kLanes = N / kCount, kPass = kStreamThreads / kLanes, kPair = 2 * kPass;
+  constexpr int kDepth = kTile / kPair < kDeepest ? kTile / kPair : kDeepest;  // pairs of passes on their way
+  static_assert(kTile % kPair == 0 && kLanes >= 4, "a tile is whole pairs of passes");
+  __shared__ __align__(16) char tiles[2 * sizeof(TileTerms)];
+  __shared__ uint4 ring[2 * kDepth][kStreamThreads];
   const QuambaDecode& q = p.q;
   launch_dependents();
 
@@ -57,7 +60,7 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(cons
   const bool reports = threadIdx.x % (kLanes / 2) == 0;
   float* scale_out = q.state_scale + begin + own + after;
   float* u_out = static_cast<float*>(q.workspace) + begin + own + after;
-  for (int at = own; at < min(rows, kRound); at += kPass)
+  for (int at = own; at < min(rows, kDepth * kPair); at += kPass)
     if (column % 32 == 0) prefetch_l2(state + (at - own) * N);
 
   wait_for_previous_kernel();
@@ -66,115 +69,113 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(cons
   const auto stage = [&](int tile) {
     const int at = tile * kTile + row;
     if (at >= rows) return;
-    TileTerms& t = reinterpret_cast<TileTerms*>(shared)[tile % 2];
+    TileTerms& t = reinterpret_cast<TileTerms*>(tiles)[tile % 2];
     const int index = begin + at;
     copy_async(&t.heads[row], p.terms.heads + index / q.P, true);
     copy_async_word<8>(&t.rows[row], p.terms.rows + index);
     copy_async_word<4>(&t.stored[row].x, q.state_scale + index);
-    t.stored[row].y = __uint_as_float(noisy ? draw(key, static_cast<unsigned>(index)) : 0);
+    t.stored[row].y = __uint_as_float(noisy ? draw_row(key, static_cast<unsigned>(index)) : 0);
+  };
+  // A lane's piece of pass `pass` from the pointer on, of which `left` rows from its own on are there. The lane itself reads
+  // it back.
+  const auto fetch_pass = [&](uint4* place, int pass, int left) {
+    if (pass * kPass < left) copy_async(place, state + pass * kPass * N, true);
   };
   stage(0);
-  copy_async_commit();
-
-  using Held = Stored<int8_t, kCount>;
-  Held ring[kStreamRing];
-  const auto load = [&](Held& held, int left, int pass) __attribute__((always_inline)) {
-    if (pass * kPass < left) held.load(state + pass * kPass * N);
-  };
 #pragma unroll
-  for (int u = 0; u < kStreamRing; ++u) {
-    ring[u] = {};
-    load(ring[u], rows - own, u);
+  for (int u = 0; u < kDepth; ++u) {
+    fetch_pass(&ring[2 * u][row], 2 * u, rows - own);
+    fetch_pass(&ring[2 * u + 1][row], 2 * u + 1, rows - own);
+    copy_async_commit();
   }
-  unsigned dither[kCount], C[kCount / 4];
+  unsigned dither[kCount / 2], C[kCount / 4];
   float B[kCount], C_unit = 1.f, both = 0.f;  // both: of B and C
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) dither[i] = noisy ? draw(key, static_cast<unsigned>(p.total) + column + i) : 0;
-  int from = 0, boundary = 0;  // first row of a round; rows from the boundary on have other B and C
+  for (int i = 0; i < kCount / 2; ++i)
+    dither[i] = noisy ? draw_columns(key, static_cast<unsigned>(p.total) + column + 2 * i) : 0;
+  int boundary = 0, slot = 0;  // rows from the boundary on have other B and C
+  unsigned heads = 0, pairs = 0;
 
 #pragma unroll 1
-  for (int tile = 0; from < rows; ++tile) {
-    copy_async_wait();
-    __syncthreads();  // this tile is there, and the one before has been read
-    stage(tile + 1);
-    copy_async_commit();
-    // places of the lane's row, kept as they are: computed again for every access they would take a sixth of the
-    // instructions
-    unsigned heads = tile % 2 * sizeof(TileTerms) + own * sizeof(float4);
-    unsigned pairs = tile % 2 * sizeof(TileTerms) + own * sizeof(float2);
-#pragma unroll 1
-    for (int round = 0; round < kTile && from < rows; round += kRound, from += kRound) {
-      asm volatile("" : "+l"(state), "+l"(scale_out), "+l"(u_out), "+r"(heads), "+r"(pairs));
-      const int left = rows - from, mine_left = left - own, until = boundary - from;
-#pragma unroll
-      for (int u = 0; u < kStreamRing; u += 2) {
-        if (u * kPass >= left) break;
-        if (u * kPass >= until) {
-          const int index = (begin + from + u * kPass) / p.group_rows;
-          boundary = (index + 1) * p.group_rows - begin;
-          const float4* const bs = reinterpret_cast<const float4*>(p.terms.B + static_cast<long long>(index) * N + column);
-          const uint4 cs = __ldcg(reinterpret_cast<const uint4*>(p.terms.C + static_cast<long long>(index) * N + column));
-          C_unit = constant(q.C_scale, q.C_count > 1 ? index % q.G : 0, 1.f);
-          C[0] = cs.x, C[1] = cs.y, C[2] = cs.z, C[3] = cs.w;
-          both = 0.f;
-#pragma unroll
-          for (int i = 0; i < kCount / 4; ++i) {
-            const float4 b = __ldcg(bs + i);
-            B[4 * i] = b.x, B[4 * i + 1] = b.y, B[4 * i + 2] = b.z, B[4 * i + 3] = b.w;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) both = fmaf(B[4 * i + j], to_float(C[i] >> 8 * j, QUAMBA_I8), both);
-          }
-        }
-        const auto head_of = [&](int pass) {
-          return reinterpret_cast<const float4*>(shared + heads + pass * kPass * sizeof(float4));
-        };
-        const auto pair_of = [&](int member, int pass) {
-          return reinterpret_cast<const float2*>(shared + member + pairs + pass * kPass * sizeof(float2));
-        };
-        float h[2][kCount], y[2], peak[2];
-        unsigned draws[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const float2 rates = *reinterpret_cast<const float2*>(head_of(u + r));
-          const float2 stored = *pair_of(offsetof(TileTerms, stored), u + r);
-          const float decay = rates.x * stored.x;
-          const float input = __fmul_rn(rates.y, pair_of(offsetof(TileTerms, rows), u + r)->x);
-          draws[r] = __float_as_uint(stored.y);
-          const uint4 words = ring[u + r].words[0];
-          int dot = __dp4a(static_cast<int>(words.x), static_cast<int>(C[0]), 0);
-          dot = __dp4a(static_cast<int>(words.y), static_cast<int>(C[1]), dot);
-          dot = __dp4a(static_cast<int>(words.z), static_cast<int>(C[2]), dot);
-          dot = __dp4a(static_cast<int>(words.w), static_cast<int>(C[3]), dot);
-          y[r] = fmaf(decay, static_cast<float>(dot), input * both);
-          unpack(ring[u + r], h[r]);
-          load(ring[u + r], mine_left, u + r + kStreamRing);
-          float peaks[2] = {0.f, 0.f};
-#pragma unroll
-          for (int i = 0; i < kCount; ++i) {
-            h[r][i] = fmaf(decay, h[r][i], input * B[i]);
-            peaks[i % 2] = fmaxf(peaks[i % 2], fabsf(h[r][i]));
-          }
-          peak[r] = fmaxf(peaks[0], peaks[1]);
-        }
-        const float most = fold<kLanes>(peak[0], peak[1], upper, [](float a, float b) { return fmaxf(a, b); });
-        const float total = fold<kLanes>(y[0], y[1], upper, [](float a, float b) { return a + b; });
-        const float mine = inverse_of(most, noisy), other = __shfl_xor_sync(~0u, mine, kLanes / 2);
-        const float inverse[2] = {upper ? other : mine, upper ? mine : other};
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          Held stored;
-          round_row(h[r], inverse[r], noisy, draws[r], dither, stored);
-          if ((u + r) * kPass < mine_left) stored.store(state + (u + r) * kPass * N);
-        }
-        if (reports && u * kPass + after < mine_left) {
-          const float2 term = *(pair_of(offsetof(TileTerms, rows), u) + after);
-          scale_out[u * kPass] = scale_of(most);
-          u_out[u * kPass] = fmaf(total, C_unit, __fmul_rn(term.x, head_of(u)[after].z)) * term.y;
-        }
-      }
-      state += kRound * N, scale_out += kRound, u_out += kRound;
-      heads += kRound * sizeof(float4), pairs += kRound * sizeof(float2);
+  for (int from = 0; from < rows; from += kPair) {
+    copy_async_wait_but<kDepth - 1>();
+    if (from % kTile == 0) {
+      __syncthreads();  // this tile is there, and the one before has been read
+      const int tile = from / kTile;
+      stage(tile + 1);
+      heads = tile % 2 * sizeof(TileTerms) + own * sizeof(float4);
+      pairs = tile % 2 * sizeof(TileTerms) + own * sizeof(float2);
     }
+    if (from >= boundary) {
+      const int index = (begin + from) / p.group_rows;
+      boundary = (index + 1) * p.group_rows - begin;
+      const float4* const bs = reinterpret_cast<const float4*>(p.terms.B + static_cast<long long>(index) * N + column);
+      const uint4 cs = __ldcg(reinterpret_cast<const uint4*>(p.terms.C + static_cast<long long>(index) * N + column));
+      C_unit = constant(q.C_scale, q.C_count > 1 ? index % q.G : 0, 1.f);
+      C[0] = cs.x, C[1] = cs.y, C[2] = cs.z, C[3] = cs.w;
+      both = 0.f;
+#pragma unroll
+      for (int i = 0; i < kCount / 4; ++i) {
+        const float4 b = __ldcg(bs + i);
+        B[4 * i] = b.x, B[4 * i + 1] = b.y, B[4 * i + 2] = b.z, B[4 * i + 3] = b.w;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) both = fmaf(B[4 * i + j], to_float(C[i] >> 8 * j, QUAMBA_I8), both);
+      }
+    }
+    const auto head_of = [&](int pass) {
+      return reinterpret_cast<const float4*>(tiles + heads + pass * kPass * sizeof(float4));
+    };
+    const auto pair_of = [&](int member, int pass) {
+      return reinterpret_cast<const float2*>(tiles + member + pairs + pass * kPass * sizeof(float2));
+    };
+    const int left = rows - from - own;
+    uint4* const place = &ring[slot][row];
+    float h[2][kCount], y[2], peak[2];
+    unsigned draws[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint4 words = place[r * kStreamThreads];
+      const float2 rates = *reinterpret_cast<const float2*>(head_of(r));
+      const float2 stored = *pair_of(offsetof(TileTerms, stored), r);
+      const float decay = rates.x * stored.x;
+      const float input = __fmul_rn(rates.y, pair_of(offsetof(TileTerms, rows), r)->x);
+      draws[r] = __float_as_uint(stored.y);
+      int dot = __dp4a(static_cast<int>(words.x), static_cast<int>(C[0]), 0);
+      dot = __dp4a(static_cast<int>(words.y), static_cast<int>(C[1]), dot);
+      dot = __dp4a(static_cast<int>(words.z), static_cast<int>(C[2]), dot);
+      dot = __dp4a(static_cast<int>(words.w), static_cast<int>(C[3]), dot);
+      y[r] = fmaf(decay, static_cast<float>(dot), input * both);
+      const unsigned codes[4] = {words.x ^ kFlip, words.y ^ kFlip, words.z ^ kFlip, words.w ^ kFlip};
+      unpack(codes, h[r]);
+      float peaks[2] = {0.f, 0.f};
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        h[r][i] = fmaf(decay, h[r][i], input * B[i]);
+        peaks[i % 2] = fmaxf(peaks[i % 2], fabsf(h[r][i]));
+      }
+      peak[r] = fmaxf(peaks[0], peaks[1]);
+    }
+    fetch_pass(place, 2 * kDepth, left);
+    fetch_pass(place + kStreamThreads, 2 * kDepth + 1, left);
+    copy_async_commit();
+    slot = slot + 2 == 2 * kDepth ? 0 : slot + 2;
+    const float most = fold<kLanes>(peak[0], peak[1], upper, [](float a, float b) { return fmaxf(a, b); });
+    const float total = fold<kLanes>(y[0], y[1], upper, [](float a, float b) { return a + b; });
+    const float mine = inverse_of(most, noisy), other = __shfl_xor_sync(~0u, mine, kLanes / 2);
+    const float inverse[2] = {upper ? other : mine, upper ? mine : other};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      Stored<int8_t, kCount> stored;
+      round_row(h[r], inverse[r], noisy, draws[r], dither, stored);
+      if (r * kPass < left) stored.store(state + r * kPass * N);
+    }
+    if (reports && after < left) {
+      const float2 term = pair_of(offsetof(TileTerms, rows), 0)[after];
+      *scale_out = scale_of(most);
+      *u_out = fmaf(total, C_unit, __fmul_rn(term.x, head_of(0)[after].z)) * term.y;
+    }
+    state += kPair * N, scale_out += kPair, u_out += kPair;
+    heads += kPair * sizeof(float4), pairs += kPair * sizeof(float2);
   }
 }
 
