@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "approximate.cuh"
 #include "decode.h"
 #include "mma.cuh"
 
@@ -75,7 +76,14 @@ __device__ __forceinline__ float code_of(float v, float scale) {
 
 __device__ __forceinline__ float silu(float v) { return quotient(v, 1.f + fminf(expf(-v), 1e37f)); }
 
-__device__ __forceinline__ float softplus(float v) { return v > 20.f ? v : log1pf(expf(v)); }
+// max(v, 0) + log(1 + exp(-|v|)), without branches: log(1 + t) = 2 atanh(t / (2 + t)), a series of which 8 terms suffice.
+__device__ __forceinline__ float softplus(float v) {
+  const float t = exp2_approximate(-1.44269504088896341f * fabsf(v)), s = quotient(t, 2.f + t), square = s * s;
+  float sum = 1.f / 15.f;
+#pragma unroll
+  for (int k = 13; k > 0; k -= 2) sum = fmaf(sum, square, 1.f / static_cast<float>(k));
+  return fmaxf(v, 0.f) + 2.f * s * sum;
+}
 
 // One channel of the convolution: constants of the model, then what the step brings, as they lie.
 //
@@ -209,17 +217,6 @@ __device__ __forceinline__ unsigned dither_key(const long long* rng) {
 // As 32 bits behind the point, so that the sum of two wraps around to its fraction.
 __device__ __forceinline__ unsigned draw(unsigned key, unsigned index) { return mix(index + key); }
 
-// The dither is used to 16 bits, two columns in a word: the sum of two words is that of their halves, but for a carry in the
-// last place of the upper one.
-__device__ __forceinline__ unsigned draw_columns(unsigned key, unsigned index) {
-  return __byte_perm(draw(key, index), draw(key, index + 1), 0x7632);
-}
-
-__device__ __forceinline__ unsigned draw_row(unsigned key, unsigned index) {
-  const unsigned drawn = draw(key, index);
-  return __byte_perm(drawn, drawn, 0x3232);
-}
-
 // COUNT neighbouring elements of a row of the state, as they are stored.
 template <typename State, int COUNT>
 struct Stored {
@@ -320,14 +317,15 @@ __device__ __forceinline__ float inverse_of(float peak, bool noisy) {
 // 1.5 * 2^23 leaves a sum whose last place is 1: added to nearest it rounds half to even, added downwards it is the floor;
 // the code is the low byte either way.
 __device__ __forceinline__ void round_row(float (&h)[16], float inverse, bool noisy, unsigned row_draw,
-                                          const unsigned (&columns)[8], Stored<int8_t, 16>& s) {
+                                          const unsigned (&column)[16], Stored<int8_t, 16>& s) {
   constexpr float kRounder = 12582912.f;
   if (noisy) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      // 128 + dither: its 16 bits are the last ones of a float between 128 and 256, in which the sum stays
-      const float dither = __uint_as_float(__byte_perm(row_draw + columns[i / 2], 0x43000000u, i % 2 ? 0x7632 : 0x7610));
-      h[i] = __fadd_rd(__fmaf_rn(h[i], inverse, dither), kRounder - 128.f);
+      // 1 + dither: its upper 23 bits behind the exponent of 1. With 16 bits, and so two columns in an addition, codes came
+      // out wrong by 2 where a row stays a multiple of its codes.
+      const float dither = __uint_as_float(__funnelshift_r(row_draw + column[i], 0x7f, 9));
+      h[i] = __fadd_rd(__fmaf_rn(h[i], inverse, dither), kRounder - 1.f);
     }
   } else {
 #pragma unroll
@@ -344,13 +342,13 @@ __device__ __forceinline__ void round_row(float (&h)[16], float inverse, bool no
 
 // Quantises a row that LANES lanes hold; returns its scale.
 template <int LANES>
-__device__ __forceinline__ float quantize_row(float (&h)[16], bool noisy, unsigned row_draw, const unsigned (&columns)[8],
+__device__ __forceinline__ float quantize_row(float (&h)[16], bool noisy, unsigned row_draw, const unsigned (&column)[16],
                                               Stored<int8_t, 16>& s) {
   float peak = 0.f;
 #pragma unroll
   for (int i = 0; i < 16; ++i) peak = fmaxf(peak, fabsf(h[i]));
   peak = max_lanes<LANES>(peak);
-  round_row(h, inverse_of(peak, noisy), noisy, row_draw, columns, s);
+  round_row(h, inverse_of(peak, noisy), noisy, row_draw, column, s);
   return scale_of(peak);
 }
 

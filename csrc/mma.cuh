@@ -104,13 +104,6 @@ __device__ __forceinline__ void copy_async(void* shared, const void* p, bool ins
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(p), "r"(inside ? 16 : 0) : "memory");
 }
 
-// 4 or 8 bytes, whose line may stay in L1: of what this kernel alone reads.
-template <int BYTES>
-__device__ __forceinline__ void copy_async_word(void* shared, const void* p) {
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(p), "n"(BYTES) : "memory");
-}
-
 // The same for weights, which the thread that copies them reads back itself; nothing happens when `inside` is false.
 __device__ __forceinline__ void copy_weights_async(void* shared, const void* p, bool inside) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));

@@ -147,22 +147,21 @@ __global__ void __launch_bounds__(SsdConfig<State, N, COUNT>::kThreads, SsdConfi
   }
   if (noisy) {
     const unsigned all = static_cast<unsigned>(q.batch) * inner;
-    for (int i = threadIdx.x; i < N / 2 + rows; i += kThreads) {
-      if (i < N / 2)
-        columns[i] = draw_columns(key, all + 2 * i);
+    for (int i = threadIdx.x; i < N + rows; i += kThreads) {
+      if (i < N)
+        columns[i] = draw(key, all + i);
       else
-        draws[i - N / 2] = draw_row(key, static_cast<unsigned>(row0) + i - N / 2);
+        draws[i - N] = draw(key, static_cast<unsigned>(row0) + i - N);
     }
   }
   __syncthreads();
 
   float B[COUNT], C[COUNT];
-  unsigned dither[kCodes ? COUNT / 2 : 1];
+  unsigned dither[kCodes ? COUNT : 1];
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
     B[i] = Bs[column + i], C[i] = Cs[column + i];
-    if constexpr (kCodes)
-      if (i % 2) dither[i / 2] = columns[(column + i) / 2];
+    if constexpr (kCodes) dither[i] = columns[column + i];
   }
   const int passes = (rows + kPass - 1) / kPass;
   float* u_out = static_cast<float*>(q.workspace) + row0 + own;

@@ -9,6 +9,7 @@
 // the recurrence 2 (all fp32), y 0.3 (it is linear in the codes, so dp4a with those of C), the maximum 1, rounding 2 and
 // dither 2, packing 0.8: 10.3, and the rest of a row 3.
 #include <cstddef>
+#include <cstdlib>
 
 #include "conv_quad.cuh"
 #include "decode_launch.cuh"
@@ -17,7 +18,7 @@
 namespace quamba::decode {
 
 constexpr int kStreamThreads = 256, kStreamBlocks = 2, kCount = 16, kTile = 256;
-constexpr int kDeepest = 4;
+constexpr int kDeepest = 4, kWaves = 1;
 constexpr int kLeast = 256;  // rows a multiprocessor from which on the launch of ssd_inputs pays
 
 struct StreamParams {
@@ -29,7 +30,8 @@ struct StreamParams {
 struct __align__(16) TileTerms {
   float4 heads[kTile];
   float2 rows[kTile];
-  float2 stored[kTile];  // scale; the draw of the dither
+  float scales[kTile];
+  unsigned draws[kTile];
 };
 
 // Totals over LANES lanes of two rows at once: the lower half of the lanes leaves with that of `a`, the upper with b's.
@@ -72,9 +74,9 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(cons
     TileTerms& t = reinterpret_cast<TileTerms*>(tiles)[tile % 2];
     const int index = begin + at;
     copy_async(&t.heads[row], p.terms.heads + index / q.P, true);
-    copy_async_word<8>(&t.rows[row], p.terms.rows + index);
-    copy_async_word<4>(&t.stored[row].x, q.state_scale + index);
-    t.stored[row].y = __uint_as_float(noisy ? draw_row(key, static_cast<unsigned>(index)) : 0);
+    if (row % 2 == 0) copy_async(&t.rows[row], p.terms.rows + index, true);
+    if (row % 4 == 0) copy_async(&t.scales[row], q.state_scale + index, true);
+    t.draws[row] = noisy ? draw(key, static_cast<unsigned>(index)) : 0;
   };
   // A lane's piece of pass `pass` from the pointer on, of which `left` rows from its own on are there. The lane itself reads
   // it back.
@@ -88,13 +90,12 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(cons
     fetch_pass(&ring[2 * u + 1][row], 2 * u + 1, rows - own);
     copy_async_commit();
   }
-  unsigned dither[kCount / 2], C[kCount / 4];
+  unsigned dither[kCount], C[kCount / 4];
   float B[kCount], C_unit = 1.f, both = 0.f;  // both: of B and C
 #pragma unroll
-  for (int i = 0; i < kCount / 2; ++i)
-    dither[i] = noisy ? draw_columns(key, static_cast<unsigned>(p.total) + column + 2 * i) : 0;
+  for (int i = 0; i < kCount; ++i) dither[i] = noisy ? draw(key, static_cast<unsigned>(p.total) + column + i) : 0;
   int boundary = 0, slot = 0;  // rows from the boundary on have other B and C
-  unsigned heads = 0, pairs = 0;
+  unsigned heads = 0, pairs = 0, words = 0;  // places of the lane's row in the tile
 
 #pragma unroll 1
   for (int from = 0; from < rows; from += kPair) {
@@ -105,6 +106,7 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(cons
       stage(tile + 1);
       heads = tile % 2 * sizeof(TileTerms) + own * sizeof(float4);
       pairs = tile % 2 * sizeof(TileTerms) + own * sizeof(float2);
+      words = tile % 2 * sizeof(TileTerms) + own * sizeof(float);
     }
     if (from >= boundary) {
       const int index = (begin + from) / p.group_rows;
@@ -125,8 +127,11 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(cons
     const auto head_of = [&](int pass) {
       return reinterpret_cast<const float4*>(tiles + heads + pass * kPass * sizeof(float4));
     };
-    const auto pair_of = [&](int member, int pass) {
-      return reinterpret_cast<const float2*>(tiles + member + pairs + pass * kPass * sizeof(float2));
+    const auto terms_of = [&](int pass) {
+      return reinterpret_cast<const float2*>(tiles + offsetof(TileTerms, rows) + pairs + pass * kPass * sizeof(float2));
+    };
+    const auto word_of = [&](int member, int pass) {
+      return reinterpret_cast<const unsigned*>(tiles + member + words + pass * kPass * sizeof(float));
     };
     const int left = rows - from - own;
     uint4* const place = &ring[slot][row];
@@ -134,18 +139,17 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(cons
     unsigned draws[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint4 words = place[r * kStreamThreads];
+      const uint4 held = place[r * kStreamThreads];
       const float2 rates = *reinterpret_cast<const float2*>(head_of(r));
-      const float2 stored = *pair_of(offsetof(TileTerms, stored), r);
-      const float decay = rates.x * stored.x;
-      const float input = __fmul_rn(rates.y, pair_of(offsetof(TileTerms, rows), r)->x);
-      draws[r] = __float_as_uint(stored.y);
-      int dot = __dp4a(static_cast<int>(words.x), static_cast<int>(C[0]), 0);
-      dot = __dp4a(static_cast<int>(words.y), static_cast<int>(C[1]), dot);
-      dot = __dp4a(static_cast<int>(words.z), static_cast<int>(C[2]), dot);
-      dot = __dp4a(static_cast<int>(words.w), static_cast<int>(C[3]), dot);
+      const float decay = rates.x * *reinterpret_cast<const float*>(word_of(offsetof(TileTerms, scales), r));
+      const float input = __fmul_rn(rates.y, terms_of(r)->x);
+      draws[r] = *word_of(offsetof(TileTerms, draws), r);
+      int dot = __dp4a(static_cast<int>(held.x), static_cast<int>(C[0]), 0);
+      dot = __dp4a(static_cast<int>(held.y), static_cast<int>(C[1]), dot);
+      dot = __dp4a(static_cast<int>(held.z), static_cast<int>(C[2]), dot);
+      dot = __dp4a(static_cast<int>(held.w), static_cast<int>(C[3]), dot);
       y[r] = fmaf(decay, static_cast<float>(dot), input * both);
-      const unsigned codes[4] = {words.x ^ kFlip, words.y ^ kFlip, words.z ^ kFlip, words.w ^ kFlip};
+      const unsigned codes[4] = {held.x ^ kFlip, held.y ^ kFlip, held.z ^ kFlip, held.w ^ kFlip};
       unpack(codes, h[r]);
       float peaks[2] = {0.f, 0.f};
 #pragma unroll
@@ -170,12 +174,12 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(cons
       if (r * kPass < left) stored.store(state + r * kPass * N);
     }
     if (reports && after < left) {
-      const float2 term = pair_of(offsetof(TileTerms, rows), 0)[after];
+      const float2 term = terms_of(0)[after];
       *scale_out = scale_of(most);
       *u_out = fmaf(total, C_unit, __fmul_rn(term.x, head_of(0)[after].z)) * term.y;
     }
     state += kPair * N, scale_out += kPair, u_out += kPair;
-    heads += kPair * sizeof(float4), pairs += kPair * sizeof(float2);
+    heads += kPair * sizeof(float4), pairs += kPair * sizeof(float2), words += kPair * sizeof(float);
   }
 }
 
@@ -183,7 +187,8 @@ bool can_stream(const QuambaDecode& q, int sms) {
   if (q.state_type != QUAMBA_I8 || !has_quads(q) || !q.C_scale || (q.N != 64 && q.N != 128 && q.N != 256)) return false;
   const auto aligned = [](const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
   const int two_passes = 2 * kStreamThreads * kCount / q.N, total = q.batch * q.H * q.P;
-  return aligned(q.z, 8) && aligned(q.B, 8) && aligned(q.C, 8) && aligned(q.x_scale, 16) && aligned(q.z_scale, 16) &&
+  return aligned(q.z, 8) && aligned(q.B, 8) && aligned(q.C, 8) && aligned(q.x_scale, 16) &&
+         aligned(q.z_scale, 16) && aligned(q.state_scale, 16) &&
          q.z_stride % 4 == 0 && q.bc_stride % 4 == 0 && q.P % 4 == 0 && q.H / q.G * q.P % two_passes == 0 &&
          q.workspace_bytes >= ssd_terms(q).bytes && total >= kLeast * sms;
 }
@@ -192,8 +197,12 @@ template <int N>
 cudaError_t launch_share(const QuambaDecode& q, const SsdTerms& terms, int sms, void* stream) {
   constexpr int kStep = 2 * kStreamThreads * kCount / N;
   const int total = q.batch * q.H * q.P, slots = kStreamBlocks * sms;
-  // one wave: every block the same share of the rows, in pairs of passes
-  const int share = ((total + slots - 1) / slots + kStep - 1) / kStep * kStep;
+  // whole waves: every block the same share of the rows, in pairs of passes
+  int waves = kWaves;
+#ifdef QUAMBA_TUNE
+  if (const char* text = std::getenv("QUAMBA_DECODE_WAVES")) waves = std::atoi(text);
+#endif
+  const int blocks = waves * slots, share = ((total + blocks - 1) / blocks + kStep - 1) / kStep * kStep;
   const StreamParams params{q, terms, share, total, q.H / q.G * q.P};
   return launch(ssd_stream<N>, params, dim3((total + share - 1) / share), kStreamThreads, 0, stream);
 }

@@ -99,7 +99,7 @@ class SelectiveMixer(Mixer):
         rank, B, C = self.x_proj(x_in).split([s["R"], s["N"], s["N"]], -1)
         if self.norms:
             rank, B, C = (self.norms[name](part) for name, part in (("dt", rank), ("B", B), ("C", C)))
-        dt = self.dt_proj(rank.contiguous())
+        dt = self.dt_proj(rank)
         A, D = self._rates
         if decode is not None and state is not None:
             u = decode(
