@@ -1,9 +1,12 @@
 // The second kernel of a decode step: what needs a whole token. u [B, I] fp32, gated already -> norm within groups, gain,
-// Hadamard rotation, quantisation. One block a token, four or eight channels in four registers of a thread.
+// Hadamard rotation, quantisation. One block a token, two, four or eight quads of channels a thread.
 //
 // More blocks shift the convolution's state of B and C, which the first kernel's blocks of a group share and only read,
 // and a thread advances the step of the stochastic rounding, which they all read: the boundary between the two kernels
 // is the barrier that this takes.
+#include <algorithm>
+#include <type_traits>
+
 #include "decode_finish.h"
 #include "decode_launch.cuh"
 #include "decode_state.cuh"
@@ -12,7 +15,11 @@
 namespace quamba::decode {
 
 constexpr int kRun = 32;  // channels that belong to one group of the norm
-constexpr int kMaxFinishThreads = 512, kMaxRows = 16384;
+constexpr int kMaxRows = 16384;
+
+// Threads of a token: 2 quads each where the registers allow it, since latency is all that a token takes.
+template <int QUADS>
+constexpr int kMaxThreads = QUADS == 2 ? 640 : 512;
 
 struct FinishParams {
   QuambaDecode q;
@@ -21,7 +28,7 @@ struct FinishParams {
 };
 
 template <int QUADS, int MAX_BASE>
-__global__ void __launch_bounds__(kMaxFinishThreads) decode_finish(const __grid_constant__ FinishParams p) {
+__global__ void __launch_bounds__(kMaxThreads<QUADS>) decode_finish(const __grid_constant__ FinishParams p) {
   extern __shared__ __align__(16) char shared[];
   const QuambaDecode& q = p.q;
   launch_dependents();
@@ -43,7 +50,8 @@ __global__ void __launch_bounds__(kMaxFinishThreads) decode_finish(const __grid_
   float* const row = reinterpret_cast<float*>(shared);
   float* const runs = row + padded(inner);  // sums of squares of kRun channels
   float* const groups = runs + inner / kRun;
-  float* const peaks = groups + (q.norm_groups + 3) / 4 * 4;
+  float* const peaks = groups + (q.norm_groups + 3) / 4 * 4;  // of warps
+  float* const squares = peaks + warps;                         // sums of the warps, where there is one group
 
   uint4 gain[QUADS];  // as they lie
   const float out_scale = constant(q.out_scale, 0, 1.f);
@@ -78,7 +86,16 @@ __global__ void __launch_bounds__(kMaxFinishThreads) decode_finish(const __grid_
   }
   if (blockIdx.x == 0 && threadIdx.x == 0 && q.rng) q.rng[1] = __ldcg(q.rng + 1) + 1;
 
-  if (q.norm_groups) {
+  // the inverse of the one group's norm passes through the rotation, and so waits for the barrier that this needs anyway
+  const bool late = q.norm_groups == 1;
+  if (late) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i)
+      sum += v[i][0] * v[i][0] + v[i][1] * v[i][1] + v[i][2] * v[i][2] + v[i][3] * v[i][3];
+    sum = sum_lanes<32>(sum);
+    if (lane == 0) squares[warp] = sum;
+  } else if (q.norm_groups) {
 #pragma unroll
     for (int i = 0; i < QUADS; ++i) {
       const int at = (i * blockDim.x + threadIdx.x) * 4;
@@ -104,13 +121,17 @@ __global__ void __launch_bounds__(kMaxFinishThreads) decode_finish(const __grid_
     }
   }
   if (q.norm_weight) {
-    const int type = q.norm_weight_type;
+    const auto multiply = [&](auto wide, int type) __attribute__((always_inline)) {
 #pragma unroll
-    for (int i = 0; i < QUADS; ++i) {
-      const bool wide = type == QUAMBA_F32;
-      v[i][0] *= to_float(gain[i].x, type), v[i][1] *= to_float(wide ? gain[i].y : gain[i].x >> 16, type);
-      v[i][2] *= to_float(wide ? gain[i].z : gain[i].y, type), v[i][3] *= to_float(wide ? gain[i].w : gain[i].y >> 16, type);
-    }
+      for (int i = 0; i < QUADS; ++i) {
+        v[i][0] *= to_float(gain[i].x, type), v[i][1] *= to_float(wide ? gain[i].y : gain[i].x >> 16, type);
+        v[i][2] *= to_float(wide ? gain[i].z : gain[i].y, type);
+        v[i][3] *= to_float(wide ? gain[i].w : gain[i].y >> 16, type);
+      }
+    };
+    if (q.norm_weight_type == QUAMBA_F32) multiply(std::true_type{}, QUAMBA_F32);
+    if (q.norm_weight_type == QUAMBA_F16) multiply(std::false_type{}, QUAMBA_F16);
+    if (q.norm_weight_type == QUAMBA_BF16) multiply(std::false_type{}, QUAMBA_BF16);
   }
 
   if (p.rotation.base) {
@@ -130,6 +151,16 @@ __global__ void __launch_bounds__(kMaxFinishThreads) decode_finish(const __grid_
 #pragma unroll
         for (int j = 0; j < 4; ++j) v[i][j] = row[padded(at) + j] * p.rotation.gain;
     }
+  } else if (late) {
+    __syncthreads();
+  }
+  if (late) {
+    const float sum = sum_lanes<32>(lane < warps ? squares[lane] : 0.f);
+    const float inverse = rsqrtf(sum / static_cast<float>(inner) + q.eps);
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) v[i][j] *= inverse;
   }
 
   float scale = out_scale;
@@ -181,16 +212,18 @@ bool can_finish(const QuambaDecode& q, Rotation& rotation) {
 }
 
 cudaError_t launch_finish(const QuambaDecode& q, const Rotation& rotation, int shared_channels, void* stream) {
-  const int inner = q.H * q.P, quads = inner > 16 * kMaxFinishThreads ? 8 : 4;
-  int threads = (inner / 4 / quads + 31) / 32 * 32;
-  threads = threads < 128 ? 128 : threads > kMaxFinishThreads ? kMaxFinishThreads : threads;
+  const int inner = q.H * q.P, small = rotation.base <= 20;
+  const int quads = small && inner <= 8 * kMaxThreads<2> ? 2 : inner <= 16 * kMaxThreads<4> ? 4 : 8;
+  const int least = quads == 2 ? 64 : 128, most = quads == 2 ? kMaxThreads<2> : kMaxThreads<4>;
+  const int threads = std::max(least, std::min(most, (inner / 4 / quads + 31) / 32 * 32));
   const long long shifts = (static_cast<long long>(q.batch) * shared_channels + threads - 1) / threads;
   const int shifters = static_cast<int>(shifts < 64 ? shifts : 64);
-  const int bytes = 4 * (padded(inner) + inner / kRun + (q.norm_groups + 3) / 4 * 4 + threads / 32);
+  const int bytes = 4 * (padded(inner) + inner / kRun + (q.norm_groups + 3) / 4 * 4 + threads / 32 * 2);
   const FinishParams params{q, rotation, inner, shared_channels};
   const dim3 grid(q.batch + shifters);
-  const auto kernel = rotation.base <= 20 ? (quads == 4 ? decode_finish<4, 20> : decode_finish<8, 20>)
-                                          : (quads == 4 ? decode_finish<4, 36> : decode_finish<8, 36>);
+  const auto kernel = quads == 2 ? decode_finish<2, 20>
+                      : small    ? (quads == 4 ? decode_finish<4, 20> : decode_finish<8, 20>)
+                                 : (quads == 4 ? decode_finish<4, 36> : decode_finish<8, 36>);
   return launch(kernel, params, grid, threads, bytes, stream);
 }
 

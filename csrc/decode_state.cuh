@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "approximate.cuh"
 #include "decode.h"
 #include "mma.cuh"
 
@@ -59,9 +60,12 @@ __device__ __forceinline__ float rounded(float v, int type) {
   return v;
 }
 
-// v / d to the last place, without the branches of a division: one Newton step from an approximate inverse.
+// v / d to the last place, without the branches of a division: one Newton step from an approximate inverse. d and 1 / d are
+// normal numbers.
 __device__ __forceinline__ float quotient(float v, float d) {
-  const float inverse = __fdividef(1.f, d), q = __fmul_rn(v, inverse);
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(d));
+  const float q = __fmul_rn(v, inverse);
   return __fmaf_rn(__fmaf_rn(-q, d, v), inverse, q);
 }
 
@@ -72,7 +76,14 @@ __device__ __forceinline__ float code_of(float v, float scale) {
 
 __device__ __forceinline__ float silu(float v) { return quotient(v, 1.f + fminf(expf(-v), 1e37f)); }
 
-__device__ __forceinline__ float softplus(float v) { return v > 20.f ? v : log1pf(expf(v)); }
+// max(v, 0) + log(1 + exp(-|v|)), without branches: log(1 + t) = 2 atanh(t / (2 + t)), a series of which 8 terms suffice.
+__device__ __forceinline__ float softplus(float v) {
+  const float t = exp2_approximate(-1.44269504088896341f * fabsf(v)), s = quotient(t, 2.f + t), square = s * s;
+  float sum = 1.f / 15.f;
+#pragma unroll
+  for (int k = 13; k > 0; k -= 2) sum = fmaf(sum, square, 1.f / static_cast<float>(k));
+  return fmaxf(v, 0.f) + 2.f * s * sum;
+}
 
 // One channel of the convolution: constants of the model, then what the step brings, as they lie.
 //
@@ -246,13 +257,20 @@ __device__ __forceinline__ void unpack(const Stored<__half, 8>& s, float (&h)[8]
   }
 }
 
-// A code behind the bits of 2^23 is a float whose last places it fills: a byte permutation and a subtraction.
-__device__ __forceinline__ void unpack(const Stored<int8_t, 16>& s, float (&h)[16]) {
-  const unsigned words[4] = {s.words[0].x ^ 0x80808080u, s.words[0].y ^ 0x80808080u, s.words[0].z ^ 0x80808080u,
-                             s.words[0].w ^ 0x80808080u};
+// A code, its sign flipped, behind the bits of 2^23 is a float whose last places it fills: a byte permutation and a
+// subtraction.
+constexpr unsigned kFlip = 0x80808080u;
+
+__device__ __forceinline__ void unpack(const unsigned (&codes)[4], float (&h)[16]) {
 #pragma unroll
   for (int i = 0; i < 16; ++i)
-    h[i] = __uint_as_float(__byte_perm(words[i / 4], 0x4b000000u, 0x7440 + i % 4)) - 8388736.f;
+    h[i] = __uint_as_float(__byte_perm(codes[i / 4], 0x4b000000u, 0x7440 + i % 4)) - 8388736.f;
+}
+
+__device__ __forceinline__ void unpack(const Stored<int8_t, 16>& s, float (&h)[16]) {
+  const uint4& v = s.words[0];
+  const unsigned codes[4] = {v.x ^ kFlip, v.y ^ kFlip, v.z ^ kFlip, v.w ^ kFlip};
+  unpack(codes, h);
 }
 
 template <int COUNT>
@@ -287,29 +305,31 @@ __device__ __forceinline__ float max_lanes(float v) {
   return v;
 }
 
-// Quantises a row that LANES lanes hold; returns its scale. With dither the inverse is a few units in the last place too
-// small, so that no code lies beyond 127 and nothing has to be clamped. 1.5 * 2^23 leaves a sum whose last place is 1: added to
-// nearest it rounds half to even, added downwards it is the floor; the code is the low byte either way.
-template <int LANES>
-__device__ __forceinline__ float quantize_row(float (&h)[16], bool noisy, unsigned row_draw, const unsigned (&column)[16],
-                                              Stored<int8_t, 16>& s) {
-  constexpr float kRounder = 12582912.f;
-  float peak = 0.f;
-#pragma unroll
-  for (int i = 0; i < 16; ++i) peak = fmaxf(peak, fabsf(h[i]));
-  peak = max_lanes<LANES>(peak);
+// A row of codes has the scale peak / 127. With dither the inverse is a few units in the last place too small, so that no
+// code lies beyond 127 and nothing has to be clamped.
+__device__ __forceinline__ float scale_of(float peak) { return peak > 0.f ? quotient(peak, 127.f) : 1.f; }
+
+__device__ __forceinline__ float inverse_of(float peak, bool noisy) {
   const float nearest = peak > 0x1p-120f ? quotient(127.f, peak) : 0.f;
+  return noisy ? nearest * (1.f - 0x1p-21f) : nearest;
+}
+
+// 1.5 * 2^23 leaves a sum whose last place is 1: added to nearest it rounds half to even, added downwards it is the floor;
+// the code is the low byte either way.
+__device__ __forceinline__ void round_row(float (&h)[16], float inverse, bool noisy, unsigned row_draw,
+                                          const unsigned (&column)[16], Stored<int8_t, 16>& s) {
+  constexpr float kRounder = 12582912.f;
   if (noisy) {
-    const float inverse = nearest * (1.f - 0x1p-21f);
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      // 1 + dither: its upper 23 bits behind the exponent of 1
+      // 1 + dither: its upper 23 bits behind the exponent of 1. With 16 bits, and so two columns in an addition, codes came
+      // out wrong by 2 where a row stays a multiple of its codes.
       const float dither = __uint_as_float(__funnelshift_r(row_draw + column[i], 0x7f, 9));
       h[i] = __fadd_rd(__fmaf_rn(h[i], inverse, dither), kRounder - 1.f);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) h[i] = __fadd_rn(__fmul_rn(h[i], nearest), kRounder);
+    for (int i = 0; i < 16; ++i) h[i] = __fadd_rn(__fmul_rn(h[i], inverse), kRounder);
   }
   unsigned words[4];
 #pragma unroll
@@ -318,7 +338,18 @@ __device__ __forceinline__ float quantize_row(float (&h)[16], bool noisy, unsign
     words[w] = __byte_perm(pair(4 * w), pair(4 * w + 2), 0x5410);
   }
   s.words[0] = make_uint4(words[0], words[1], words[2], words[3]);
-  return peak > 0.f ? quotient(peak, 127.f) : 1.f;
+}
+
+// Quantises a row that LANES lanes hold; returns its scale.
+template <int LANES>
+__device__ __forceinline__ float quantize_row(float (&h)[16], bool noisy, unsigned row_draw, const unsigned (&column)[16],
+                                              Stored<int8_t, 16>& s) {
+  float peak = 0.f;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) peak = fmaxf(peak, fabsf(h[i]));
+  peak = max_lanes<LANES>(peak);
+  round_row(h, inverse_of(peak, noisy), noisy, row_draw, column, s);
+  return scale_of(peak);
 }
 
 }  // namespace quamba::decode

@@ -5,7 +5,7 @@
 // the batch, several loads ahead. Hazards and what is fetched before the wait are as in ssd_decode.cuh.
 //
 // Budget, int8: 40 bytes of traffic and 64 of L2 (once in `run` sequences) for 16 elements. An element takes an
-// exponential (ex2, 4 instructions), unpacking 2.3, recurrence 4, maximum, rounding, dither and packing 8; the row's own
+// exponential (2 instructions), unpacking 2.3, recurrence 4, maximum, rounding, dither and packing 8; the row's own
 // softplus, gate and hash add 10: 28 instructions for 2.5 bytes, so 3 TB/s leave an H100 about as many as it needs.
 #include <cstdlib>
 
@@ -15,23 +15,26 @@
 
 namespace quamba::decode {
 
-constexpr int kRowThreads = 128, kStates = 16, kMaxRun = 16;
+constexpr int kRowThreads = 128, kStates = 16, kMaxRun = 32, kRowBlocks = 4;
 
 struct SelectiveParams {
   QuambaDecode q;
   int run;  // sequences of a block
 };
 
-template <typename State>
-__global__ void __launch_bounds__(kRowThreads, 4) selective_rows(const __grid_constant__ SelectiveParams p) {
+// CODES: x is int8 and the rest of the activations has 16 bits, as in a quantised model.
+template <typename State, bool CODES>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks) selective_rows(const __grid_constant__ SelectiveParams p) {
   constexpr int COUNT = 16 / sizeof(State), kLanes = kStates / COUNT;
   constexpr bool kCodes = sizeof(State) == 1;
   constexpr int kAhead = kCodes ? 2 : 4;
   __shared__ __align__(16) float Bs[kMaxRun][kStates];
   __shared__ __align__(16) float Cs[kMaxRun][kStates];
+  __shared__ __align__(16) unsigned columns[kStates];
   const QuambaDecode& q = p.q;
   launch_dependents();
 
+  const int in = Types<CODES>::input(q), x_in = CODES ? QUAMBA_I8 : q.x_in;
   const int inner = q.H, row = blockIdx.x * (blockDim.x / kLanes) + threadIdx.x / kLanes;
   const int column = threadIdx.x % kLanes * COUNT, channel = min(row, inner - 1);
   const bool exists = row < inner;
@@ -66,9 +69,9 @@ __global__ void __launch_bounds__(kRowThreads, 4) selective_rows(const __grid_co
     const long long batch = first + i;
     ring[u].load(state + batch * state_step);
     if (kCodes) scales[u] = __ldcg(q.state_scale + batch * inner + channel);
-    xs[u] = fetch(q.x, q.x_in, batch * q.x_stride + channel);
-    dts[u] = fetch(q.dt, q.in, batch * q.dt_stride + channel);
-    zs[u] = fetch(q.z, q.in, batch * q.z_stride + channel);
+    xs[u] = fetch(q.x, x_in, batch * q.x_stride + channel);
+    dts[u] = fetch(q.dt, in, batch * q.dt_stride + channel);
+    zs[u] = fetch(q.z, in, batch * q.z_stride + channel);
   };
 #pragma unroll
   for (int u = 0; u < kAhead; ++u) {
@@ -82,18 +85,19 @@ __global__ void __launch_bounds__(kRowThreads, 4) selective_rows(const __grid_co
     const bool is_B = i / kStates % 2 == 0;
     const void* const from = is_B ? q.B : q.C;
     const long long at = (first + b) * q.bc_stride + n;
-    const float v = value(fetch(from, q.in, at), from, q.in, at), scale = is_B ? B_scale : C_scale;
+    const float v = value(fetch(from, in, at), from, in, at), scale = is_B ? B_scale : C_scale;
     const bool coded = is_B ? q.B_scale != nullptr : q.C_scale != nullptr;
     (is_B ? Bs : Cs)[b][n] = coded ? __fmul_rn(code_of(v, scale), scale) : v;
   }
   const bool noisy = kCodes && q.rng;
   const unsigned key = noisy ? dither_key(q.rng) : 0;
+  if (noisy && threadIdx.x < kStates)
+    columns[threadIdx.x] = draw(key, static_cast<unsigned>(q.batch) * inner + threadIdx.x);
+  __syncthreads();
   unsigned dither[kCodes ? COUNT : 1];
   if constexpr (kCodes)
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-      dither[i] = noisy ? draw(key, static_cast<unsigned>(q.batch) * inner + column + i) : 0;
-  __syncthreads();
+    for (int i = 0; i < COUNT; ++i) dither[i] = noisy ? columns[column + i] : 0;
 
 #pragma unroll 1
   for (int base = 0; base < count; base += kAhead) {
@@ -102,9 +106,9 @@ __global__ void __launch_bounds__(kRowThreads, 4) selective_rows(const __grid_co
       const int i = base + u;
       if (i >= count) break;
       const long long batch = first + i;
-      const float x = __fmul_rn(value(xs[u], q.x, q.x_in, batch * q.x_stride + channel), x_scale);
-      const float z = value(zs[u], q.z, q.in, batch * q.z_stride + channel), scale = scales[u];
-      const float rate = value(dts[u], q.dt, q.in, batch * q.dt_stride + channel);
+      const float x = __fmul_rn(value(xs[u], q.x, x_in, batch * q.x_stride + channel), x_scale);
+      const float z = value(zs[u], q.z, in, batch * q.z_stride + channel), scale = scales[u];
+      const float rate = value(dts[u], q.dt, in, batch * q.dt_stride + channel);
       constexpr float kLog2e = 1.44269504088896341f;
       const float dt = softplus(__fadd_rn(rate, dt_bias)), input = __fmul_rn(dt, x), power = dt * kLog2e;
       float h[COUNT], y = 0.f;
@@ -118,7 +122,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) selective_rows(const __grid_co
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const float before = kCodes ? h[j + k] * scale : h[j + k];
-          h[j + k] = fmaf(exp2f(power * A[j + k]), before, input * bs[k]);
+          h[j + k] = fmaf(exp2_approximate(power * A[j + k]), before, input * bs[k]);
           y = fmaf(h[j + k], cs[k], y);
         }
       }
@@ -146,13 +150,17 @@ cudaError_t launch_selective(const QuambaDecode& q, int sms, void* stream) {
   // few sequences: small blocks, so that more multiprocessors take part; many: a run of them for each block
   const int threads = static_cast<long long>(q.batch) * q.H * kLanes >= 256ll * sms ? kRowThreads : kRowThreads / 2;
   const int tile = threads / kLanes, tiles = (q.H + tile - 1) / tile;
-  const long long wanted = static_cast<long long>(q.batch) * tiles / (12ll * sms);
-  int run = wanted < 1 ? 1 : wanted > kMaxRun ? kMaxRun : static_cast<int>(wanted);
+  // one wave of blocks, so that A and what else belongs to a channel is read by few of them
+  const long long blocks = static_cast<long long>(q.batch) * tiles, slots = static_cast<long long>(kRowBlocks) * sms;
+  const long long wanted = (blocks + slots - 1) / slots;
+  int run = wanted > kMaxRun ? kMaxRun : static_cast<int>(wanted);
 #ifdef QUAMBA_TUNE
   if (const char* text = std::getenv("QUAMBA_DECODE_RUN")) run = std::atoi(text);
 #endif
-  return launch(selective_rows<State>, SelectiveParams{q, run}, dim3(tiles, (q.batch + run - 1) / run), threads, 0,
-                stream);
+  const dim3 grid(tiles, (q.batch + run - 1) / run);
+  return q.x_in == QUAMBA_I8 && q.in != QUAMBA_F32
+             ? launch(selective_rows<State, true>, SelectiveParams{q, run}, grid, threads, 0, stream)
+             : launch(selective_rows<State, false>, SelectiveParams{q, run}, grid, threads, 0, stream);
 }
 
 }  // namespace quamba::decode

@@ -124,10 +124,11 @@ def test_a_run_of_tokens_stays_with_the_torch_body(model: str) -> None:
         assert difference is None, f"token {token}: {difference}"
 
 
+@pytest.mark.parametrize("batch", [5, 40])
 @pytest.mark.parametrize("model", MODELS)
-def test_steps_without_a_pause_equal_steps_with_one(model: str) -> None:
+def test_steps_without_a_pause_equal_steps_with_one(model: str, batch: int) -> None:
     for kind, noisy in KINDS[1:]:
-        name, case = model_case(model, 5, kind, noisy)
+        name, case = model_case(model, batch, kind, noisy)
         hasty, patient = copied(case), copied(case)
         last = [step(backend(name), hasty) for _ in range(20)][-1]
         for _ in range(20):
@@ -136,9 +137,10 @@ def test_steps_without_a_pause_equal_steps_with_one(model: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(last, want, strict=True)), f"{model} {kind}"
 
 
+@pytest.mark.parametrize("batch", [2, 40])
 @pytest.mark.parametrize("model", ["mamba1-2.8b", "mamba2-2.7b"])
-def test_a_captured_graph_replays_and_draws_anew(model: str) -> None:
-    name, case = model_case(model, 2, torch.int8, noisy=True)
+def test_a_captured_graph_replays_and_draws_anew(model: str, batch: int) -> None:
+    name, case = model_case(model, batch, torch.int8, noisy=True)
     eager, captured = copied(case), copied(case)
     step(backend(name), copied(case))
     graph = torch.cuda.CUDAGraph()
@@ -153,9 +155,10 @@ def test_a_captured_graph_replays_and_draws_anew(model: str) -> None:
     assert captured.args[3 if name == "selective_decode" else 4].tolist() == [7, 7]
 
 
-def test_stochastic_rounding_is_unbiased() -> None:
+@pytest.mark.parametrize("batch", [1, 8])
+def test_stochastic_rounding_is_unbiased(batch: int) -> None:
     """Many draws of one step: the mean of the stored state approaches the state that the floats would leave."""
-    name, case = model_case("mamba2-2.7b", 1, torch.int8, noisy=True)
+    name, case = model_case("mamba2-2.7b", batch, torch.int8, noisy=True)
     exact = copied(case)
     exact.args[4].copy_(torch.tensor([7, 3]))
     nearest = copied(replace(case, args=(*case.args[:4], None, *case.args[5:])))
@@ -168,6 +171,35 @@ def test_stochastic_rounding_is_unbiased() -> None:
         total += once.args[2].double()
     gap = total / 200 - nearest.args[2].double()
     assert abs(float(gap.mean())) < 2e-3 and float(gap.abs().max()) < 1.0 and float(gap.std()) < 0.4
+
+
+@pytest.mark.parametrize(("G", "N"), [(1, 64), (2, 64), (2, 128), (4, 128), (1, 256), (2, 256)])
+def test_groups_that_shares_of_many_sequences_straddle(G: int, N: int) -> None:
+    """As many rows as the device streams in one wave, which its blocks share out without regard to groups."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    rng, H, P = torch.Generator("cuda").manual_seed(G * N), 16, 64
+    batch = 300 * sms // (H * P) + 3
+    made: dict[str, Any] = {"generator": rng, "device": "cuda"}
+    inner, channels = H * P, H * P + 2 * G * N
+
+    def positive(*size: int) -> torch.Tensor:
+        return torch.rand(size, **made) * 0.02 + 0.005
+
+    def codes(*size: int) -> torch.Tensor:
+        return torch.randint(-127, 128, size, dtype=torch.int8, **made)
+
+    for noise in (None, torch.tensor([5, 9], device="cuda")):
+        given = (
+            torch.randn(batch, inner + channels + H, **made).half(), codes(batch, 3, channels), codes(batch, H, P, N),
+            positive(batch, H, P), noise, codes(channels, 4), torch.randn(channels, **made),
+            -torch.rand(H, **made), torch.randn(H, **made), torch.randn(H, **made), None, 1e-5,
+        )  # fmt: skip
+        options = {
+            "conv_in_scale": positive(1), "conv_weight_scale": positive(channels) * 0.2,
+            "conv_out_scale": positive(channels), "x_scale": positive(H, P), "B_scale": positive(G),
+            "C_scale": positive(G), "z_scale": positive(1), "block": 256, "per_token": True, "dt_limit": (0.01, 2.0),
+        }  # fmt: skip
+        check("ssd_decode", Case(f"G={G} N={N} rng={noise is not None}", given, options, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", NAMES)

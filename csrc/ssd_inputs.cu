@@ -1,0 +1,77 @@
+// What a step of many sequences brings into the recurrence (ssd_stream.cu), made once: the convolution of x, B and C, the
+// rates of the heads, the gate. Four channels a thread, so that codes travel as words. It shifts the whole convolution's
+// state, of which each thread reads only what it writes.
+#include "conv_quad.cuh"
+#include "decode_launch.cuh"
+#include "ssd_stream.h"
+
+namespace quamba::decode {
+
+constexpr int kInputThreads = 128;
+
+struct InputsParams {
+  QuambaDecode q;
+  SsdTerms terms;
+};
+
+__global__ void __launch_bounds__(kInputThreads) ssd_inputs(const __grid_constant__ InputsParams p) {
+  const QuambaDecode& q = p.q;
+  launch_dependents();
+  const int c = 4 * (blockIdx.x * kInputThreads + threadIdx.x), batch = blockIdx.y, inner = q.H * q.P, shared = q.G * q.N;
+  if (c >= q.channels) return;
+  const bool is_x = c < inner, is_B = !is_x && c < inner + shared;
+  const int column = is_x ? c : is_B ? c - inner : c - inner - shared, head = is_x ? c / q.P : 0;
+  const int in = Types<true>::input(q);
+  const bool opens_head = is_x && c % q.P == 0;
+
+  const QuadTaps taps = quad_taps(q, c);
+  float unit[4], z_scale[4], A = 0.f, D = 0.f, dt_bias = 0.f, B_scale = 1.f, C_scale = 1.f;
+  if (is_x) {
+    quad_of(q.x_scale, q.x_count, c, unit);
+    quad_of(q.z_scale, q.z_count, c, z_scale);
+    if (opens_head) {
+      A = constant(q.A, head, 0.f), D = constant(q.D, head, 0.f), dt_bias = constant(q.dt_bias, head, 0.f);
+      C_scale = constant(q.C_scale, q.C_count > 1 ? head / (q.H / q.G) : 0, 1.f);
+    }
+  } else if (is_B) {
+    B_scale = constant(q.B_scale, q.B_count > 1 ? column / q.N : 0, 1.f);
+  }
+
+  wait_for_previous_kernel();
+  if (c == 0 && batch == 0) *p.terms.next = 0;
+  const uint2 x = fetch_halves(is_x ? q.x : is_B ? q.B : q.C, batch * (is_x ? q.x_stride : q.bc_stride) + column);
+  const QuadWindow window = quad_window(q, batch, c);
+  uint2 z = make_uint2(0, 0);
+  if (is_x) z = fetch_halves(q.z, batch * q.z_stride + c);
+  const long long place_dt = batch * q.dt_stride + head;
+  unsigned dt_word = 0;
+  if (opens_head) dt_word = fetch(q.dt, in, place_dt);
+
+  float y[4];
+  convolve_quad(q, taps, window, x, y);
+  if (is_x) {
+    float4* const rows = reinterpret_cast<float4*>(p.terms.rows + static_cast<long long>(batch) * inner + c);
+    float gate[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) gate[j] = gate_of(q, half_of(z, j, in), z_scale[j]);
+    rows[0] = make_float4(y[0] * unit[0], gate[0], y[1] * unit[1], gate[1]);
+    rows[1] = make_float4(y[2] * unit[2], gate[2], y[3] * unit[3], gate[3]);
+    if (opens_head) {
+      const float raw = __fadd_rn(value(dt_word, q.dt, in, place_dt), dt_bias);
+      const float dt = fminf(fmaxf(softplus(raw), q.dt_min), q.dt_max);
+      p.terms.heads[static_cast<long long>(batch) * q.H + head] = make_float4(expf(__fmul_rn(dt, A)), dt, D, C_scale);
+    }
+  } else if (is_B) {
+    *reinterpret_cast<float4*>(p.terms.B + static_cast<long long>(batch) * shared + column) =
+        make_float4(y[0] * B_scale, y[1] * B_scale, y[2] * B_scale, y[3] * B_scale);
+  } else {
+    *reinterpret_cast<unsigned*>(p.terms.C + static_cast<long long>(batch) * shared + column) = quad_codes(y);
+  }
+}
+
+cudaError_t launch_inputs(const QuambaDecode& q, const SsdTerms& terms, void* stream) {
+  const dim3 grid((q.channels / 4 + kInputThreads - 1) / kInputThreads, q.batch);
+  return launch(ssd_inputs, InputsParams{q, terms}, grid, kInputThreads, 0, stream);
+}
+
+}  // namespace quamba::decode
