@@ -56,7 +56,7 @@ __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int x, int 
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
 }
 
-// 16 bytes to the same place in another block of the cluster, counted by its barrier.
+// 16 bytes to the same place in a block of the cluster of at least two, counted by its barrier.
 __device__ __forceinline__ void send_quad(unsigned to, unsigned barrier, int rank, const unsigned (&v)[4]) {
   unsigned there, counter;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(to), "r"(rank));
@@ -68,6 +68,12 @@ __device__ __forceinline__ void send_quad(unsigned to, unsigned barrier, int ran
 
 __device__ __forceinline__ unsigned bits(float v) { return __float_as_uint(v); }
 __device__ __forceinline__ unsigned bits(int v) { return static_cast<unsigned>(v); }
+
+template <class T>
+__device__ __forceinline__ T value_of(unsigned bits) {
+  if constexpr (std::is_same_v<T, float>) return __uint_as_float(bits);
+  return static_cast<T>(bits);
+}
 
 // Where lane 4 g + t's 16 bytes lie within half a cell: g and t are exchanged so that a quarter warp that writes, and
 // half a warp that reads 8 bytes of one token each, meet all banks.
@@ -109,13 +115,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
 
   if (warp == kMathWarps && lane == 0) {
-    init_barrier(mailbox, 1);
+    init_barrier(mailbox, splits > 1 ? 1 : 32 * kMathWarps);
     for (int s = 0; s < kStages; ++s) {
       init_barrier(full + 8 * s, 1);
       init_barrier(empty + 8 * s, kMathWarps);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    arrive_expecting(mailbox, own * splits * kCellBytes);
+    if (splits > 1) arrive_expecting(mailbox, own * splits * kCellBytes);
     for (int s = 0; s < kStages && at.step + s < at.last; ++s) load_w(s, at.step + s);
     for (int step = at.step + kStages; step < at.last; ++step)
       prefetch_box(&w_map, step * (Packed ? 16 : 128), at.column);
@@ -165,8 +171,14 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (cell >= cells) break;
       const unsigned v[4] = {bits(acc(make_coord(0, 0, b), 0, 0)), bits(acc(make_coord(0, 1, b), 0, 0)),
                              bits(acc(make_coord(1, 0, b), 0, 0)), bits(acc(make_coord(1, 1, b), 0, 0))};
-      send_quad(to + (turn * splits + rank) * kCellBytes, mailbox, cell - turn * splits, v);
+      if (splits > 1)
+        send_quad(to + (turn * splits + rank) * kCellBytes, mailbox, cell - turn * splits, v);
+      else
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + cell * kCellBytes), "r"(v[0]), "r"(v[1]),
+                     "r"(v[2]), "r"(v[3])
+                     : "memory");
     }
+    if (splits == 1) arrive(mailbox);
   };
 
   if constexpr (Packed) {
@@ -234,6 +246,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       advance();
     }
     warpgroup_wait<0>();
+    warpgroup_fence_operand(acc);  // or sums are copied before they are complete
     scatter(acc);
   } else {
     using Atom = decltype(SM90::GMMA::ss_op_selector<Element, Element, Sum, Shape<_128, Int<TileM>, Int<kTileK>>>());
@@ -261,6 +274,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       advance();
     }
     warpgroup_wait<0>();
+    warpgroup_fence_operand(acc);  // or sums are copied before they are complete
     scatter(acc);
   }
 
@@ -284,13 +298,14 @@ __global__ void __launch_bounds__(kThreads, 2)
             asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                          : "=r"(low), "=r"(high)
                          : "r"(from + s * kCellBytes + i / 2 * 512 + slot(2 * q + i % 2, token / 2)));
-            sum[i / 2 * 2][i % 2] += reinterpret_cast<Sum&>(low);
-            sum[i / 2 * 2 + 1][i % 2] += reinterpret_cast<Sum&>(high);
+            sum[i / 2 * 2][i % 2] += value_of<Sum>(low);
+            sum[i / 2 * 2 + 1][i % 2] += value_of<Sum>(high);
           }
       }
       return make_float2(static_cast<float>(sum[b][0]), static_cast<float>(sum[b][1]));
     });
   }
+  wait(mailbox, 0);  // cells beyond O are sent too, and must find this block
 #endif
 }
 
