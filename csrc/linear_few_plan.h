@@ -1,8 +1,6 @@
 // How a linear over 9 to 256 tokens is cut up on Hopper: tokens of a tile, and blocks that share its columns.
 #pragma once
 
-#include <algorithm>
-
 #include "linear.h"
 
 namespace quamba::few {
@@ -10,23 +8,36 @@ namespace quamba::few {
 constexpr int kTileO = 128, kTileK = 128, kMaxSplits = 8;
 
 struct Plan {
-  int tokens, splits;
+  int tokens, splits;  // tokens 0: none fits
 };
 
-// Estimated time, in steps of a block: blocks beyond the slots wait for another wave, and a sum over the cluster and
+// What the device and a kernel allow: clusters of each size that run at a time, and steps of a block.
+struct Limits {
+  int clusters[kMaxSplits + 1], steps;
+};
+
+// Estimated time, in steps of a block: clusters that do not fit wait for another wave, and a sum over the cluster and
 // the first bytes' way from memory cost some steps each.
-inline float cost(const QuambaLinear& a, int tokens, int splits, int slots) {
+inline float cost(const QuambaLinear& a, int tokens, int splits, int clusters) {
   const int tiles = (a.M + tokens - 1) / tokens * ((a.O + kTileO - 1) / kTileO), steps = (a.K + kTileK - 1) / kTileK;
-  const int waves = (tiles * splits + slots - 1) / slots;
+  const int waves = (tiles + clusters - 1) / clusters;
   return static_cast<float>(waves) * ((steps + splits - 1) / splits + 4.f) + (splits > 1 ? 2.f : 0.f);
 }
 
-inline Plan choose(const QuambaLinear& a, int slots) {
-  Plan best{a.M <= 16 ? 16 : a.M <= 32 ? 32 : 64, 1};
+// The cheapest plan with the fewest tokens that hold all of M, or with 64.
+inline Plan choose(const QuambaLinear& a, const Limits (&limits)[3]) {
   const int steps = (a.K + kTileK - 1) / kTileK;
-  for (int splits = 2; splits <= std::min(kMaxSplits, steps); ++splits)
-    if (cost(a, best.tokens, splits, slots) < cost(a, best.tokens, best.splits, slots)) best.splits = splits;
-  return best;
+  for (int i = a.M <= 16 ? 0 : a.M <= 32 ? 1 : 2; i < 3; ++i) {
+    Plan best{0, 0};
+    float least = 0;
+    for (int splits = 1; splits <= kMaxSplits && splits <= steps; ++splits) {
+      if ((steps + splits - 1) / splits > limits[i].steps || !limits[i].clusters[splits]) continue;
+      const float taken = cost(a, 16 << i, splits, limits[i].clusters[splits]);
+      if (!best.tokens || taken < least) best = {16 << i, splits}, least = taken;
+    }
+    if (best.tokens) return best;
+  }
+  return {0, 0};
 }
 
 }  // namespace quamba::few

@@ -10,11 +10,15 @@
 // adds what all have sent in the order of their ranks and finishes it, so results do not depend on timing.
 #pragma once
 
+#include <algorithm>
+#include <cstdio>
+
 #include "cute/tensor.hpp"
 
 #include "finish.cuh"
 #include "launch.cuh"
 #include "linear_few_plan.h"
+#include "linear_few_x.cuh"
 #include "mma.cuh"
 #include "operand_w4.cuh"
 
@@ -24,7 +28,7 @@ using namespace cute;
 using w4::Operand;
 using w4::Weights;
 
-constexpr int kThreads = 288, kMathWarps = 8;
+constexpr int kThreads = 320, kMathWarps = 8;  // and one warp for boxes, one for scales
 constexpr int kCellBytes = 1024;  // 32 channels by 8 tokens
 constexpr int kSharedBytes = 113 * 1024;  // two blocks of it, and what the system takes of each, fill a multiprocessor
 
@@ -37,20 +41,34 @@ constexpr int most_mail(int cells) {
 
 template <class Element, bool Packed, int TileM>
 struct Layout {
-  static constexpr int kWBytes = kTileO * kTileK / (Packed ? 2 : 1);
+  // few tokens of x wait in shared memory from start to end, columns exchanged for the weights' sake
+  static constexpr bool kExchanged = Packed && TileM * sizeof(Element) <= 32;
+  static constexpr int kWBytes = kTileO * kTileK / (Packed ? 2 : 1), kScaleBytes = Packed ? 2 * kTileO * 4 : 0;
   static constexpr int kXBytes = TileM * kTileK * static_cast<int>(sizeof(Element));
-  static constexpr int kCells = TileM / 8 * (kTileO / 32);
-  static constexpr int kMailBytes = most_mail(kCells) * kCellBytes, kBarrierBytes = 256;
-  static constexpr int kFit = (kSharedBytes - 1024 - kMailBytes - kBarrierBytes) / (kWBytes + kXBytes);
-  static constexpr int kStages = kFit < 10 ? kFit : 10;
-  static constexpr int kBytes = kStages * (kWBytes + kXBytes) + kMailBytes + kBarrierBytes + 1024;
+  static constexpr int kMailBytes = most_mail(TileM / 8 * (kTileO / 32)) * kCellBytes, kBarrierBytes = 256;
+  static constexpr int kXSteps = kXBytes <= 2048 ? 20 : 12;
+  static constexpr int kFree = kSharedBytes - 1024 - kMailBytes - kBarrierBytes - (kExchanged ? kXSteps * kXBytes : 0);
+  static constexpr int kFit = kFree / (kWBytes + kScaleBytes + (kExchanged ? 0 : kXBytes));
+  static constexpr int kStages = kFit < 10 ? kFit : 10, kXTiles = kExchanged ? kXSteps : kStages;
+  static constexpr int kBytes =
+      kStages * (kWBytes + kScaleBytes) + kXTiles * kXBytes + kMailBytes + kBarrierBytes + 1024;
   static_assert(kStages >= 3, "two stages are read while one is written");
 };
 
-// A block's channels, tokens and share of the steps along K.
-struct Place {
-  int step, column, row, last;
-};
+// A word of the scales, which arrives at the barrier together with what else this thread has copied.
+__device__ __forceinline__ void copy_word(unsigned to, const void* p) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(p) : "memory");
+}
+
+__device__ __forceinline__ void arrive_copied(unsigned barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ unsigned load_word(unsigned from) {
+  unsigned v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
+  return v;
+}
 
 __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int x, int y) {
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
@@ -79,10 +97,30 @@ __device__ __forceinline__ T value_of(unsigned bits) {
 // half a warp that reads 8 bytes of one token each, meet all banks.
 __device__ __forceinline__ int slot(int g, int t) { return g / 2 * 128 + ((g ^ g / 2) & 1) * 64 + (t ^ g / 2) * 16; }
 
+// Where the scale of a channel and a column lies, and which of the bytes of its word it is.
+template <class Raw>
+struct ScaleOf {
+  const char* scale;
+  int row, groups;  // row: of the first scale of the channel, in elements
+  unsigned inverse;
+
+  __device__ ScaleOf(const Weights& w, int channel)
+      : scale(static_cast<const char*>(w.scale)), row(min(channel, w.O - 1) * w.groups), groups(w.groups),
+        inverse(w.inverse) {}
+  __device__ __forceinline__ long long byte(int column) const {
+    const int group = min(static_cast<int>(__umulhi(column, inverse)), groups - 1);
+    return static_cast<long long>(row + group) * static_cast<int>(sizeof(Raw));
+  }
+  __device__ __forceinline__ const void* word(int column) const { return scale + (byte(column) & ~3ll); }
+  __device__ __forceinline__ Raw pick(unsigned word, int column) const {
+    return static_cast<Raw>(word >> (static_cast<int>(byte(column)) & 3) * 8);
+  }
+};
+
 template <class Element, bool Packed, int TileM>
 __global__ void __launch_bounds__(kThreads, 2)
     linear_few(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
-               const __grid_constant__ Weights w, const __grid_constant__ Finish finish) {
+               const void* x, const __grid_constant__ Weights w, const __grid_constant__ Finish finish) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<Element, Packed, TileM>;
   using Op = Operand<Element>;
@@ -90,41 +128,40 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int kStages = L::kStages;
   extern __shared__ char raw[];
   char* smem = raw + (-shared_address(raw) & 1023);
-  char *x_tiles = smem, *w_tiles = smem + kStages * L::kXBytes;
-  const unsigned mail = shared_address(w_tiles + kStages * L::kWBytes), mailbox = mail + L::kMailBytes;
-  const unsigned full = mailbox + 8, empty = full + 8 * kStages;
+  char *x_tiles = smem, *w_tiles = smem + L::kXTiles * L::kXBytes;
+  const unsigned mail = shared_address(w_tiles + kStages * L::kWBytes), scales = mail + L::kMailBytes;
+  const unsigned mailbox = scales + kStages * L::kScaleBytes, full = mailbox + 8, empty = full + 8 * kStages;
   launch_dependents();
 
   const int splits = gridDim.x, rank = blockIdx.x, lane = threadIdx.x % 32;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), steps = (w.K + kTileK - 1) / kTileK;
-  Place at{rank * steps / splits, static_cast<int>(blockIdx.z) * kTileO, static_cast<int>(blockIdx.y) * TileM,
-           (rank + 1) * steps / splits};
+  const int first_step = rank * steps / splits, last_step = (rank + 1) * steps / splits;
+  const int column = blockIdx.z * kTileO, row = blockIdx.y * TileM;
   // cells of tokens that exist, and those of this block
-  const int cells = min((w.M - at.row + 7) / 8, TileM / 8) * 4, own = (cells - rank + splits - 1) / splits;
+  const int cells = min((w.M - row + 7) / 8, TileM / 8) * 4, own = (cells - rank + splits - 1) / splits;
 
   auto load_w = [&](int stage, int step) {
-    arrive_expecting(full + 8 * stage, L::kXBytes + L::kWBytes);
-    load_box(shared_address(w_tiles + stage * L::kWBytes), &w_map, full + 8 * stage, step * (Packed ? 16 : 128),
-             at.column);
+    arrive_expecting(full + 8 * stage, L::kWBytes + (L::kExchanged ? 0 : L::kXBytes));
+    load_box(shared_address(w_tiles + stage * L::kWBytes), &w_map, full + 8 * stage, step * (Packed ? 16 : 128), column);
   };
   auto load_x = [&](int stage, int step) {
 #pragma unroll
     for (int b = 0; b < kTileK / Op::kBox; ++b)
       load_box(shared_address(x_tiles + stage * L::kXBytes + b * TileM * 128), &x_map, full + 8 * stage,
-               step * kTileK + b * Op::kBox, at.row);
+               step * kTileK + b * Op::kBox, row);
   };
 
   if (warp == kMathWarps && lane == 0) {
     init_barrier(mailbox, splits > 1 ? 1 : 32 * kMathWarps);
     for (int s = 0; s < kStages; ++s) {
-      init_barrier(full + 8 * s, 1);
+      init_barrier(full + 8 * s, Packed ? 1 + 32 : 1);
       init_barrier(empty + 8 * s, kMathWarps);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     if (splits > 1) arrive_expecting(mailbox, own * splits * kCellBytes);
-    for (int s = 0; s < kStages && at.step + s < at.last; ++s) load_w(s, at.step + s);
-    for (int step = at.step + kStages; step < at.last; ++step)
-      prefetch_box(&w_map, step * (Packed ? 16 : 128), at.column);
+    for (int s = 0; s < kStages && first_step + s < last_step; ++s) load_w(s, first_step + s);
+    for (int step = first_step + kStages; step < last_step; ++step)
+      prefetch_box(&w_map, step * (Packed ? 16 : 128), column);
   }
   __syncthreads();
   cluster_arrive();
@@ -137,12 +174,34 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   if (warp == kMathWarps) {
     if (lane == 0) {
-      wait_for_previous_kernel();
-      for (int s = 0; s < kStages && at.step + s < at.last; ++s) load_x(s, at.step + s);
-      for (int step = at.step + kStages; step < at.last; ++step) {
+      if (!L::kExchanged) wait_for_previous_kernel();
+      for (int s = 0; !L::kExchanged && s < kStages && first_step + s < last_step; ++s) load_x(s, first_step + s);
+      for (int step = first_step + kStages; step < last_step; ++step) {
         wait(empty + 8 * stage, parity);
         load_w(stage, step);
-        load_x(stage, step);
+        if (!L::kExchanged) load_x(stage, step);
+        advance();
+      }
+    }
+    __syncwarp();
+    cluster_wait();
+    return;
+  }
+  if (warp > kMathWarps) {
+    if constexpr (Packed) {
+      using Raw = typename Op::Raw;
+      const ScaleOf<Raw> of[4] = {{w, column + lane}, {w, column + 32 + lane}, {w, column + 64 + lane},
+                                  {w, column + 96 + lane}};
+      const bool halves = w.groups * kTileK > w.K;  // a step has two groups
+      for (int step = first_step; step < last_step; ++step) {
+        if (step >= first_step + kStages) wait(empty + 8 * stage, parity ^ 1);
+        const unsigned to = scales + stage * L::kScaleBytes + lane * 4;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          copy_word(to + j * 128, of[j].word(step * kTileK));
+          if (halves) copy_word(to + kTileO * 4 + j * 128, of[j].word(step * kTileK + w4::kChunk));
+        }
+        arrive_copied(full + 8 * stage);
         advance();
       }
     }
@@ -153,14 +212,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const int thread = threadIdx.x % 128, group = warp / 4;
   if (threadIdx.x < 128) {  // what the epilogue reads of the model
-    int n = min(at.column + thread, w.O - 1);
+    int n = min(column + thread, w.O - 1);
     if (Op::kScaled && thread % 8 == 0) prefetch_l2(finish.w_scale + n);
     if (finish.bias && thread % 8 == 0)
       prefetch_l2(static_cast<const char*>(finish.bias) + n * (finish.bias_dtype == QUAMBA_F32 ? 4 : 2));
   }
 
   using XTile = decltype(tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<Element>{},
-                                       Shape<Int<TileM>, Int<kTileK>, Int<kStages>>{}));
+                                       Shape<Int<TileM>, Int<kTileK>, Int<L::kXTiles>>{}));
   Tensor sx = make_tensor(make_smem_ptr(reinterpret_cast<Element*>(x_tiles)), XTile{});
   auto scatter = [&](const auto& acc) {  // ((2, 2, TileM / 8), 1, 1): tokens 2 t, 2 t + 1; channels g, g + 8
     const unsigned to = mail + warp % 2 * 512 + slot(lane / 4, lane % 4);
@@ -182,15 +241,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
 
   if constexpr (Packed) {
-    if (threadIdx.x >= 128) {  // the scales of this share of K
-      constexpr int kWidth = sizeof(typename Op::Raw);
-      auto row = static_cast<const char*>(w.scale) +
-                 static_cast<long long>(min(at.column + thread, w.O - 1)) * w.groups * kWidth;
-      auto group_of = [&](int column) { return min(static_cast<int>(__umulhi(column, w.inverse)), w.groups - 1); };
-      const int end = group_of(at.last * kTileK - 1) * kWidth;
-      for (int i = group_of(at.step * kTileK) * kWidth; i < end; i += 32) prefetch_l2(row + i);
-      prefetch_l2(row + end);
-    }
     using Atom = decltype(SM90::GMMA::rs_op_selector<Element, Element, Sum, Shape<_64, Int<TileM>, Int<w4::kChunk>>>());
     auto mma = make_tiled_mma(Atom{});
     auto mine = mma.get_slice(thread);
@@ -201,49 +251,93 @@ __global__ void __launch_bounds__(kThreads, 2)
     Tensor a1 = make_fragment_like(a0);
     static_assert(decltype(size(a0))::value * sizeof(Element) == 4 * Op::kRegisters, "as fill makes them");
 
-    const int channel = group * 64 + thread / 32 * 16 + lane / 4;
-    const unsigned select = Op::selector(lane % 4);
+    const int channel = group * 64 + thread / 32 * 16 + lane / 4, t = lane % 4;
+    const unsigned select = Op::selector(t);
     // a row is 64 bytes, its four 16-byte pieces exchanged by row: the 64-byte swizzle of TMA
     const unsigned words = shared_address(w_tiles) + channel * 64, turn = (channel / 2 & 3) << 4;
-    auto unpack = [&](auto& a, int chunk, const w4::Scales<Element, 1>& scales) {
-      unsigned word[2][8];
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          uint4 v = load_shared(words + stage * L::kWBytes + h * 512 + ((chunk * 32 + i * 16) ^ turn));
-          word[h][4 * i] = v.x, word[h][4 * i + 1] = v.y, word[h][4 * i + 2] = v.z, word[h][4 * i + 3] = v.w;
-        }
-      const typename Op::Factor factor[1][2] = {{Op::factor(scales.raw[chunk][0]), Op::factor(scales.raw[chunk][1])}};
-      Op::template fill<1>(reinterpret_cast<unsigned*>(raw_pointer_cast(a.data())), word, factor, select);
+    const ScaleOf<typename Op::Raw> of[2] = {{w, column + channel}, {w, column + channel + 8}};
+    const int second = w.groups * kTileK > w.K ? 1 : 0;
+    auto factor_at = [&](int h, int step, int chunk) {
+      const unsigned from = scales + stage * L::kScaleBytes + (chunk & second) * kTileO * 4 + (channel + 8 * h) * 4;
+      return Op::factor(of[h].pick(load_word(from), step * kTileK + chunk * w4::kChunk));
     };
-    auto product = [&](auto& a, int chunk) {
+    auto product = [&](auto& a, int chunk, int tile) {
       warpgroup_arrive();
 #pragma unroll
       for (int k = 0; k < kSlices; ++k) {
-        gemm(mma, a(_, _, k), fx(_, _, chunk * kSlices + k, stage), acc);
+        gemm(mma, a(_, _, k), fx(_, _, chunk * kSlices + k, tile), acc);
         mma.accumulate_ = SM90::GMMA::ScaleOut::One;
       }
       warpgroup_commit_batch();
     };
-
-    w4::Scales<Element, 1> next;
-    next.load(w, at, channel);
     mma.accumulate_ = SM90::GMMA::ScaleOut::Zero;
-    for (int previous = -1; at.step < at.last;) {
-      const w4::Scales<Element, 1> now = next;
-      ++at.step;
-      next.load(w, at, channel);
-      wait(full + 8 * stage, parity);
-      unpack(a0, 0, now);
-      product(a0, 0);
-      warpgroup_wait<1>();
+    int previous = -1;
+    auto release = [&] {
       if (previous >= 0 && lane == 0) arrive(empty + 8 * previous);
-      unpack(a1, 1, now);
-      product(a1, 1);
-      warpgroup_wait<1>();
-      previous = stage;
-      advance();
+    };
+
+    if constexpr (L::kExchanged) {
+      wait_for_previous_kernel();
+      exchange_x<sizeof(Element), TileM, 32 * kMathWarps>(shared_address(x_tiles), x, w.M, w.K, row, first_step,
+                                                          last_step);
+      sync_threads(1, 32 * kMathWarps);
+      for (int step = first_step; step < last_step; ++step) {
+        wait(full + 8 * stage, parity);
+        uint4 v[2];
+        typename Op::Factor factor[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          v[h] = load_shared(words + stage * L::kWBytes + h * 512 + ((t * 16) ^ turn));
+          factor[h] = factor_at(h, step, t / 2);
+        }
+        auto unpack = [&](auto& a, int chunk) {
+          auto* to = reinterpret_cast<unsigned*>(raw_pointer_cast(a.data()));
+          constexpr int kParts = Op::kRegisters / 4;  // registers of a word
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              unsigned parts[kParts];
+              Op::spread(parts, chunk ? (i ? v[h].w : v[h].z) : (i ? v[h].y : v[h].x), factor[h]);
+#pragma unroll
+              for (int p = 0; p < kParts; ++p) to[(i * kParts + p) * 2 + h] = parts[p];
+            }
+        };
+        unpack(a0, 0);
+        product(a0, 0, step - first_step);
+        warpgroup_wait<1>();
+        release();
+        unpack(a1, 1);
+        product(a1, 1, step - first_step);
+        warpgroup_wait<1>();
+        previous = stage;
+        advance();
+      }
+    } else {
+      for (int step = first_step; step < last_step; ++step) {
+        wait(full + 8 * stage, parity);
+        auto unpack = [&](auto& a, int chunk) {
+          unsigned word[2][8];
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              uint4 v = load_shared(words + stage * L::kWBytes + h * 512 + ((chunk * 32 + i * 16) ^ turn));
+              word[h][4 * i] = v.x, word[h][4 * i + 1] = v.y, word[h][4 * i + 2] = v.z, word[h][4 * i + 3] = v.w;
+            }
+          const typename Op::Factor factor[1][2] = {{factor_at(0, step, chunk), factor_at(1, step, chunk)}};
+          Op::template fill<1>(reinterpret_cast<unsigned*>(raw_pointer_cast(a.data())), word, factor, select);
+        };
+        unpack(a0, 0);
+        product(a0, 0, stage);
+        warpgroup_wait<1>();
+        release();
+        unpack(a1, 1);
+        product(a1, 1, stage);
+        warpgroup_wait<1>();
+        previous = stage;
+        advance();
+      }
     }
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc);  // or sums are copied before they are complete
@@ -259,7 +353,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     Tensor fx = mine.make_fragment_B(mine.partition_B(sx));
     Tensor acc = partition_fragment_C(mma, Shape<_128, Int<TileM>>{});
     mma.accumulate_ = SM90::GMMA::ScaleOut::Zero;
-    for (int previous = -1; at.step < at.last; ++at.step) {
+    int previous = -1;
+    for (int step = first_step; step < last_step; ++step) {
       wait(full + 8 * stage, parity);
       warpgroup_arrive();
 #pragma unroll
@@ -282,10 +377,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int q = lane % 4, token = lane / 4;
 #pragma unroll 1
   for (int j = warp; j < own; j += kMathWarps) {
-    const int cell = j * splits + rank, row[1] = {at.row + cell / 4 * 8 + token};
+    const int cell = j * splits + rank, token_row[1] = {row + cell / 4 * 8 + token};
     const unsigned from = mail + j * splits * kCellBytes + token % 2 * 8;
     Sum sum[4][2];  // of blocks of eight channels: channels 2 q, 2 q + 1
-    finish_tile<1, kGroup, Op::kScaled>(finish, row, at.column + cell % 4 * 32, [&](int, int b) {
+    finish_tile<1, kGroup, Op::kScaled>(finish, token_row, column + cell % 4 * 32, [&](int, int b) {
       if (b == 0) {  // what else the epilogue needs is on its way
         wait(mailbox, 0);
 #pragma unroll
@@ -310,41 +405,86 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class Element, bool Packed, int TileM>
-int launch(const QuambaLinear& a, const Plan& plan, cudaStream_t stream) {
+struct Launch {
   using Op = Operand<Element>;
   using L = Layout<Element, Packed, TileM>;
-  static const Encode encode = encoder();
-  if (!encode) return cudaErrorNotSupported;
-  CUtensorMap x_map, w_map;
-  const int columns = Packed ? a.K / 8 : a.K, box = Packed ? kTileK / 8 : kTileK;
-  if (!describe(encode, &x_map, Op::kType, a.x, a.K, a.M, a.K * static_cast<long long>(sizeof(Element)), Op::kBox,
-                TileM, CU_TENSOR_MAP_SWIZZLE_128B) ||
-      !describe(encode, &w_map, Packed ? CU_TENSOR_MAP_DATA_TYPE_INT32 : CU_TENSOR_MAP_DATA_TYPE_UINT8, a.w, columns,
-                a.O, Packed ? a.K / 2 : a.K, box, kTileO, Packed ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B))
-    return cudaErrorInvalidValue;
-  const Weights w{Op::kScaled ? a.w_multiplier : a.w_scale, a.M, a.O, a.K, Packed ? a.K / a.S : 1,
-                  Packed ? static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S) : 0u};
-  auto kernel = linear_few<Element, Packed, TileM>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+
+  static void configure(cudaLaunchConfig_t& config, cudaLaunchAttribute (&attributes)[2], dim3 grid) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = grid.x;
+    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = grid;
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = L::kBytes;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+  }
+
+  static cudaError_t limits(Limits& found) {
+    auto kernel = linear_few<Element, Packed, TileM>;
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    found.steps = L::kExchanged ? L::kXSteps : 1 << 30;
+    for (int splits = 1; splits <= kMaxSplits && error == cudaSuccess; ++splits) {
+      cudaLaunchConfig_t config = {};
+      cudaLaunchAttribute attributes[2] = {};
+      configure(config, attributes, dim3(splits));
+      config.numAttrs = 1;
+      error = cudaOccupancyMaxActiveClusters(&found.clusters[splits], kernel, &config);
+    }
+    return error;
+  }
+
+  static int run(const QuambaLinear& a, int splits, cudaStream_t stream) {
+    static const Encode encode = encoder();
+    if (!encode) return cudaErrorNotSupported;
+    CUtensorMap x_map, w_map;
+    const CUtensorMapDataType words = Packed ? CU_TENSOR_MAP_DATA_TYPE_INT32 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+    constexpr int kInWord = Packed ? 8 : 1;
+    if (!describe(encode, &x_map, Op::kType, a.x, a.K, a.M, a.K * static_cast<long long>(sizeof(Element)), Op::kBox,
+                  TileM, CU_TENSOR_MAP_SWIZZLE_128B) ||
+        !describe(encode, &w_map, words, a.w, a.K / kInWord, a.O, Packed ? a.K / 2 : a.K, kTileK / kInWord, kTileO,
+                  Packed ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B))
+      return cudaErrorInvalidValue;
+    const Weights w{Op::kScaled ? a.w_multiplier : a.w_scale, a.M, a.O, a.K, Packed ? a.K / a.S : 1,
+                    Packed ? static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S) : 0u};
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attributes[2] = {};
+    configure(config, attributes, dim3(splits, (a.M + TileM - 1) / TileM, (a.O + kTileO - 1) / kTileO));
+    config.stream = stream;
+    const cudaError_t error =
+        cudaLaunchKernelEx(&config, linear_few<Element, Packed, TileM>, x_map, w_map, a.x, w,
+                           make_finish(a, Op::kScaled ? static_cast<const float*>(a.w_scale) : nullptr));
+    return error != cudaSuccess ? error : cudaGetLastError();
+  }
+};
+
+// What each device allows; a host thread asks once.
+template <class Element, bool Packed>
+cudaError_t limits_here(const Limits (*&limits)[3]) {
+  constexpr int kDevices = 64;
+  static thread_local Limits known[kDevices][3] = {};
+  int ordinal = 0;
+  cudaError_t error = cudaGetDevice(&ordinal);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = plan.splits;
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(plan.splits, (a.M + TileM - 1) / TileM, (a.O + kTileO - 1) / kTileO);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = L::kBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  error = cudaLaunchKernelEx(&config, kernel, x_map, w_map, w,
-                             make_finish(a, Op::kScaled ? static_cast<const float*>(a.w_scale) : nullptr));
-  return error != cudaSuccess ? error : cudaGetLastError();
+  Limits(&here)[3] = known[ordinal % kDevices];
+  if (!here[2].steps) {
+    error = Launch<Element, Packed, 16>::limits(here[0]);
+    if (error == cudaSuccess) error = Launch<Element, Packed, 32>::limits(here[1]);
+    if (error == cudaSuccess) error = Launch<Element, Packed, 64>::limits(here[2]);
+#ifdef QUAMBA_TUNE
+    for (const Limits& l : here) {
+      std::printf("steps %d clusters", l.steps);
+      for (int i = 1; i <= kMaxSplits; ++i) std::printf(" %d", l.clusters[i]);
+      std::printf("\n");
+    }
+#endif
+  }
+  limits = &here;
+  return error;
 }
 
 template <class Element, bool Packed>
@@ -352,16 +492,16 @@ int run(const QuambaLinear& a, cudaStream_t stream) {
   if (a.K <= 0 || a.K % 32 || !quamba::can_finish(a)) return QUAMBA_UNSUPPORTED;
   if (Packed && (a.S <= 0 || a.S % w4::kChunk || a.K % a.S || static_cast<long long>(a.K) * a.S >> 32))
     return QUAMBA_UNSUPPORTED;
-  int sms = 0;
-  cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, sms);
+  const Limits(*limits)[3];
+  const cudaError_t error = limits_here<Element, Packed>(limits);
   if (error != cudaSuccess) return error;
-  Plan plan = choose(a, 2 * sms);
-  plan.splits = tuned("QUAMBA_SPLITS", plan.splits);
-  plan.tokens = tuned("QUAMBA_TOKENS", plan.tokens);
+  Plan plan = choose(a, *limits);
+  plan = {tuned("QUAMBA_TOKENS", plan.tokens), tuned("QUAMBA_SPLITS", plan.splits)};
   switch (plan.tokens) {
-    case 16: return launch<Element, Packed, 16>(a, plan, stream);
-    case 32: return launch<Element, Packed, 32>(a, plan, stream);
-    default: return launch<Element, Packed, 64>(a, plan, stream);
+    case 16: return Launch<Element, Packed, 16>::run(a, plan.splits, stream);
+    case 32: return Launch<Element, Packed, 32>::run(a, plan.splits, stream);
+    case 64: return Launch<Element, Packed, 64>::run(a, plan.splits, stream);
+    default: return QUAMBA_UNSUPPORTED;
   }
 }
 
