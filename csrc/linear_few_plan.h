@@ -11,9 +11,9 @@ struct Plan {
   int tokens, splits;  // tokens 0: none fits
 };
 
-// What the device and a kernel allow: clusters of each size that run at a time, and steps of a block.
+// Clusters of each size that run at a time.
 struct Limits {
-  int clusters[kMaxSplits + 1], steps;
+  int clusters[kMaxSplits + 1];
 };
 
 // Estimated time, in steps of a block: clusters that do not fit wait for another wave, and a sum over the cluster and
@@ -26,18 +26,15 @@ inline float cost(const QuambaLinear& a, int tokens, int splits, int clusters) {
 
 // The cheapest plan with the fewest tokens that hold all of M, or with 64.
 inline Plan choose(const QuambaLinear& a, const Limits (&limits)[3]) {
-  const int steps = (a.K + kTileK - 1) / kTileK;
-  for (int i = a.M <= 16 ? 0 : a.M <= 32 ? 1 : 2; i < 3; ++i) {
-    Plan best{0, 0};
-    float least = 0;
-    for (int splits = 1; splits <= kMaxSplits && splits <= steps; ++splits) {
-      if ((steps + splits - 1) / splits > limits[i].steps || !limits[i].clusters[splits]) continue;
-      const float taken = cost(a, 16 << i, splits, limits[i].clusters[splits]);
-      if (!best.tokens || taken < least) best = {16 << i, splits}, least = taken;
-    }
-    if (best.tokens) return best;
+  const int steps = (a.K + kTileK - 1) / kTileK, i = a.M <= 16 ? 0 : a.M <= 32 ? 1 : 2;
+  Plan best{0, 0};
+  float least = 0;
+  for (int splits = 1; splits <= kMaxSplits && splits <= steps; ++splits) {
+    if (!limits[i].clusters[splits]) continue;
+    const float taken = cost(a, 16 << i, splits, limits[i].clusters[splits]);
+    if (!best.tokens || taken < least) best = {16 << i, splits}, least = taken;
   }
-  return {0, 0};
+  return best;
 }
 
 }  // namespace quamba::few

@@ -2,7 +2,7 @@
 // of x (operand_w4.cuh), or int8 weights and x.
 //
 // A block takes 128 channels by 16, 32 or 64 tokens and a share of the columns; the blocks of a cluster share a tile
-// along K. Two blocks fit a multiprocessor, of one kernel or of two that follow each other: weights are constants of
+// along K. Two or three blocks fit a multiprocessor, of one kernel or of two that follow each other: weights are constants of
 // the model, so the next kernel has its first tiles of them on the way before the previous one is done.
 //
 // What is computed is y^T: weights are the operand A of wgmma, from registers once unpacked, or from shared memory. At
@@ -18,7 +18,6 @@
 #include "finish.cuh"
 #include "launch.cuh"
 #include "linear_few_plan.h"
-#include "linear_few_x.cuh"
 #include "mma.cuh"
 #include "operand_w4.cuh"
 
@@ -28,9 +27,8 @@ using namespace cute;
 using w4::Operand;
 using w4::Weights;
 
-constexpr int kThreads = 320, kMathWarps = 8;  // and one warp for boxes, one for scales
+constexpr int kThreads = 288, kMathWarps = 8;
 constexpr int kCellBytes = 1024;  // 32 channels by 8 tokens
-constexpr int kSharedBytes = 113 * 1024;  // two blocks of it, and what the system takes of each, fill a multiprocessor
 
 // Cells that a block receives at most, from itself too: its share, rounded up, of each of the splits.
 constexpr int most_mail(int cells) {
@@ -41,17 +39,14 @@ constexpr int most_mail(int cells) {
 
 template <class Element, bool Packed, int TileM>
 struct Layout {
-  // few tokens of x wait in shared memory from start to end, columns exchanged for the weights' sake
-  static constexpr bool kExchanged = Packed && TileM * sizeof(Element) <= 32;
+  static constexpr int kBlocks = TileM == 16 ? 3 : 2;  // of a multiprocessor, which takes 1 KB of each for itself
   static constexpr int kWBytes = kTileO * kTileK / (Packed ? 2 : 1), kScaleBytes = Packed ? 2 * kTileO * 4 : 0;
   static constexpr int kXBytes = TileM * kTileK * static_cast<int>(sizeof(Element));
+  static constexpr int kStageBytes = kWBytes + kScaleBytes + kXBytes;
   static constexpr int kMailBytes = most_mail(TileM / 8 * (kTileO / 32)) * kCellBytes, kBarrierBytes = 256;
-  static constexpr int kXSteps = kXBytes <= 2048 ? 20 : 12;
-  static constexpr int kFree = kSharedBytes - 1024 - kMailBytes - kBarrierBytes - (kExchanged ? kXSteps * kXBytes : 0);
-  static constexpr int kFit = kFree / (kWBytes + kScaleBytes + (kExchanged ? 0 : kXBytes));
-  static constexpr int kStages = kFit < 10 ? kFit : 10, kXTiles = kExchanged ? kXSteps : kStages;
-  static constexpr int kBytes =
-      kStages * (kWBytes + kScaleBytes) + kXTiles * kXBytes + kMailBytes + kBarrierBytes + 1024;
+  static constexpr int kFit = ((228 / kBlocks - 1) * 1024 - 1024 - kMailBytes - kBarrierBytes) / kStageBytes;
+  static constexpr int kStages = kFit < 10 ? kFit : 10;
+  static constexpr int kBytes = kStages * kStageBytes + kMailBytes + kBarrierBytes + 1024;
   static_assert(kStages >= 3, "two stages are read while one is written");
 };
 
@@ -68,10 +63,6 @@ __device__ __forceinline__ unsigned load_word(unsigned from) {
   unsigned v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
   return v;
-}
-
-__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int x, int y) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
 }
 
 // 16 bytes to the same place in a block of the cluster of at least two, counted by its barrier.
@@ -118,9 +109,9 @@ struct ScaleOf {
 };
 
 template <class Element, bool Packed, int TileM>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlocks)
     linear_few(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
-               const void* x, const __grid_constant__ Weights w, const __grid_constant__ Finish finish) {
+               const __grid_constant__ Weights w, const __grid_constant__ Finish finish) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<Element, Packed, TileM>;
   using Op = Operand<Element>;
@@ -128,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int kStages = L::kStages;
   extern __shared__ char raw[];
   char* smem = raw + (-shared_address(raw) & 1023);
-  char *x_tiles = smem, *w_tiles = smem + L::kXTiles * L::kXBytes;
+  char *x_tiles = smem, *w_tiles = smem + kStages * L::kXBytes;
   const unsigned mail = shared_address(w_tiles + kStages * L::kWBytes), scales = mail + L::kMailBytes;
   const unsigned mailbox = scales + kStages * L::kScaleBytes, full = mailbox + 8, empty = full + 8 * kStages;
   launch_dependents();
@@ -141,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int cells = min((w.M - row + 7) / 8, TileM / 8) * 4, own = (cells - rank + splits - 1) / splits;
 
   auto load_w = [&](int stage, int step) {
-    arrive_expecting(full + 8 * stage, L::kWBytes + (L::kExchanged ? 0 : L::kXBytes));
+    arrive_expecting(full + 8 * stage, L::kWBytes + L::kXBytes);
     load_box(shared_address(w_tiles + stage * L::kWBytes), &w_map, full + 8 * stage, step * (Packed ? 16 : 128), column);
   };
   auto load_x = [&](int stage, int step) {
@@ -160,8 +151,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     if (splits > 1) arrive_expecting(mailbox, own * splits * kCellBytes);
     for (int s = 0; s < kStages && first_step + s < last_step; ++s) load_w(s, first_step + s);
-    for (int step = first_step + kStages; step < last_step; ++step)
-      prefetch_box(&w_map, step * (Packed ? 16 : 128), column);
   }
   __syncthreads();
   cluster_arrive();
@@ -173,28 +162,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
 
   if (warp == kMathWarps) {
-    if (lane == 0) {
-      if (!L::kExchanged) wait_for_previous_kernel();
-      for (int s = 0; !L::kExchanged && s < kStages && first_step + s < last_step; ++s) load_x(s, first_step + s);
-      for (int step = first_step + kStages; step < last_step; ++step) {
-        wait(empty + 8 * stage, parity);
-        load_w(stage, step);
-        if (!L::kExchanged) load_x(stage, step);
-        advance();
-      }
-    }
-    __syncwarp();
-    cluster_wait();
-    return;
-  }
-  if (warp > kMathWarps) {
-    if constexpr (Packed) {
-      using Raw = typename Op::Raw;
-      const ScaleOf<Raw> of[4] = {{w, column + lane}, {w, column + 32 + lane}, {w, column + 64 + lane},
-                                  {w, column + 96 + lane}};
-      const bool halves = w.groups * kTileK > w.K;  // a step has two groups
-      for (int step = first_step; step < last_step; ++step) {
-        if (step >= first_step + kStages) wait(empty + 8 * stage, parity ^ 1);
+    using Raw = typename Op::Raw;
+    const ScaleOf<Raw> of[4] = {{w, column + lane}, {w, column + 32 + lane}, {w, column + 64 + lane},
+                                {w, column + 96 + lane}};
+    const bool halves = w.groups * kTileK > w.K;  // a step has two groups
+    auto copy_scales = [&](int step) {
+      if constexpr (Packed) {
         const unsigned to = scales + stage * L::kScaleBytes + lane * 4;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -202,8 +175,22 @@ __global__ void __launch_bounds__(kThreads, 2)
           if (halves) copy_word(to + kTileO * 4 + j * 128, of[j].word(step * kTileK + w4::kChunk));
         }
         arrive_copied(full + 8 * stage);
-        advance();
       }
+    };
+    const int filled = min(first_step + kStages, last_step);
+    for (int step = first_step; step < filled; ++step, advance()) copy_scales(step);
+    if (lane == 0) {
+      wait_for_previous_kernel();
+      for (int step = first_step; step < filled; ++step) load_x(step - first_step, step);
+    }
+    __syncwarp();
+    for (int step = filled; step < last_step; ++step, advance()) {
+      wait(empty + 8 * stage, parity ^ 1);
+      if (lane == 0) {
+        load_w(stage, step);
+        load_x(stage, step);
+      }
+      copy_scales(step);
     }
     __syncwarp();
     cluster_wait();
@@ -219,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 
   using XTile = decltype(tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<Element>{},
-                                       Shape<Int<TileM>, Int<kTileK>, Int<L::kXTiles>>{}));
+                                       Shape<Int<TileM>, Int<kTileK>, Int<kStages>>{}));
   Tensor sx = make_tensor(make_smem_ptr(reinterpret_cast<Element*>(x_tiles)), XTile{});
   auto scatter = [&](const auto& acc) {  // ((2, 2, TileM / 8), 1, 1): tokens 2 t, 2 t + 1; channels g, g + 8
     const unsigned to = mail + warp % 2 * 512 + slot(lane / 4, lane % 4);
@@ -261,11 +248,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       const unsigned from = scales + stage * L::kScaleBytes + (chunk & second) * kTileO * 4 + (channel + 8 * h) * 4;
       return Op::factor(of[h].pick(load_word(from), step * kTileK + chunk * w4::kChunk));
     };
-    auto product = [&](auto& a, int chunk, int tile) {
+    auto product = [&](auto& a, int chunk) {
       warpgroup_arrive();
 #pragma unroll
       for (int k = 0; k < kSlices; ++k) {
-        gemm(mma, a(_, _, k), fx(_, _, chunk * kSlices + k, tile), acc);
+        gemm(mma, a(_, _, k), fx(_, _, chunk * kSlices + k, stage), acc);
         mma.accumulate_ = SM90::GMMA::ScaleOut::One;
       }
       warpgroup_commit_batch();
@@ -276,68 +263,29 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (previous >= 0 && lane == 0) arrive(empty + 8 * previous);
     };
 
-    if constexpr (L::kExchanged) {
-      wait_for_previous_kernel();
-      exchange_x<sizeof(Element), TileM, 32 * kMathWarps>(shared_address(x_tiles), x, w.M, w.K, row, first_step,
-                                                          last_step);
-      sync_threads(1, 32 * kMathWarps);
-      for (int step = first_step; step < last_step; ++step) {
-        wait(full + 8 * stage, parity);
-        uint4 v[2];
-        typename Op::Factor factor[2];
+    for (int step = first_step; step < last_step; ++step) {
+      wait(full + 8 * stage, parity);
+      auto unpack = [&](auto& a, int chunk) {
+        unsigned word[2][8];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          v[h] = load_shared(words + stage * L::kWBytes + h * 512 + ((t * 16) ^ turn));
-          factor[h] = factor_at(h, step, t / 2);
-        }
-        auto unpack = [&](auto& a, int chunk) {
-          auto* to = reinterpret_cast<unsigned*>(raw_pointer_cast(a.data()));
-          constexpr int kParts = Op::kRegisters / 4;  // registers of a word
+        for (int h = 0; h < 2; ++h)
 #pragma unroll
-          for (int h = 0; h < 2; ++h)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              unsigned parts[kParts];
-              Op::spread(parts, chunk ? (i ? v[h].w : v[h].z) : (i ? v[h].y : v[h].x), factor[h]);
-#pragma unroll
-              for (int p = 0; p < kParts; ++p) to[(i * kParts + p) * 2 + h] = parts[p];
-            }
-        };
-        unpack(a0, 0);
-        product(a0, 0, step - first_step);
-        warpgroup_wait<1>();
-        release();
-        unpack(a1, 1);
-        product(a1, 1, step - first_step);
-        warpgroup_wait<1>();
-        previous = stage;
-        advance();
-      }
-    } else {
-      for (int step = first_step; step < last_step; ++step) {
-        wait(full + 8 * stage, parity);
-        auto unpack = [&](auto& a, int chunk) {
-          unsigned word[2][8];
-#pragma unroll
-          for (int h = 0; h < 2; ++h)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              uint4 v = load_shared(words + stage * L::kWBytes + h * 512 + ((chunk * 32 + i * 16) ^ turn));
-              word[h][4 * i] = v.x, word[h][4 * i + 1] = v.y, word[h][4 * i + 2] = v.z, word[h][4 * i + 3] = v.w;
-            }
-          const typename Op::Factor factor[1][2] = {{factor_at(0, step, chunk), factor_at(1, step, chunk)}};
-          Op::template fill<1>(reinterpret_cast<unsigned*>(raw_pointer_cast(a.data())), word, factor, select);
-        };
-        unpack(a0, 0);
-        product(a0, 0, stage);
-        warpgroup_wait<1>();
-        release();
-        unpack(a1, 1);
-        product(a1, 1, stage);
-        warpgroup_wait<1>();
-        previous = stage;
-        advance();
-      }
+          for (int i = 0; i < 2; ++i) {
+            uint4 v = load_shared(words + stage * L::kWBytes + h * 512 + ((chunk * 32 + i * 16) ^ turn));
+            word[h][4 * i] = v.x, word[h][4 * i + 1] = v.y, word[h][4 * i + 2] = v.z, word[h][4 * i + 3] = v.w;
+          }
+        const typename Op::Factor factor[1][2] = {{factor_at(0, step, chunk), factor_at(1, step, chunk)}};
+        Op::template fill<1>(reinterpret_cast<unsigned*>(raw_pointer_cast(a.data())), word, factor, select);
+      };
+      unpack(a0, 0);
+      product(a0, 0);
+      warpgroup_wait<1>();
+      release();
+      unpack(a1, 1);
+      product(a1, 1);
+      warpgroup_wait<1>();
+      previous = stage;
+      advance();
     }
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc);  // or sums are copied before they are complete
@@ -427,7 +375,6 @@ struct Launch {
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
     if (error == cudaSuccess)
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-    found.steps = L::kExchanged ? L::kXSteps : 1 << 30;
     for (int splits = 1; splits <= kMaxSplits && error == cudaSuccess; ++splits) {
       cudaLaunchConfig_t config = {};
       cudaLaunchAttribute attributes[2] = {};
@@ -456,7 +403,7 @@ struct Launch {
     configure(config, attributes, dim3(splits, (a.M + TileM - 1) / TileM, (a.O + kTileO - 1) / kTileO));
     config.stream = stream;
     const cudaError_t error =
-        cudaLaunchKernelEx(&config, linear_few<Element, Packed, TileM>, x_map, w_map, a.x, w,
+        cudaLaunchKernelEx(&config, linear_few<Element, Packed, TileM>, x_map, w_map, w,
                            make_finish(a, Op::kScaled ? static_cast<const float*>(a.w_scale) : nullptr));
     return error != cudaSuccess ? error : cudaGetLastError();
   }
@@ -471,13 +418,13 @@ cudaError_t limits_here(const Limits (*&limits)[3]) {
   cudaError_t error = cudaGetDevice(&ordinal);
   if (error != cudaSuccess) return error;
   Limits(&here)[3] = known[ordinal % kDevices];
-  if (!here[2].steps) {
+  if (!here[2].clusters[1]) {
     error = Launch<Element, Packed, 16>::limits(here[0]);
     if (error == cudaSuccess) error = Launch<Element, Packed, 32>::limits(here[1]);
     if (error == cudaSuccess) error = Launch<Element, Packed, 64>::limits(here[2]);
 #ifdef QUAMBA_TUNE
     for (const Limits& l : here) {
-      std::printf("steps %d clusters", l.steps);
+      std::printf("clusters");
       for (int i = 1; i <= kMaxSplits; ++i) std::printf(" %d", l.clusters[i]);
       std::printf("\n");
     }

@@ -26,8 +26,6 @@ struct Weights {
 
 // How each type of x has its weights made. Raw: a scale as stored. Factor: it, ready for use. kBox: columns of x that
 // are 128 bytes. fill<Parts>: the registers of 64 columns from eight words of each of two channels, Parts scales each.
-// spread: the same of one word, not natural in K but as its nibbles come apart: int8 the even columns, then the odd ones;
-// 16 bit columns (0, 4), (1, 5), (2, 6), (3, 7). A product with x in that order (linear_few_x.cuh) needs half the work.
 template <class Element>
 struct Operand;
 
@@ -63,18 +61,6 @@ struct Operand<half_t> : HalfOperand<Operand<half_t>, unsigned short> {
     code = __hmul2(code, scale);
     return reinterpret_cast<unsigned&>(code);
   }
-  __device__ __forceinline__ static void spread(unsigned (&pairs)[4], unsigned word, Factor scale) {
-    const unsigned kLow = 0xe408e408u, kHigh = 0xd480d480u, kSixteenth = 0x2c002c00u;  // -1032, -72
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      unsigned biased = (word >> i / 2 * 8 & (i % 2 ? 0x00f000f0u : 0x000f000fu)) | 0x64006400u;
-      __half2 code = reinterpret_cast<__half2&>(biased);
-      code = i % 2 ? __hfma2(code, reinterpret_cast<const __half2&>(kSixteenth), reinterpret_cast<const __half2&>(kHigh))
-                   : __hadd2(code, reinterpret_cast<const __half2&>(kLow));
-      code = __hmul2(code, scale);
-      pairs[i] = reinterpret_cast<unsigned&>(code);
-    }
-  }
 };
 
 template <>
@@ -91,15 +77,8 @@ struct Operand<bfloat16_t> : HalfOperand<Operand<bfloat16_t>, unsigned short> {
   }
   __device__ static unsigned selector(int t) { return 0x0400 + 0x0101 * t; }  // byte t of a word and of it >> 4
   __device__ __forceinline__ static unsigned pair(unsigned word, unsigned select, Factor scale) {
-    return scaled(__byte_perm(word, word >> 4, select), scale);
-  }
-  __device__ __forceinline__ static void spread(unsigned (&pairs)[4], unsigned word, Factor scale) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = scaled(word >> 4 * i, scale);
-  }
-  __device__ __forceinline__ static unsigned scaled(unsigned codes, Factor scale) {
     const unsigned kOffset = 0xc308c308u, kOne = 0x3f803f80u;  // -136, 1
-    unsigned biased = (codes & 0x000f000fu) | 0x43004300u;     // 128 + n
+    unsigned biased = (__byte_perm(word, word >> 4, select) & 0x000f000fu) | 0x43004300u;  // 128 + n
     __nv_bfloat162 code = __hfma2(reinterpret_cast<__nv_bfloat162&>(biased),
                                   reinterpret_cast<const __nv_bfloat162&>(kOne),
                                   reinterpret_cast<const __nv_bfloat162&>(kOffset));
@@ -134,10 +113,6 @@ struct Operand<int8_t> {
       unsigned codes = (bytes & 0x000f000fu) | (bytes >> 4 & 0x0f000f00u);
       a[i] = (codes * f.multiplier + f.offset) ^ 0x80808080u;
     }
-  }
-  __device__ __forceinline__ static void spread(unsigned (&quads)[2], unsigned word, Factor f) {
-    quads[0] = ((word & 0x0f0f0f0fu) * f.multiplier + f.offset) ^ 0x80808080u;
-    quads[1] = ((word >> 4 & 0x0f0f0f0fu) * f.multiplier + f.offset) ^ 0x80808080u;
   }
 };
 

@@ -60,6 +60,14 @@ __device__ __forceinline__ uint4 load_shared(unsigned from) {
   return v;
 }
 
+// A number of the environment where kernels are tuned.
+inline int tuned(const char* name, int otherwise) {
+#ifdef QUAMBA_TUNE
+  if (const char* forced = std::getenv(name)) return std::atoi(forced);
+#endif
+  return otherwise;
+}
+
 using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
                             const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -83,14 +91,6 @@ inline bool describe(Encode encode, CUtensorMap* map, CUtensorMapDataType type, 
   cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)}, unit[2] = {1, 1};
   return encode(map, type, 2, const_cast<void*>(data), size, stride, box, unit, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-// A number of the environment where kernels are tuned.
-inline int tuned(const char* name, int otherwise) {
-#ifdef QUAMBA_TUNE
-  if (const char* forced = std::getenv(name)) return std::atoi(forced);
-#endif
-  return otherwise;
 }
 
 }  // namespace quamba
