@@ -11,7 +11,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdio>
+#include <type_traits>
 
 #include "cute/tensor.hpp"
 
@@ -37,17 +37,20 @@ constexpr int most_mail(int cells) {
   return most;
 }
 
+// kBlocks: at most so many on a multiprocessor, for their registers; how many there are is a matter of their memory.
 template <class Element, bool Packed, int TileM>
 struct Layout {
-  static constexpr int kBlocks = TileM == 16 ? 3 : 2;  // of a multiprocessor, which takes 1 KB of each for itself
+  static constexpr int kBlocks = TileM == 64 ? 2 : 3;
   static constexpr int kWBytes = kTileO * kTileK / (Packed ? 2 : 1), kScaleBytes = Packed ? 2 * kTileO * 4 : 0;
   static constexpr int kXBytes = TileM * kTileK * static_cast<int>(sizeof(Element));
-  static constexpr int kStageBytes = kWBytes + kScaleBytes + kXBytes;
-  static constexpr int kMailBytes = most_mail(TileM / 8 * (kTileO / 32)) * kCellBytes, kBarrierBytes = 256;
-  static constexpr int kFit = ((228 / kBlocks - 1) * 1024 - 1024 - kMailBytes - kBarrierBytes) / kStageBytes;
-  static constexpr int kStages = kFit < 10 ? kFit : 10;
-  static constexpr int kBytes = kStages * kStageBytes + kMailBytes + kBarrierBytes + 1024;
-  static_assert(kStages >= 3, "two stages are read while one is written");
+  static constexpr int kStageBytes = kWBytes + kScaleBytes + kXBytes, kMaxStages = 10;
+  static constexpr int kMailBytes = most_mail(TileM / 8 * (kTileO / 32)) * kCellBytes;
+  static constexpr int kOtherBytes = kMailBytes + 8 * (1 + 2 * kMaxStages) + 1024;  // 1024: to align what TMA writes
+
+  static constexpr int shared_bytes(int blocks) { return (228 / blocks - 1) * 1024; }  // the system takes 1 KB of each
+  static constexpr int stages(int blocks) {
+    return std::min((shared_bytes(blocks) - kOtherBytes) / kStageBytes, kMaxStages);
+  }
 };
 
 // A word of the scales, which arrives at the barrier together with what else this thread has copied.
@@ -111,17 +114,16 @@ struct ScaleOf {
 template <class Element, bool Packed, int TileM>
 __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlocks)
     linear_few(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
-               const __grid_constant__ Weights w, const __grid_constant__ Finish finish) {
+               const __grid_constant__ Weights w, const __grid_constant__ Finish finish, int stages) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<Element, Packed, TileM>;
   using Op = Operand<Element>;
   using Sum = typename Op::Accumulator;
-  constexpr int kStages = L::kStages;
   extern __shared__ char raw[];
   char* smem = raw + (-shared_address(raw) & 1023);
-  char *x_tiles = smem, *w_tiles = smem + kStages * L::kXBytes;
-  const unsigned mail = shared_address(w_tiles + kStages * L::kWBytes), scales = mail + L::kMailBytes;
-  const unsigned mailbox = scales + kStages * L::kScaleBytes, full = mailbox + 8, empty = full + 8 * kStages;
+  char *x_tiles = smem, *w_tiles = smem + stages * L::kXBytes;
+  const unsigned mail = shared_address(w_tiles + stages * L::kWBytes), scales = mail + L::kMailBytes;
+  const unsigned mailbox = scales + stages * L::kScaleBytes, full = mailbox + 8, empty = full + 8 * stages;
   launch_dependents();
 
   const int splits = gridDim.x, rank = blockIdx.x, lane = threadIdx.x % 32;
@@ -144,13 +146,13 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
 
   if (warp == kMathWarps && lane == 0) {
     init_barrier(mailbox, splits > 1 ? 1 : 32 * kMathWarps);
-    for (int s = 0; s < kStages; ++s) {
+    for (int s = 0; s < stages; ++s) {
       init_barrier(full + 8 * s, Packed ? 1 + 32 : 1);
       init_barrier(empty + 8 * s, kMathWarps);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     if (splits > 1) arrive_expecting(mailbox, own * splits * kCellBytes);
-    for (int s = 0; s < kStages && first_step + s < last_step; ++s) load_w(s, first_step + s);
+    for (int s = 0; s < stages && first_step + s < last_step; ++s) load_w(s, first_step + s);
   }
   __syncthreads();
   cluster_arrive();
@@ -158,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
   int stage = 0;
   unsigned parity = 0;
   auto advance = [&] {
-    if (++stage == kStages) stage = 0, parity ^= 1;
+    if (++stage == stages) stage = 0, parity ^= 1;
   };
 
   if (warp == kMathWarps) {
@@ -177,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
         arrive_copied(full + 8 * stage);
       }
     };
-    const int filled = min(first_step + kStages, last_step);
+    const int filled = min(first_step + stages, last_step);
     for (int step = first_step; step < filled; ++step, advance()) copy_scales(step);
     if (lane == 0) {
       wait_for_previous_kernel();
@@ -206,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
   }
 
   using XTile = decltype(tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<Element>{},
-                                       Shape<Int<TileM>, Int<kTileK>, Int<kStages>>{}));
+                                       Shape<Int<TileM>, Int<kTileK>, Int<L::kMaxStages>>{}));
   Tensor sx = make_tensor(make_smem_ptr(reinterpret_cast<Element*>(x_tiles)), XTile{});
   auto scatter = [&](const auto& acc) {  // ((2, 2, TileM / 8), 1, 1): tokens 2 t, 2 t + 1; channels g, g + 8
     const unsigned to = mail + warp % 2 * 512 + slot(lane / 4, lane % 4);
@@ -293,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
   } else {
     using Atom = decltype(SM90::GMMA::ss_op_selector<Element, Element, Sum, Shape<_128, Int<TileM>, Int<kTileK>>>());
     using WTile = decltype(tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<Element>{},
-                                         Shape<Int<kTileO>, Int<kTileK>, Int<kStages>>{}));
+                                         Shape<Int<kTileO>, Int<kTileK>, Int<L::kMaxStages>>{}));
     auto mma = make_tiled_mma(Atom{}, cute::Layout<Shape<_2, _1, _1>>{});
     auto mine = mma.get_slice(threadIdx.x);
     Tensor sw = make_tensor(make_smem_ptr(reinterpret_cast<Element*>(w_tiles)), WTile{});
@@ -357,7 +359,7 @@ struct Launch {
   using Op = Operand<Element>;
   using L = Layout<Element, Packed, TileM>;
 
-  static void configure(cudaLaunchConfig_t& config, cudaLaunchAttribute (&attributes)[2], dim3 grid) {
+  static void configure(cudaLaunchConfig_t& config, cudaLaunchAttribute (&attributes)[2], dim3 grid, int blocks) {
     attributes[0].id = cudaLaunchAttributeClusterDimension;
     attributes[0].val.clusterDim.x = grid.x;
     attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
@@ -365,27 +367,28 @@ struct Launch {
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = grid;
     config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = L::kBytes;
+    config.dynamicSmemBytes = L::shared_bytes(blocks);
     config.attrs = attributes;
     config.numAttrs = 2;
   }
 
   static cudaError_t limits(Limits& found) {
     auto kernel = linear_few<Element, Packed, TileM>;
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::shared_bytes(1));
     if (error == cudaSuccess)
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-    for (int splits = 1; splits <= kMaxSplits && error == cudaSuccess; ++splits) {
-      cudaLaunchConfig_t config = {};
-      cudaLaunchAttribute attributes[2] = {};
-      configure(config, attributes, dim3(splits));
-      config.numAttrs = 1;
-      error = cudaOccupancyMaxActiveClusters(&found.clusters[splits], kernel, &config);
-    }
+    for (int blocks = 1; blocks <= L::kBlocks; ++blocks)
+      for (int splits = 1; splits <= kMaxSplits && L::stages(blocks) >= 3 && error == cudaSuccess; ++splits) {
+        cudaLaunchConfig_t config = {};
+        cudaLaunchAttribute attributes[2] = {};
+        configure(config, attributes, dim3(splits), blocks);
+        config.numAttrs = 1;
+        error = cudaOccupancyMaxActiveClusters(&found.clusters[blocks][splits], kernel, &config);
+      }
     return error;
   }
 
-  static int run(const QuambaLinear& a, int splits, cudaStream_t stream) {
+  static int run(const QuambaLinear& a, const Plan& plan, cudaStream_t stream) {
     static const Encode encode = encoder();
     if (!encode) return cudaErrorNotSupported;
     CUtensorMap x_map, w_map;
@@ -400,11 +403,12 @@ struct Launch {
                     Packed ? static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S) : 0u};
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attributes[2] = {};
-    configure(config, attributes, dim3(splits, (a.M + TileM - 1) / TileM, (a.O + kTileO - 1) / kTileO));
+    configure(config, attributes, dim3(plan.splits, (a.M + TileM - 1) / TileM, (a.O + kTileO - 1) / kTileO),
+              plan.blocks);
     config.stream = stream;
-    const cudaError_t error =
-        cudaLaunchKernelEx(&config, linear_few<Element, Packed, TileM>, x_map, w_map, w,
-                           make_finish(a, Op::kScaled ? static_cast<const float*>(a.w_scale) : nullptr));
+    const cudaError_t error = cudaLaunchKernelEx(
+        &config, linear_few<Element, Packed, TileM>, x_map, w_map, w,
+        make_finish(a, Op::kScaled ? static_cast<const float*>(a.w_scale) : nullptr), L::stages(plan.blocks));
     return error != cudaSuccess ? error : cudaGetLastError();
   }
 };
@@ -418,17 +422,10 @@ cudaError_t limits_here(const Limits (*&limits)[3]) {
   cudaError_t error = cudaGetDevice(&ordinal);
   if (error != cudaSuccess) return error;
   Limits(&here)[3] = known[ordinal % kDevices];
-  if (!here[2].clusters[1]) {
+  if (!here[2].clusters[1][1]) {
     error = Launch<Element, Packed, 16>::limits(here[0]);
     if (error == cudaSuccess) error = Launch<Element, Packed, 32>::limits(here[1]);
     if (error == cudaSuccess) error = Launch<Element, Packed, 64>::limits(here[2]);
-#ifdef QUAMBA_TUNE
-    for (const Limits& l : here) {
-      std::printf("clusters");
-      for (int i = 1; i <= kMaxSplits; ++i) std::printf(" %d", l.clusters[i]);
-      std::printf("\n");
-    }
-#endif
   }
   limits = &here;
   return error;
@@ -443,11 +440,11 @@ int run(const QuambaLinear& a, cudaStream_t stream) {
   const cudaError_t error = limits_here<Element, Packed>(limits);
   if (error != cudaSuccess) return error;
   Plan plan = choose(a, *limits);
-  plan = {tuned("QUAMBA_TOKENS", plan.tokens), tuned("QUAMBA_SPLITS", plan.splits)};
+  plan = {plan.tokens, tuned("QUAMBA_SPLITS", plan.splits), tuned("QUAMBA_BLOCKS", plan.blocks)};
   switch (plan.tokens) {
-    case 16: return Launch<Element, Packed, 16>::run(a, plan.splits, stream);
-    case 32: return Launch<Element, Packed, 32>::run(a, plan.splits, stream);
-    case 64: return Launch<Element, Packed, 64>::run(a, plan.splits, stream);
+    case 16: return Launch<Element, Packed, 16>::run(a, plan, stream);
+    case 32: return Launch<Element, Packed, 32>::run(a, plan, stream);
+    case 64: return Launch<Element, Packed, 64>::run(a, plan, stream);
     default: return QUAMBA_UNSUPPORTED;
   }
 }
