@@ -177,7 +177,8 @@ struct SharedColumns {
   }
 };
 
-// What is added to 32 columns of one row. The residual may be y itself: what is loaded ahead is stored later.
+// What is added to 32 columns of one row. The residual may be y itself: what is loaded ahead is stored later. It and
+// scales of x come through L2: L1 may hold what a buffer of activations had before.
 __device__ __forceinline__ void load_residual(const Finish& p, int row, int first, float2 (&r)[kGroup]) {
   if (row >= p.M) return;
   long long start = static_cast<long long>(row) * p.O + first + 2 * (threadIdx.x & 3);
@@ -185,14 +186,14 @@ __device__ __forceinline__ void load_residual(const Finish& p, int row, int firs
     auto from = reinterpret_cast<const float2*>(static_cast<const float*>(p.residual) + start);
 #pragma unroll
     for (int j = 0; j < kGroup; ++j)
-      if (first + kBlock * j < p.O) r[j] = from[kBlock / 2 * j];
+      if (first + kBlock * j < p.O) r[j] = __ldcg(from + kBlock / 2 * j);
   } else {
     auto from = reinterpret_cast<const unsigned*>(static_cast<const short*>(p.residual) + start);
     bool half = p.residual_dtype == QUAMBA_F16;
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
       if (first + kBlock * j >= p.O) continue;
-      unsigned both = from[kBlock / 2 * j];
+      unsigned both = __ldcg(from + kBlock / 2 * j);
       float2 halves = __half22float2(reinterpret_cast<__half2&>(both));
       r[j].x = half ? halves.x : __uint_as_float(both << 16);
       r[j].y = half ? halves.y : __uint_as_float(both & 0xffff0000u);
@@ -238,7 +239,7 @@ __device__ __forceinline__ void finish_typed(const Finish& p, const int (&row)[R
   constexpr int kAhead = !Adds ? 0 : Rows * Blocks <= 64 && Rows < 8 ? 2 : 1;  // steps whose residual is on its way
   float x_scale[Rows];
 #pragma unroll
-  for (int r = 0; r < Rows; ++r) x_scale[r] = kScaled && row[r] < p.M ? __ldg(p.x_scale + row[r] * p.x_step) : 1.f;
+  for (int r = 0; r < Rows; ++r) x_scale[r] = kScaled && row[r] < p.M ? __ldcg(p.x_scale + row[r] * p.x_step) : 1.f;
   float2 residual[kAhead + 1][kGroup] = {};
   auto fetch = [&](int step) {
     if (Adds && step < kSteps)

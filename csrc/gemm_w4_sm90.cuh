@@ -4,179 +4,22 @@
 // What is computed is y^T: weights are the operand that wgmma takes from registers, so unpacked ones never meet shared
 // memory. One warp has TMA bring tiles of x and of packed words; each of two multiplying warp groups makes the operand
 // of the next 64 columns from the words of its 64 channels while the tensor cores work on the previous ones.
-//
-// A lane's piece of the operand is natural in K. Lane 4 g + t of a warp holds channels g and g + 8, and of every eight
-// columns 2 t and 2 t + 1 (16 bit), which is byte t of a word; of every sixteen 4 t to 4 t + 3 (int8), which is half t
-// of two words. So four lanes read the same words, and a byte permutation that depends on t picks from them.
 #pragma once
 
-#include <cuda.h>
-
-#include <cstdlib>
+#include <algorithm>
 
 #include "cute/tensor.hpp"
 #include "cutlass/arch/reg_reconfig.h"
-#include "cutlass/numeric_types.h"
 
 #include "finish.cuh"
+#include "operand_w4.cuh"
 
 namespace quamba::w4 {
 
 using namespace cute;
 
-constexpr int kTileO = 128, kTileK = 128, kChunk = 64, kThreads = 384, kMathWarps = 8;
+constexpr int kThreads = 384, kMathWarps = 8;
 constexpr int kPitch = 68;  // floats between tokens in the epilogue's buffer: stores of a warp meet all banks
-
-struct Weights {
-  const void* scale;  // fp16 or, for int8 x, int8 multipliers
-  int M, O, K, groups;
-  unsigned inverse;  // 2^32 / S rounded up: k / S is the upper half of k * inverse, for K S below 2^32
-  int lag;           // steps that the second group starts behind the first
-};
-
-__device__ __forceinline__ unsigned shared_address(const void* p) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(p));
-}
-
-__device__ __forceinline__ void init_barrier(unsigned barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void arrive(unsigned barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void arrive_expecting(unsigned barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void wait(unsigned barrier, unsigned parity) {
-  unsigned done = 0;
-#ifdef QUAMBA_TUNE
-  for (long long polls = 0; !done; ++polls) {
-    if (polls > 1 << 24) __trap();  // a lost arrival would hang the device
-#else
-  while (!done) {
-#endif
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.b32 %0, 1, 0, p;\n}\n"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  }
-}
-
-__device__ __forceinline__ void load_box(unsigned to, const CUtensorMap* map, unsigned barrier, int x, int y) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-      ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y)
-      : "memory");
-}
-
-// Barriers of part of a block: 1 orders the groups at the start, 2 and 3 are each group's own.
-__device__ __forceinline__ void sync_threads(int id, int count) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ uint4 load_shared(unsigned from) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
-  return v;
-}
-
-// How each type of x has its weights made. Raw: a scale as stored. Factor: it, ready for use. kBox: columns of x that
-// are 128 bytes. fill<Parts>: the registers of 64 columns from eight words of each of two channels, Parts scales each.
-template <class Element>
-struct Operand;
-
-template <class Derived, class Stored>
-struct HalfOperand {
-  using Raw = Stored;
-  using Accumulator = float;
-  static constexpr int kBox = 64, kRegisters = 16;
-  static constexpr bool kScaled = false;
-
-  __device__ static unsigned selector(int t) { return 0x4040 + 0x0101 * t; }
-
-  template <int Parts, class Factor>
-  __device__ __forceinline__ static void fill(unsigned* a, const unsigned (&word)[2][8],
-                                              const Factor (&factor)[Parts][2], unsigned select) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i)  // of every 16 columns: channel g, g + 8, then the same eight columns on
-      a[i] = Derived::pair(word[i % 2][i / 4 * 2 + i % 4 / 2], select, factor[i * Parts / 16][i % 2]);
-  }
-};
-
-template <>
-struct Operand<half_t> : HalfOperand<Operand<half_t>, unsigned short> {
-  using Factor = __half2;
-  static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  __device__ __forceinline__ static Factor factor(Raw raw) { return __half2half2(__ushort_as_half(raw)); }
-  // 1024 + n in the low half, 1024 + 16 n in the high, made n - 8 exactly by one fma, then one rounding
-  __device__ __forceinline__ static unsigned pair(unsigned word, unsigned select, Factor scale) {
-    const unsigned kFactor = 0x2c003c00u, kOffset = 0xd480e408u;  // (1/16, 1), (-72, -1032)
-    unsigned biased = __byte_perm(word, 0x64646464u, select) & 0xfff0ff0fu;
-    __half2 code = __hfma2(reinterpret_cast<__half2&>(biased), reinterpret_cast<const __half2&>(kFactor),
-                           reinterpret_cast<const __half2&>(kOffset));
-    code = __hmul2(code, scale);
-    return reinterpret_cast<unsigned&>(code);
-  }
-};
-
-template <>
-struct Operand<bfloat16_t> : HalfOperand<Operand<bfloat16_t>, unsigned short> {
-  // An fp16 scale is the sum of two bf16, and the product with the small one is exact, so the fma rounds only once.
-  struct Factor {
-    __nv_bfloat162 high, low;
-  };
-  static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  __device__ __forceinline__ static Factor factor(Raw raw) {
-    float scale = __half2float(__ushort_as_half(raw));
-    __nv_bfloat16 high = __float2bfloat16_rn(scale);
-    return {__bfloat162bfloat162(high), __float2bfloat162_rn(scale - __bfloat162float(high))};
-  }
-  __device__ static unsigned selector(int t) { return 0x0400 + 0x0101 * t; }  // byte t of a word and of it >> 4
-  __device__ __forceinline__ static unsigned pair(unsigned word, unsigned select, Factor scale) {
-    const unsigned kOffset = 0xc308c308u, kOne = 0x3f803f80u;  // -136, 1
-    unsigned biased = (__byte_perm(word, word >> 4, select) & 0x000f000fu) | 0x43004300u;  // 128 + n
-    __nv_bfloat162 code = __hfma2(reinterpret_cast<__nv_bfloat162&>(biased),
-                                  reinterpret_cast<const __nv_bfloat162&>(kOne),
-                                  reinterpret_cast<const __nv_bfloat162&>(kOffset));
-    code = __hfma2(code, scale.high, __hmul2(code, scale.low));
-    return reinterpret_cast<unsigned&>(code);
-  }
-};
-
-template <>
-struct Operand<int8_t> {
-  using Raw = unsigned char;
-  using Accumulator = int;
-  struct Factor {
-    unsigned multiplier, offset;
-  };
-  static constexpr int kBox = 128, kRegisters = 8;
-  static constexpr bool kScaled = true;
-  static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_UINT8;
-  // n m + 128 - 8 m stays within a byte for codes in [-7, 7] and m <= 17, so four products are one multiplication
-  __device__ __forceinline__ static Factor factor(Raw m) { return {m, 0x80808080u - m * 0x08080808u}; }
-  __device__ static unsigned selector(int t) { return 0x1100u + 0x2222u * t; }  // half t of two words, bytes doubled
-
-  template <int Parts>
-  __device__ __forceinline__ static void fill(unsigned* a, const unsigned (&word)[2][8],
-                                              const Factor (&factor)[Parts][2], unsigned select) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {  // of every 32 columns: channel g, g + 8, then the same 16 columns on
-      const unsigned(&w)[8] = word[i % 2];
-      const Factor& f = factor[i * Parts / 8][i % 2];
-      int first = i / 4 * 4 + i % 4 / 2 * 2;
-      unsigned bytes = __byte_perm(w[first], w[first + 1], select);
-      unsigned codes = (bytes & 0x000f000fu) | (bytes >> 4 & 0x0f000f00u);
-      a[i] = (codes * f.multiplier + f.offset) ^ 0x80808080u;
-    }
-  }
-};
 
 template <class Element, int TileM>
 struct Buffers {
@@ -214,26 +57,6 @@ struct Walk {
   }
 };
 
-// The scales of one step for channels g and g + 8; beyond the ends those of the last ones, whose products are 0 or
-// are not stored.
-template <class Element, int Parts>
-struct Scales {
-  static constexpr int kColumns = kChunk / Parts;
-  typename Operand<Element>::Raw raw[2 * Parts][2];
-
-  template <class W>
-  __device__ __forceinline__ void load(const Weights& w, const W& at, int channel) {
-    auto* scale = static_cast<const typename Operand<Element>::Raw*>(w.scale);
-    int first = min(at.column + channel, w.O - 1) * w.groups, second = min(at.column + channel + 8, w.O - 1) * w.groups;
-#pragma unroll
-    for (int p = 0; p < 2 * Parts; ++p) {
-      int group = min(static_cast<int>(__umulhi(at.step * kTileK + p * kColumns, w.inverse)), w.groups - 1);
-      raw[p][0] = __ldg(scale + first + group);
-      raw[p][1] = __ldg(scale + second + group);
-    }
-  }
-};
-
 // A group's 64 channels by TileM tokens, from registers over its buffer to y. 16-bit results without a residual are
 // finished where they are and cross over in pairs of tokens; all others cross over as accumulated, 16 tokens at a time.
 template <int TileM, bool Scaled, class Acc>
@@ -265,8 +88,8 @@ __device__ __forceinline__ void finish_tokens(const Finish& p, Acc& acc, char* b
           float2 x_scale = make_float2(1.f, 1.f);
           if (Scaled) {
             int m = token + 32 * c + 8 * b + 2 * t;
-            x_scale.x = __ldg(p.x_scale + min(m, p.M - 1) * p.x_step);
-            x_scale.y = __ldg(p.x_scale + min(m + 1, p.M - 1) * p.x_step);
+            x_scale.x = __ldcg(p.x_scale + min(m, p.M - 1) * p.x_step);
+            x_scale.y = __ldcg(p.x_scale + min(m + 1, p.M - 1) * p.x_step);
           }
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
@@ -323,7 +146,7 @@ __device__ __forceinline__ void finish_tokens(const Finish& p, Acc& acc, char* b
 template <class Element, int TileM, int Parts>
 __global__ void __launch_bounds__(kThreads, 1)
     multiply(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
-             const __grid_constant__ Weights w, const __grid_constant__ Finish finish) {
+             const __grid_constant__ Weights w, const __grid_constant__ Finish finish, int lag) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Buffers<Element, TileM>;
   using Op = Operand<Element>;
@@ -417,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     Scales<Element, Parts> next;
     next.load(w, ahead, channel);
     for (Walk<TileM> at(w); at.valid(); at.next_tile()) {
-      if (first_tile && group == 1 && w.lag) sync_threads(1, 256);
+      if (first_tile && group == 1 && lag) sync_threads(1, 256);
       mma.accumulate_ = SM90::GMMA::ScaleOut::Zero;
       int previous = stage;
       for (int step = 0; step < at.steps; ++step) {
@@ -432,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         unpack(a1, 1, now);
         product(a1, 1);
         warpgroup_wait<1>();
-        if (first_tile && group == 0 && step + 1 == w.lag) asm volatile("bar.arrive 1, 256;" ::: "memory");
+        if (first_tile && group == 0 && step + 1 == lag) asm volatile("bar.arrive 1, 256;" ::: "memory");
         previous = stage;
         advance();
       }
@@ -444,39 +267,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 #endif
 }
-
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// The driver's function, without linking to libcuda.
-inline Encode encoder() {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result) !=
-          cudaSuccess ||
-      result != cudaDriverEntryPointSuccess)
-    return nullptr;
-  return reinterpret_cast<Encode>(found);
-}
-
-// A row-major matrix read in boxes; what lies outside of it reads as 0.
-inline bool describe(Encode encode, CUtensorMap* map, CUtensorMapDataType type, const void* data, int columns, int rows,
-                     long long pitch, int box_columns, int box_rows, CUtensorMapSwizzle swizzle) {
-  cuuint64_t size[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  cuuint64_t stride[1] = {static_cast<cuuint64_t>(pitch)};
-  cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)}, unit[2] = {1, 1};
-  return encode(map, type, 2, const_cast<void*>(data), size, stride, box, unit, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-inline int tuned(const char* name, int otherwise) {
-#ifdef QUAMBA_TUNE
-  if (const char* forced = std::getenv(name)) return std::atoi(forced);
-#endif
-  return otherwise;
-}
-
 template <class Element, int TileM, int Parts>
 int launch(const QuambaLinear& a, int sms, cudaStream_t stream) {
   using Op = Operand<Element>;
@@ -488,16 +278,17 @@ int launch(const QuambaLinear& a, int sms, cudaStream_t stream) {
       !describe(encode, &w_map, CU_TENSOR_MAP_DATA_TYPE_INT32, a.w, a.K / 8, a.O, a.K / 2, kTileK / 8, kTileO,
                 CU_TENSOR_MAP_SWIZZLE_64B))
     return cudaErrorInvalidValue;
-  int steps = (a.K + kTileK - 1) / kTileK, lag = tuned("QUAMBA_LAG", 1);
+  // steps that the second group starts behind the first
+  const int lag = std::min(tuned("QUAMBA_LAG", 1), (a.K + kTileK - 1) / kTileK);
   Weights w{Op::kScaled ? a.w_multiplier : a.w_scale, a.M, a.O, a.K, a.K / a.S,
-            static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S), lag < steps ? lag : steps};
+            static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S)};
   auto kernel = multiply<Element, TileM, Parts>;
   constexpr int kBytes = Buffers<Element, TileM>::kBytes;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   long long tiles = static_cast<long long>((a.M + TileM - 1) / TileM) * ((a.O + kTileO - 1) / kTileO);
   kernel<<<static_cast<unsigned>(tiles < sms ? tiles : sms), kThreads, kBytes, stream>>>(
-      x_map, w_map, w, make_finish(a, Op::kScaled ? static_cast<const float*>(a.w_scale) : nullptr));
+      x_map, w_map, w, make_finish(a, Op::kScaled ? static_cast<const float*>(a.w_scale) : nullptr), lag);
   return cudaGetLastError();
 }
 

@@ -1,0 +1,42 @@
+// How a linear over 9 to 256 tokens is cut up on Hopper: tokens of a tile, blocks that share its columns, and blocks on a
+// multiprocessor.
+#pragma once
+
+#include "linear.h"
+
+namespace quamba::few {
+
+constexpr int kTileO = 128, kTileK = 128, kMaxSplits = 8, kMaxBlocks = 3;
+
+struct Plan {
+  int tokens, splits, blocks;  // tokens 0: none fits
+};
+
+// Clusters of each size that run at a time, for each number of blocks on a multiprocessor.
+struct Limits {
+  int clusters[kMaxBlocks + 1][kMaxSplits + 1];
+};
+
+// Estimated time, in steps of a block: clusters that do not fit wait for another wave, and a sum over the cluster and
+// the first bytes' way from memory cost some steps each.
+inline float cost(const QuambaLinear& a, const Plan& plan, int clusters) {
+  const int tiles = (a.M + plan.tokens - 1) / plan.tokens * ((a.O + kTileO - 1) / kTileO);
+  const int steps = (a.K + kTileK - 1) / kTileK, waves = (tiles + clusters - 1) / clusters;
+  return static_cast<float>(waves) * ((steps + plan.splits - 1) / plan.splits + 4.f) + (plan.splits > 1 ? 2.f : 0.f);
+}
+
+inline Plan choose(const QuambaLinear& a, const Limits (&limits)[3]) {
+  const int steps = (a.K + kTileK - 1) / kTileK, i = a.M <= 16 ? 0 : a.M <= 32 ? 1 : 2;
+  Plan best{0, 0, 0};
+  float least = 0;
+  for (int blocks = 1; blocks <= kMaxBlocks; ++blocks)
+    for (int splits = 1; splits <= kMaxSplits && splits <= steps; ++splits) {
+      if (!limits[i].clusters[blocks][splits]) continue;
+      const Plan plan{16 << i, splits, blocks};
+      const float taken = cost(a, plan, limits[i].clusters[blocks][splits]);
+      if (!best.tokens || taken < least) best = plan, least = taken;
+    }
+  return best;
+}
+
+}  // namespace quamba::few

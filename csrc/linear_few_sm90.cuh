@@ -1,0 +1,452 @@
+// y = x w^T for 9 to 256 tokens on Hopper, where the bytes of the weights decide: packed int4 weights of all types
+// of x (operand_w4.cuh), or int8 weights and x.
+//
+// A block takes 128 channels by 16, 32 or 64 tokens and a share of the columns; the blocks of a cluster share a tile
+// along K. Two or three blocks fit a multiprocessor, of one kernel or of two that follow each other: weights are constants of
+// the model, so the next kernel has its first tiles of them on the way before the previous one is done.
+//
+// What is computed is y^T: weights are the operand A of wgmma, from registers once unpacked, or from shared memory. At
+// the end the blocks of a cluster scatter their sums: a cell of 32 channels by 8 tokens belongs to one of them, which
+// adds what all have sent in the order of their ranks and finishes it, so results do not depend on timing.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cute/tensor.hpp"
+
+#include "finish.cuh"
+#include "launch.cuh"
+#include "linear_few_plan.h"
+#include "mma.cuh"
+#include "operand_w4.cuh"
+
+namespace quamba::few {
+
+using namespace cute;
+using w4::Operand;
+using w4::Weights;
+
+constexpr int kThreads = 288, kMathWarps = 8;
+constexpr int kCellBytes = 1024;  // 32 channels by 8 tokens
+
+// Cells that a block receives at most, from itself too: its share, rounded up, of each of the splits.
+constexpr int most_mail(int cells) {
+  int most = 0;
+  for (int splits = 1; splits <= kMaxSplits; ++splits) most = std::max(most, (cells + splits - 1) / splits * splits);
+  return most;
+}
+
+// kBlocks: at most so many on a multiprocessor, for their registers; how many there are is a matter of their memory.
+template <class Element, bool Packed, int TileM>
+struct Layout {
+  static constexpr int kBlocks = TileM == 64 ? 2 : 3;
+  static constexpr int kWBytes = kTileO * kTileK / (Packed ? 2 : 1), kScaleBytes = Packed ? 2 * kTileO * 4 : 0;
+  static constexpr int kXBytes = TileM * kTileK * static_cast<int>(sizeof(Element));
+  static constexpr int kStageBytes = kWBytes + kScaleBytes + kXBytes, kMaxStages = 10;
+  static constexpr int kMailBytes = most_mail(TileM / 8 * (kTileO / 32)) * kCellBytes;
+  static constexpr int kOtherBytes = kMailBytes + 8 * (1 + 2 * kMaxStages) + 1024;  // 1024: to align what TMA writes
+
+  static constexpr int shared_bytes(int blocks) { return (228 / blocks - 1) * 1024; }  // the system takes 1 KB of each
+  static constexpr int stages(int blocks) {
+    return std::min((shared_bytes(blocks) - kOtherBytes) / kStageBytes, kMaxStages);
+  }
+};
+
+// A word of the scales, which arrives at the barrier together with what else this thread has copied.
+__device__ __forceinline__ void copy_word(unsigned to, const void* p) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(p) : "memory");
+}
+
+__device__ __forceinline__ void arrive_copied(unsigned barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ unsigned load_word(unsigned from) {
+  unsigned v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
+  return v;
+}
+
+// 16 bytes to the same place in a block of the cluster of at least two, counted by its barrier.
+__device__ __forceinline__ void send_quad(unsigned to, unsigned barrier, int rank, const unsigned (&v)[4]) {
+  unsigned there, counter;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(to), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(barrier), "r"(rank));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
+               "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(counter)
+               : "memory");
+}
+
+__device__ __forceinline__ unsigned bits(float v) { return __float_as_uint(v); }
+__device__ __forceinline__ unsigned bits(int v) { return static_cast<unsigned>(v); }
+
+template <class T>
+__device__ __forceinline__ T value_of(unsigned bits) {
+  if constexpr (std::is_same_v<T, float>) return __uint_as_float(bits);
+  return static_cast<T>(bits);
+}
+
+// Where lane 4 g + t's 16 bytes lie within half a cell: g and t are exchanged so that a quarter warp that writes, and
+// half a warp that reads 8 bytes of one token each, meet all banks.
+__device__ __forceinline__ int slot(int g, int t) { return g / 2 * 128 + ((g ^ g / 2) & 1) * 64 + (t ^ g / 2) * 16; }
+
+// Where the scale of a channel and a column lies, and which of the bytes of its word it is.
+template <class Raw>
+struct ScaleOf {
+  const char* scale;
+  int row, groups;  // row: of the first scale of the channel, in elements
+  unsigned inverse;
+
+  __device__ ScaleOf(const Weights& w, int channel)
+      : scale(static_cast<const char*>(w.scale)), row(min(channel, w.O - 1) * w.groups), groups(w.groups),
+        inverse(w.inverse) {}
+  __device__ __forceinline__ long long byte(int column) const {
+    const int group = min(static_cast<int>(__umulhi(column, inverse)), groups - 1);
+    return static_cast<long long>(row + group) * static_cast<int>(sizeof(Raw));
+  }
+  __device__ __forceinline__ const void* word(int column) const { return scale + (byte(column) & ~3ll); }
+  __device__ __forceinline__ Raw pick(unsigned word, int column) const {
+    return static_cast<Raw>(word >> (static_cast<int>(byte(column)) & 3) * 8);
+  }
+};
+
+template <class Element, bool Packed, int TileM>
+__global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlocks)
+    linear_few(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
+               const __grid_constant__ Weights w, const __grid_constant__ Finish finish, int stages) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using L = Layout<Element, Packed, TileM>;
+  using Op = Operand<Element>;
+  using Sum = typename Op::Accumulator;
+  extern __shared__ char raw[];
+  char* smem = raw + (-shared_address(raw) & 1023);
+  char *x_tiles = smem, *w_tiles = smem + stages * L::kXBytes;
+  const unsigned mail = shared_address(w_tiles + stages * L::kWBytes), scales = mail + L::kMailBytes;
+  const unsigned mailbox = scales + stages * L::kScaleBytes, full = mailbox + 8, empty = full + 8 * stages;
+  launch_dependents();
+
+  const int splits = gridDim.x, rank = blockIdx.x, lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), steps = (w.K + kTileK - 1) / kTileK;
+  const int first_step = rank * steps / splits, last_step = (rank + 1) * steps / splits;
+  const int column = blockIdx.z * kTileO, row = blockIdx.y * TileM;
+  // cells of tokens that exist, and those of this block
+  const int cells = min((w.M - row + 7) / 8, TileM / 8) * 4, own = (cells - rank + splits - 1) / splits;
+
+  auto load_w = [&](int stage, int step) {
+    arrive_expecting(full + 8 * stage, L::kWBytes + L::kXBytes);
+    load_box(shared_address(w_tiles + stage * L::kWBytes), &w_map, full + 8 * stage, step * (Packed ? 16 : 128), column);
+  };
+  auto load_x = [&](int stage, int step) {
+#pragma unroll
+    for (int b = 0; b < kTileK / Op::kBox; ++b)
+      load_box(shared_address(x_tiles + stage * L::kXBytes + b * TileM * 128), &x_map, full + 8 * stage,
+               step * kTileK + b * Op::kBox, row);
+  };
+
+  if (warp == kMathWarps && lane == 0) {
+    init_barrier(mailbox, splits > 1 ? 1 : 32 * kMathWarps);
+    for (int s = 0; s < stages; ++s) {
+      init_barrier(full + 8 * s, Packed ? 1 + 32 : 1);
+      init_barrier(empty + 8 * s, kMathWarps);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    if (splits > 1) arrive_expecting(mailbox, own * splits * kCellBytes);
+    for (int s = 0; s < stages && first_step + s < last_step; ++s) load_w(s, first_step + s);
+  }
+  __syncthreads();
+  cluster_arrive();
+
+  int stage = 0;
+  unsigned parity = 0;
+  auto advance = [&] {
+    if (++stage == stages) stage = 0, parity ^= 1;
+  };
+
+  if (warp == kMathWarps) {
+    using Raw = typename Op::Raw;
+    const ScaleOf<Raw> of[4] = {{w, column + lane}, {w, column + 32 + lane}, {w, column + 64 + lane},
+                                {w, column + 96 + lane}};
+    const bool halves = w.groups * kTileK > w.K;  // a step has two groups
+    auto copy_scales = [&](int step) {
+      if constexpr (Packed) {
+        const unsigned to = scales + stage * L::kScaleBytes + lane * 4;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          copy_word(to + j * 128, of[j].word(step * kTileK));
+          if (halves) copy_word(to + kTileO * 4 + j * 128, of[j].word(step * kTileK + w4::kChunk));
+        }
+        arrive_copied(full + 8 * stage);
+      }
+    };
+    const int filled = min(first_step + stages, last_step);
+    for (int step = first_step; step < filled; ++step, advance()) copy_scales(step);
+    if (lane == 0) {
+      wait_for_previous_kernel();
+      for (int step = first_step; step < filled; ++step) load_x(step - first_step, step);
+    }
+    __syncwarp();
+    for (int step = filled; step < last_step; ++step, advance()) {
+      wait(empty + 8 * stage, parity ^ 1);
+      if (lane == 0) {
+        load_w(stage, step);
+        load_x(stage, step);
+      }
+      copy_scales(step);
+    }
+    __syncwarp();
+    cluster_wait();
+    return;
+  }
+
+  const int thread = threadIdx.x % 128, group = warp / 4;
+  if (threadIdx.x < 128) {  // what the epilogue reads of the model
+    int n = min(column + thread, w.O - 1);
+    if (Op::kScaled && thread % 8 == 0) prefetch_l2(finish.w_scale + n);
+    if (finish.bias && thread % 8 == 0)
+      prefetch_l2(static_cast<const char*>(finish.bias) + n * (finish.bias_dtype == QUAMBA_F32 ? 4 : 2));
+  }
+
+  using XTile = decltype(tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<Element>{},
+                                       Shape<Int<TileM>, Int<kTileK>, Int<L::kMaxStages>>{}));
+  Tensor sx = make_tensor(make_smem_ptr(reinterpret_cast<Element*>(x_tiles)), XTile{});
+  auto scatter = [&](const auto& acc) {  // ((2, 2, TileM / 8), 1, 1): tokens 2 t, 2 t + 1; channels g, g + 8
+    const unsigned to = mail + warp % 2 * 512 + slot(lane / 4, lane % 4);
+    cluster_wait();
+#pragma unroll
+    for (int b = 0; b < TileM / 8; ++b) {
+      const int cell = 4 * b + warp / 2, turn = cell / splits;
+      if (cell >= cells) break;
+      const unsigned v[4] = {bits(acc(make_coord(0, 0, b), 0, 0)), bits(acc(make_coord(0, 1, b), 0, 0)),
+                             bits(acc(make_coord(1, 0, b), 0, 0)), bits(acc(make_coord(1, 1, b), 0, 0))};
+      if (splits > 1)
+        send_quad(to + (turn * splits + rank) * kCellBytes, mailbox, cell - turn * splits, v);
+      else
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + cell * kCellBytes), "r"(v[0]), "r"(v[1]),
+                     "r"(v[2]), "r"(v[3])
+                     : "memory");
+    }
+    if (splits == 1) arrive(mailbox);
+  };
+
+  if constexpr (Packed) {
+    using Atom = decltype(SM90::GMMA::rs_op_selector<Element, Element, Sum, Shape<_64, Int<TileM>, Int<w4::kChunk>>>());
+    auto mma = make_tiled_mma(Atom{});
+    auto mine = mma.get_slice(thread);
+    Tensor fx = mine.make_fragment_B(mine.partition_B(sx));
+    Tensor acc = partition_fragment_C(mma, Shape<_64, Int<TileM>>{});
+    constexpr int kSlices = decltype(size<2>(fx))::value / 2;  // of one wgmma in a chunk
+    Tensor a0 = make_tensor<Element>(partition_shape_A(mma, Shape<_64, Int<w4::kChunk>>{}));
+    Tensor a1 = make_fragment_like(a0);
+    static_assert(decltype(size(a0))::value * sizeof(Element) == 4 * Op::kRegisters, "as fill makes them");
+
+    const int channel = group * 64 + thread / 32 * 16 + lane / 4, t = lane % 4;
+    const unsigned select = Op::selector(t);
+    // a row is 64 bytes, its four 16-byte pieces exchanged by row: the 64-byte swizzle of TMA
+    const unsigned words = shared_address(w_tiles) + channel * 64, turn = (channel / 2 & 3) << 4;
+    const ScaleOf<typename Op::Raw> of[2] = {{w, column + channel}, {w, column + channel + 8}};
+    const int second = w.groups * kTileK > w.K ? 1 : 0;
+    auto factor_at = [&](int h, int step, int chunk) {
+      const unsigned from = scales + stage * L::kScaleBytes + (chunk & second) * kTileO * 4 + (channel + 8 * h) * 4;
+      return Op::factor(of[h].pick(load_word(from), step * kTileK + chunk * w4::kChunk));
+    };
+    auto product = [&](auto& a, int chunk) {
+      warpgroup_arrive();
+#pragma unroll
+      for (int k = 0; k < kSlices; ++k) {
+        gemm(mma, a(_, _, k), fx(_, _, chunk * kSlices + k, stage), acc);
+        mma.accumulate_ = SM90::GMMA::ScaleOut::One;
+      }
+      warpgroup_commit_batch();
+    };
+    mma.accumulate_ = SM90::GMMA::ScaleOut::Zero;
+    int previous = -1;
+    auto release = [&] {
+      if (previous >= 0 && lane == 0) arrive(empty + 8 * previous);
+    };
+
+    for (int step = first_step; step < last_step; ++step) {
+      wait(full + 8 * stage, parity);
+      auto unpack = [&](auto& a, int chunk) {
+        unsigned word[2][8];
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            uint4 v = load_shared(words + stage * L::kWBytes + h * 512 + ((chunk * 32 + i * 16) ^ turn));
+            word[h][4 * i] = v.x, word[h][4 * i + 1] = v.y, word[h][4 * i + 2] = v.z, word[h][4 * i + 3] = v.w;
+          }
+        const typename Op::Factor factor[1][2] = {{factor_at(0, step, chunk), factor_at(1, step, chunk)}};
+        Op::template fill<1>(reinterpret_cast<unsigned*>(raw_pointer_cast(a.data())), word, factor, select);
+      };
+      unpack(a0, 0);
+      product(a0, 0);
+      warpgroup_wait<1>();
+      release();
+      unpack(a1, 1);
+      product(a1, 1);
+      warpgroup_wait<1>();
+      previous = stage;
+      advance();
+    }
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(acc);  // or sums are copied before they are complete
+    scatter(acc);
+  } else {
+    using Atom = decltype(SM90::GMMA::ss_op_selector<Element, Element, Sum, Shape<_128, Int<TileM>, Int<kTileK>>>());
+    using WTile = decltype(tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<Element>{},
+                                         Shape<Int<kTileO>, Int<kTileK>, Int<L::kMaxStages>>{}));
+    auto mma = make_tiled_mma(Atom{}, cute::Layout<Shape<_2, _1, _1>>{});
+    auto mine = mma.get_slice(threadIdx.x);
+    Tensor sw = make_tensor(make_smem_ptr(reinterpret_cast<Element*>(w_tiles)), WTile{});
+    Tensor fw = mine.make_fragment_A(mine.partition_A(sw));
+    Tensor fx = mine.make_fragment_B(mine.partition_B(sx));
+    Tensor acc = partition_fragment_C(mma, Shape<_128, Int<TileM>>{});
+    mma.accumulate_ = SM90::GMMA::ScaleOut::Zero;
+    int previous = -1;
+    for (int step = first_step; step < last_step; ++step) {
+      wait(full + 8 * stage, parity);
+      warpgroup_arrive();
+#pragma unroll
+      for (int k = 0; k < decltype(size<2>(fx))::value; ++k) {
+        gemm(mma, fw(_, _, k, stage), fx(_, _, k, stage), acc);
+        mma.accumulate_ = SM90::GMMA::ScaleOut::One;
+      }
+      warpgroup_commit_batch();
+      warpgroup_wait<1>();
+      if (previous >= 0 && lane == 0) arrive(empty + 8 * previous);
+      previous = stage;
+      advance();
+    }
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(acc);  // or sums are copied before they are complete
+    scatter(acc);
+  }
+
+  wait_for_previous_kernel();
+  const int q = lane % 4, token = lane / 4;
+#pragma unroll 1
+  for (int j = warp; j < own; j += kMathWarps) {
+    const int cell = j * splits + rank, token_row[1] = {row + cell / 4 * 8 + token};
+    const unsigned from = mail + j * splits * kCellBytes + token % 2 * 8;
+    Sum sum[4][2];  // of blocks of eight channels: channels 2 q, 2 q + 1
+    finish_tile<1, kGroup, Op::kScaled>(finish, token_row, column + cell % 4 * 32, [&](int, int b) {
+      if (b == 0) {  // what else the epilogue needs is on its way
+        wait(mailbox, 0);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum[i / 2][i % 2] = 0;
+#pragma unroll 2
+        for (int s = 0; s < splits; ++s)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            unsigned low, high;
+            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                         : "=r"(low), "=r"(high)
+                         : "r"(from + s * kCellBytes + i / 2 * 512 + slot(2 * q + i % 2, token / 2)));
+            sum[i / 2 * 2][i % 2] += value_of<Sum>(low);
+            sum[i / 2 * 2 + 1][i % 2] += value_of<Sum>(high);
+          }
+      }
+      return make_float2(static_cast<float>(sum[b][0]), static_cast<float>(sum[b][1]));
+    });
+  }
+  wait(mailbox, 0);  // cells beyond O are sent too, and must find this block
+#endif
+}
+
+template <class Element, bool Packed, int TileM>
+struct Launch {
+  using Op = Operand<Element>;
+  using L = Layout<Element, Packed, TileM>;
+
+  static void configure(cudaLaunchConfig_t& config, cudaLaunchAttribute (&attributes)[2], dim3 grid, int blocks) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = grid.x;
+    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = grid;
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = L::shared_bytes(blocks);
+    config.attrs = attributes;
+    config.numAttrs = 2;
+  }
+
+  static cudaError_t limits(Limits& found) {
+    auto kernel = linear_few<Element, Packed, TileM>;
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::shared_bytes(1));
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    for (int blocks = 1; blocks <= L::kBlocks; ++blocks)
+      for (int splits = 1; splits <= kMaxSplits && L::stages(blocks) >= 3 && error == cudaSuccess; ++splits) {
+        cudaLaunchConfig_t config = {};
+        cudaLaunchAttribute attributes[2] = {};
+        configure(config, attributes, dim3(splits), blocks);
+        config.numAttrs = 1;
+        error = cudaOccupancyMaxActiveClusters(&found.clusters[blocks][splits], kernel, &config);
+      }
+    return error;
+  }
+
+  static int run(const QuambaLinear& a, const Plan& plan, cudaStream_t stream) {
+    static const Encode encode = encoder();
+    if (!encode) return cudaErrorNotSupported;
+    CUtensorMap x_map, w_map;
+    const CUtensorMapDataType words = Packed ? CU_TENSOR_MAP_DATA_TYPE_INT32 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+    constexpr int kInWord = Packed ? 8 : 1;
+    if (!describe(encode, &x_map, Op::kType, a.x, a.K, a.M, a.K * static_cast<long long>(sizeof(Element)), Op::kBox,
+                  TileM, CU_TENSOR_MAP_SWIZZLE_128B) ||
+        !describe(encode, &w_map, words, a.w, a.K / kInWord, a.O, Packed ? a.K / 2 : a.K, kTileK / kInWord, kTileO,
+                  Packed ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B))
+      return cudaErrorInvalidValue;
+    const Weights w{Op::kScaled ? a.w_multiplier : a.w_scale, a.M, a.O, a.K, Packed ? a.K / a.S : 1,
+                    Packed ? static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S) : 0u};
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attributes[2] = {};
+    configure(config, attributes, dim3(plan.splits, (a.M + TileM - 1) / TileM, (a.O + kTileO - 1) / kTileO),
+              plan.blocks);
+    config.stream = stream;
+    const cudaError_t error = cudaLaunchKernelEx(
+        &config, linear_few<Element, Packed, TileM>, x_map, w_map, w,
+        make_finish(a, Op::kScaled ? static_cast<const float*>(a.w_scale) : nullptr), L::stages(plan.blocks));
+    return error != cudaSuccess ? error : cudaGetLastError();
+  }
+};
+
+// What each device allows; a host thread asks once.
+template <class Element, bool Packed>
+cudaError_t limits_here(const Limits (*&limits)[3]) {
+  constexpr int kDevices = 64;
+  static thread_local Limits known[kDevices][3] = {};
+  int ordinal = 0;
+  cudaError_t error = cudaGetDevice(&ordinal);
+  if (error != cudaSuccess) return error;
+  Limits(&here)[3] = known[ordinal % kDevices];
+  if (!here[2].clusters[1][1]) {
+    error = Launch<Element, Packed, 16>::limits(here[0]);
+    if (error == cudaSuccess) error = Launch<Element, Packed, 32>::limits(here[1]);
+    if (error == cudaSuccess) error = Launch<Element, Packed, 64>::limits(here[2]);
+  }
+  limits = &here;
+  return error;
+}
+
+template <class Element, bool Packed>
+int run(const QuambaLinear& a, cudaStream_t stream) {
+  if (a.K <= 0 || a.K % 32 || !quamba::can_finish(a)) return QUAMBA_UNSUPPORTED;
+  if (Packed && (a.S <= 0 || a.S % w4::kChunk || a.K % a.S || static_cast<long long>(a.K) * a.S >> 32))
+    return QUAMBA_UNSUPPORTED;
+  const Limits(*limits)[3];
+  const cudaError_t error = limits_here<Element, Packed>(limits);
+  if (error != cudaSuccess) return error;
+  Plan plan = choose(a, *limits);
+  plan = {plan.tokens, tuned("QUAMBA_SPLITS", plan.splits), tuned("QUAMBA_BLOCKS", plan.blocks)};
+  switch (plan.tokens) {
+    case 16: return Launch<Element, Packed, 16>::run(a, plan, stream);
+    case 32: return Launch<Element, Packed, 32>::run(a, plan, stream);
+    case 64: return Launch<Element, Packed, 64>::run(a, plan, stream);
+    default: return QUAMBA_UNSUPPORTED;
+  }
+}
+
+}  // namespace quamba::few

@@ -1,0 +1,139 @@
+// Packed int4 weights as the operand that wgmma takes from registers, for x fp16, bf16 or int8.
+//
+// A lane's piece of the operand is natural in K. Lane 4 g + t of a warp holds channels g and g + 8, and of every eight
+// columns 2 t and 2 t + 1 (16 bit), which is byte t of a word; of every sixteen 4 t to 4 t + 3 (int8), which is half t
+// of two words. So four lanes read the same words, and a byte permutation that depends on t picks from them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cutlass/numeric_types.h"
+#include "tma.cuh"
+
+namespace quamba::w4 {
+
+using cutlass::bfloat16_t;
+using cutlass::half_t;
+
+constexpr int kTileO = 128, kTileK = 128, kChunk = 64;  // channels, columns; columns that are unpacked at a time
+
+struct Weights {
+  const void* scale;  // fp16 or, for int8 x, int8 multipliers
+  int M, O, K, groups;
+  unsigned inverse;  // 2^32 / S rounded up: k / S is the upper half of k * inverse, for K S below 2^32
+};
+
+// How each type of x has its weights made. Raw: a scale as stored. Factor: it, ready for use. kBox: columns of x that
+// are 128 bytes. fill<Parts>: the registers of 64 columns from eight words of each of two channels, Parts scales each.
+template <class Element>
+struct Operand;
+
+template <class Derived, class Stored>
+struct HalfOperand {
+  using Raw = Stored;
+  using Accumulator = float;
+  static constexpr int kBox = 64, kRegisters = 16;
+  static constexpr bool kScaled = false;
+
+  __device__ static unsigned selector(int t) { return 0x4040 + 0x0101 * t; }
+
+  template <int Parts, class Factor>
+  __device__ __forceinline__ static void fill(unsigned* a, const unsigned (&word)[2][8],
+                                              const Factor (&factor)[Parts][2], unsigned select) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i)  // of every 16 columns: channel g, g + 8, then the same eight columns on
+      a[i] = Derived::pair(word[i % 2][i / 4 * 2 + i % 4 / 2], select, factor[i * Parts / 16][i % 2]);
+  }
+};
+
+template <>
+struct Operand<half_t> : HalfOperand<Operand<half_t>, unsigned short> {
+  using Factor = __half2;
+  static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  __device__ __forceinline__ static Factor factor(Raw raw) { return __half2half2(__ushort_as_half(raw)); }
+  // 1024 + n in the low half, 1024 + 16 n in the high, made n - 8 exactly by one fma, then one rounding
+  __device__ __forceinline__ static unsigned pair(unsigned word, unsigned select, Factor scale) {
+    const unsigned kFactor = 0x2c003c00u, kOffset = 0xd480e408u;  // (1/16, 1), (-72, -1032)
+    unsigned biased = __byte_perm(word, 0x64646464u, select) & 0xfff0ff0fu;
+    __half2 code = __hfma2(reinterpret_cast<__half2&>(biased), reinterpret_cast<const __half2&>(kFactor),
+                           reinterpret_cast<const __half2&>(kOffset));
+    code = __hmul2(code, scale);
+    return reinterpret_cast<unsigned&>(code);
+  }
+};
+
+template <>
+struct Operand<bfloat16_t> : HalfOperand<Operand<bfloat16_t>, unsigned short> {
+  // An fp16 scale is the sum of two bf16, and the product with the small one is exact, so the fma rounds only once.
+  struct Factor {
+    __nv_bfloat162 high, low;
+  };
+  static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  __device__ __forceinline__ static Factor factor(Raw raw) {
+    float scale = __half2float(__ushort_as_half(raw));
+    __nv_bfloat16 high = __float2bfloat16_rn(scale);
+    return {__bfloat162bfloat162(high), __float2bfloat162_rn(scale - __bfloat162float(high))};
+  }
+  __device__ static unsigned selector(int t) { return 0x0400 + 0x0101 * t; }  // byte t of a word and of it >> 4
+  __device__ __forceinline__ static unsigned pair(unsigned word, unsigned select, Factor scale) {
+    const unsigned kOffset = 0xc308c308u, kOne = 0x3f803f80u;  // -136, 1
+    unsigned biased = (__byte_perm(word, word >> 4, select) & 0x000f000fu) | 0x43004300u;  // 128 + n
+    __nv_bfloat162 code = __hfma2(reinterpret_cast<__nv_bfloat162&>(biased),
+                                  reinterpret_cast<const __nv_bfloat162&>(kOne),
+                                  reinterpret_cast<const __nv_bfloat162&>(kOffset));
+    code = __hfma2(code, scale.high, __hmul2(code, scale.low));
+    return reinterpret_cast<unsigned&>(code);
+  }
+};
+
+template <>
+struct Operand<int8_t> {
+  using Raw = unsigned char;
+  using Accumulator = int;
+  struct Factor {
+    unsigned multiplier, offset;
+  };
+  static constexpr int kBox = 128, kRegisters = 8;
+  static constexpr bool kScaled = true;
+  static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  // n m + 128 - 8 m stays within a byte for codes in [-7, 7] and m <= 17, so four products are one multiplication
+  __device__ __forceinline__ static Factor factor(Raw m) { return {m, 0x80808080u - m * 0x08080808u}; }
+  __device__ static unsigned selector(int t) { return 0x1100u + 0x2222u * t; }  // half t of two words, bytes doubled
+
+  template <int Parts>
+  __device__ __forceinline__ static void fill(unsigned* a, const unsigned (&word)[2][8],
+                                              const Factor (&factor)[Parts][2], unsigned select) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {  // of every 32 columns: channel g, g + 8, then the same 16 columns on
+      const unsigned(&w)[8] = word[i % 2];
+      const Factor& f = factor[i * Parts / 8][i % 2];
+      int first = i / 4 * 4 + i % 4 / 2 * 2;
+      unsigned bytes = __byte_perm(w[first], w[first + 1], select);
+      unsigned codes = (bytes & 0x000f000fu) | (bytes >> 4 & 0x0f000f00u);
+      a[i] = (codes * f.multiplier + f.offset) ^ 0x80808080u;
+    }
+  }
+};
+
+// The scales of one step for channels g and g + 8; beyond the ends those of the last ones, whose products are 0 or
+// are not stored.
+template <class Element, int Parts>
+struct Scales {
+  static constexpr int kColumns = kChunk / Parts;
+  typename Operand<Element>::Raw raw[2 * Parts][2];
+
+  template <class W>
+  __device__ __forceinline__ void load(const Weights& w, const W& at, int channel) {
+    auto* scale = static_cast<const typename Operand<Element>::Raw*>(w.scale);
+    int first = min(at.column + channel, w.O - 1) * w.groups, second = min(at.column + channel + 8, w.O - 1) * w.groups;
+#pragma unroll
+    for (int p = 0; p < 2 * Parts; ++p) {
+      int group = min(static_cast<int>(__umulhi(at.step * kTileK + p * kColumns, w.inverse)), w.groups - 1);
+      raw[p][0] = __ldg(scale + first + group);
+      raw[p][1] = __ldg(scale + second + group);
+    }
+  }
+};
+
+}  // namespace quamba::w4
