@@ -31,11 +31,11 @@ template <int QUADS, int MAX_BASE>
 __global__ void __launch_bounds__(kMaxThreads<QUADS>) decode_finish(const __grid_constant__ FinishParams p) {
   extern __shared__ __align__(16) char shared[];
   const QuambaDecode& q = p.q;
-  launch_dependents();
   const int inner = p.channels, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
   if (blockIdx.x >= q.batch) {
     wait_for_previous_kernel();
+    launch_dependents();
     const int stride = (gridDim.x - q.batch) * blockDim.x, half = p.shared_channels / 2;
     for (int i = (blockIdx.x - q.batch) * blockDim.x + threadIdx.x; i < q.batch * p.shared_channels; i += stride) {
       const int batch = i / p.shared_channels, c = i - batch * p.shared_channels;
@@ -75,6 +75,8 @@ __global__ void __launch_bounds__(kMaxThreads<QUADS>) decode_finish(const __grid
   }
 
   wait_for_previous_kernel();
+  // not earlier: while the first kernel runs, blocks of the next linear would crowd where there is room for several
+  launch_dependents();
   const long long start = static_cast<long long>(blockIdx.x) * inner;
   const float4* const u = reinterpret_cast<const float4*>(static_cast<const float*>(q.workspace) + start);
   float v[QUADS][4];
