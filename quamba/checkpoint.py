@@ -121,6 +121,19 @@ class Checkpoint:
         for block in self.spec.blocks:
             for name, shape in _shapes(block).items():
                 self._check_shape(f"{block.path}.{name}", shape)
+            self._check_borrowed(block)
+
+    def _check_borrowed(self, block: BlockSpec) -> None:
+        """Raises UserError where a block holds other weights than those that it should borrow."""
+        if block.borrows is None:
+            return
+        here, lender = f"{block.path}.{block.borrows[0]}.", f"{block.borrows[1]}."
+        known = self._stored if self._conversion is None else self._conversion.sources
+        for name in known:
+            if name.startswith(here) and not torch.equal(
+                self.tensor(name), self.tensor(lender + name.removeprefix(here))
+            ):
+                raise UserError(f"{name} of {self.path} differs from that of {lender[:-1]}, whose weights it should be")
 
     def _check_shape(self, name: str, shape: tuple[int, ...], got: tuple[int, ...] | None = None) -> None:
         key = self._key(name)
@@ -169,7 +182,7 @@ def _shapes(block: BlockSpec) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path, sub in block.norms.items():
         leaves = ("weight",) if sub.norm_kind == "rms" else ("weight", "bias")
-        shapes |= {f"{path}.{leaf}": (sub.mixer.axes["resid"].size,) for leaf in leaves}
+        shapes |= {f"{path}.{leaf}": (sub.width,) for leaf in leaves}
     for sub in block.sublayers:
         shapes |= {sub.mixer.name(param.path): sub.mixer.shape(param) for param in sub.mixer.params}
     return shapes

@@ -22,7 +22,7 @@ from quamba.modules.linear import Linear
 from quamba.modules.mixer import Mixer
 from quamba.modules.norm import Norm
 from quamba.quantizers import Hessian
-from quamba.recipe import Recipe, load_recipe
+from quamba.recipe import FLOAT, Recipe, load_recipe
 from quamba.report import Report
 from quamba.resume import FinishedLayers, forget, key
 from quamba.skeleton import Arguments, Skeleton
@@ -40,6 +40,8 @@ from quamba.transforms import (
 from quamba.transforms.rotate import ResidualRotation
 
 Tensors = dict[str, torch.Tensor]
+Lent = dict[str, torch.nn.Module]
+"""Modules of finished blocks that later ones use, by full path."""
 Progress = Callable[[str, int, int], None]
 ROWS = 4096
 """Rows of the embedding and the head that are rotated at once in fp64."""
@@ -98,22 +100,31 @@ def quantize(
         skeleton = Skeleton(checkpoint.config, model) if model.hosted else None
         hidden, arguments = enter(embedding, tokens, skeleton, plan.batch_size)
         stream = calibrate.Samples(hidden, plan.batch_size, where)
-        largest = done = 0
-        if kept is not None and kept.done:
-            done = kept.restore(writer, stream.hidden)
+        largest, done = 0, 0 if kept is None else kept.done
+        uses = later_uses(checkpoint, recipe, rotation, skeleton, arguments, stream, done)
+        lent: Lent = {}
+        if kept is not None and done:
+            kept.restore(writer, stream.hidden)
             if say is not None:
                 say(f"resuming after {done} of {len(model.blocks)} layers, kept in {kept.folder}")
         for layer, block in enumerate(model.blocks):
             tell("layers", layer, len(model.blocks) + 1)
-            if layer < done:
+            if layer < done and not model.lent(block):
                 continue
             tensors = checkpoint.block(block)
-            largest = max(largest, sum(4 * t.numel() for t in tensors.values()))
             kept_type = next(iter(tensors.values())).dtype
-            module = build(model, block, recipe, layer, kept_type, where, skeleton, arguments)
+            module = build(model, block, recipe, layer, kept_type, where, skeleton, arguments, lent)
+            if kept is not None and layer < done:
+                assert isinstance(module, HostedBlock)
+                module.load(kept.layer(layer))
+                lent |= module.lend(model.lent(block))
+                continue
+            largest = max(largest, sum(4 * t.numel() for t in tensors.values()))
             with naming(f"layer {layer} ({block.path})"):
-                made = quantise_block(module, recipe, tensors, kept_type, rotation, stream)
+                made = quantise_block(module, recipe, tensors, kept_type, rotation, stream, uses)
             writer.add(made)
+            if isinstance(module, HostedBlock):
+                lent |= module.lend(model.lent(block))
             if kept is not None:
                 kept.keep(layer, made, stream.hidden)
             memory.release()
@@ -172,12 +183,49 @@ def build(
     device: torch.device,
     skeleton: Skeleton | None,
     arguments: dict[str, Arguments],
+    lent: Lent,
 ) -> calibrate.Block:
     """A block that computes in fp32 and will store what it keeps in ``dtype``."""
     if skeleton is not None and block.hosted:
-        hosted, passed = skeleton.layer(block.path), arguments[block.path]
-        return HostedBlock(hosted, model, block, recipe, layer, passed, dtype=dtype, device=device)
+        hosted, passed = skeleton.copy(block.path), arguments[block.path]
+        return HostedBlock(hosted, model, block, recipe, layer, passed, lent=lent, dtype=dtype, device=device)
     return RecurrentBlock(model, block, recipe, layer, dtype=dtype, device=device).to(torch.float32)
+
+
+def later_uses(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    rotation: ResidualRotation | None,
+    skeleton: Skeleton | None,
+    arguments: dict[str, Arguments],
+    stream: calibrate.Samples,
+    done: int,
+) -> dict[str, list[calibrate.Use]]:
+    """What reaches the modules that several blocks use, by full path, at every use but the first: found by a pass of
+    the float model, in the quantised one's basis. Empty where nothing of the kind is left after ``done`` layers."""
+    model, uses, lent = checkpoint.spec, dict[str, list[calibrate.Use]](), Lent()
+    if not any(model.lent(block) for block in model.blocks[done:]):
+        return uses
+    last = max(i for i, block in enumerate(model.blocks) if block.borrows is not None)
+    floats = FLOAT.model_copy(update={"fold_norms": recipe.fold_norms})
+    samples = calibrate.Samples(stream.hidden.clone(), stream.batch_size, stream.device)
+    for layer, block in enumerate(model.blocks[: last + 1]):
+        if block.borrows is not None:
+            reached = samples.hidden[..., : model.d_model].clone()
+            uses.setdefault(block.borrows[1], []).append((arguments[block.path], reached))
+        if layer == last:
+            break
+        tensors = checkpoint.block(block)
+        kept_type = next(iter(tensors.values())).dtype
+        module = build(model, block, floats, layer, kept_type, stream.device, skeleton, arguments, lent)
+        module.keep(tensors, kept_type)
+        for sub in block.sublayers:
+            module.hold(sub, transform(tensors, sub, floats, rotation), kept_type)
+        assert isinstance(module, HostedBlock)
+        calibrate.advance(module, block.sublayers[-1], samples)
+        lent |= module.lend(model.lent(block))
+        memory.release()
+    return uses
 
 
 def transform(tensors: Tensors, sub: Sublayer, recipe: Recipe, rotation: ResidualRotation | None) -> Tensors:
@@ -200,26 +248,42 @@ def quantise_block(
     kept_type: torch.dtype,
     rotation: ResidualRotation | None,
     stream: calibrate.Samples,
+    uses: dict[str, list[calibrate.Use]],
 ) -> Tensors:
-    """Transform, calibrate and quantise one block; ``stream`` moves on to what the quantised block gives."""
+    """Transform, calibrate and quantise one block; ``stream`` moves on to what the quantised block gives. What later
+    blocks use too is calibrated on ``uses`` beside it."""
     spec = block.block_spec
     block.keep(tensors, kept_type)
     for sub in spec.sublayers if isinstance(block, HostedBlock) else ():
         # a hosted layer runs whole, so what comes later must be there in floats already
         block.hold(sub, rotated(transform(tensors, sub, recipe, rotation), sub, recipe, block.layer_idx), kept_type)
+        calibrate.let_through(block, sub)
     for sub in spec.sublayers:
         exact = transform(tensors, sub, recipe, rotation)
         exact = cluster(block, sub, recipe, exact, kept_type, stream)
         block.hold(sub, rotated(exact, sub, recipe, block.layer_idx), kept_type)
-        calibrate.collect_ranges(block, sub, stream)
+        seen = reaching(block, sub, stream, uses)
+        calibrate.collect_ranges(block, sub, seen)
         mixer = block.part(sub)
         if isinstance(mixer, Mixer):
             mixer.conv1d.quantise()
-        quantise_linears(block, sub, stream)
+        quantise_linears(block, sub, seen)
     if isinstance(block, HostedBlock):
         calibrate.advance(block, spec.sublayers[-1], stream)
     stream.check()
     return stored(block, spec.path, kept_type)
+
+
+def reaching(
+    block: calibrate.Block, sub: Sublayer, stream: calibrate.Samples, uses: dict[str, list[calibrate.Use]]
+) -> calibrate.Samples:
+    """The samples that a sublayer sees: those of all its uses where there are several."""
+    path = f"{block.block_spec.path}.{sub.mixer.path}."
+    others = next((found for lent, found in uses.items() if path.startswith(f"{lent}.")), None)
+    if others is None:
+        return stream
+    assert isinstance(block, HostedBlock)
+    return calibrate.Uses(block, stream, others)
 
 
 def rotated(tensors: Tensors, sub: Sublayer, recipe: Recipe, layer: int) -> Tensors:
@@ -308,10 +372,10 @@ def quantise_head(
     hessian = Hessian(model.d_model, stream.device)
     linear.input.observe()
     for hidden in stream:
-        linear.input.watch(norm(hidden))
+        linear.input.watch(norm(hidden[..., : model.d_model]))
     linear.input.settle()
     for hidden in stream:
-        codes = linear.input(norm(hidden))
+        codes = linear.input(norm(hidden[..., : model.d_model]))
         hessian.update(calibrate.dequantize(*codes))
     linear.quantise(hessian)
     return {**stored(norm, model.final_norm, head.dtype), **stored(linear, model.head, head.dtype)}

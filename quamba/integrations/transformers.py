@@ -15,6 +15,7 @@ from quamba.layouts.huggingface import contents
 from quamba.layouts.layout import Index
 from quamba.models import ARCHITECTURES, describe
 from quamba.modules.block import RecurrentBlock
+from quamba.modules.borrowed import Borrowed
 from quamba.modules.embedding import Embedding
 from quamba.modules.host import fit, folds, mixer_class, put
 from quamba.modules.linear import Linear
@@ -89,6 +90,9 @@ def swap(model: Any, recipe: Recipe, dtype: torch.dtype, device: torch.device | 
             fit(model.get_submodule(block.path), spec, block, recipe, layer, **made)
         else:
             put(model, block.path, RecurrentBlock(spec, block, recipe, layer, **made))
+        if block.borrows is not None:
+            path, lender = block.borrows
+            put(model, f"{block.path}.{path}", Borrowed(model.get_submodule(lender)))
     folded = folds(recipe, spec.final_norm_kind)
     if folded or not spec.hosted:
         put(model, spec.final_norm, Norm(spec.d_model, spec.eps, folded=folded, **made))
@@ -110,6 +114,10 @@ def use_operators(model: Any) -> None:
             if mixer_class(sub.mixer) is not None:
                 weights = fold_factors(weights, sub.mixer, f"{block.path}.{sub.mixer.path}.")
     swap(model, FLOAT, model.dtype, model.device)
+    for block in describe(model.config).blocks:
+        if block.borrows is not None:
+            borrowed = f"{block.path}.{block.borrows[0]}."
+            weights = {name: tensor for name, tensor in weights.items() if not name.startswith(borrowed)}
     model.load_state_dict(weights)
 
 

@@ -166,19 +166,28 @@ class Sublayer:
     gain_offset: float = 0.0
     residual_weighted: bool = False
 
+    @property
+    def width(self) -> int:
+        """Channels that the norm sees: those of the stream, or of what lies beside it too."""
+        read = (self.mixer.size(proj.input) for proj in self.mixer.projs if proj.reads == "residual")
+        return next(read, self.mixer.axes["resid"].size)
+
 
 @dataclass(frozen=True)
 class BlockSpec:
     """One block of the model: its path and its sublayers in order.
 
     hosted: transformers' own layer runs, with quamba's norms, linears and recurrent mixers in the places of its parts.
-    params: tensors of the block that belong to no sublayer, left as they are.
+    params: tensors of the block that belong to no sublayer, left as they are. borrows: (path below this block, full path
+    of the module of an earlier block that stands there too): its weights exist once, its sublayers are the earlier
+    block's.
     """
 
     path: str
     sublayers: tuple[Sublayer, ...]
     hosted: bool = False
     params: tuple[str, ...] = ()
+    borrows: tuple[str, str] | None = None
 
     @property
     def norms(self) -> dict[str, Sublayer]:
@@ -191,6 +200,7 @@ class ModelSpec:
     """A whole model: where the residual stream begins, its blocks, where it ends.
 
     returns: length of the tuple that a hosted layer returns, its hidden states first; 0 for the bare tensor.
+    passes_embedding: hosted layers take what left the embedding as their first argument beside the hidden states.
     """
 
     d_model: int
@@ -202,6 +212,7 @@ class ModelSpec:
     head: str
     residual_fp32: bool = True
     returns: int = 0
+    passes_embedding: bool = False
     final_norm_kind: Literal["rms", "layer"] = "rms"
     final_gain_offset: float = 0.0
 
@@ -209,6 +220,18 @@ class ModelSpec:
     def hosted(self) -> bool:
         """Whether transformers' own layers run somewhere."""
         return any(block.hosted for block in self.blocks)
+
+    def lent(self, block: BlockSpec) -> tuple[str, ...]:
+        """Full paths of the modules of a block that later ones borrow."""
+        borrowed = {other.borrows[1] for other in self.blocks if other.borrows is not None}
+        return tuple(sorted(path for path in borrowed if path.startswith(f"{block.path}.")))
+
+    @property
+    def streams(self) -> int:
+        """How many tensors of the samples' hidden states are held at once, at most, while quantising."""
+        borrows = sum(block.borrows is not None for block in self.blocks)
+        together = 2 if self.passes_embedding else 1
+        return together + (borrows + together if borrows else 0)
 
 
 @dataclass(frozen=True)
