@@ -92,10 +92,10 @@ def stages(block: Block, sub: Sublayer) -> list[Stage]:
         linears = block.linears(sub, proj)
         if proj.stack:
             out += _affordable([[linear] for linear in linears])
-        elif linears and out and proj.role == role:
-            out[-1].append(linears)
         elif linears and out and proj.reads == reads and len(out[-1]) == 1 and not _stacked(sub, reads):
             out[-1][0] += linears
+        elif linears and out and proj.role == role:
+            out[-1].append(linears)
         elif linears:
             out.append([linears])
         reads, role = proj.reads, proj.role

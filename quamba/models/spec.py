@@ -178,9 +178,9 @@ class BlockSpec:
     """One block of the model: its path and its sublayers in order.
 
     hosted: transformers' own layer runs, with quamba's norms, linears and recurrent mixers in the places of its parts.
-    params: tensors of the block that belong to no sublayer, left as they are. borrows: (path below this block, full path
-    of the module of an earlier block that stands there too): its weights exist once, its sublayers are the earlier
-    block's.
+    params: tensors of the block that belong to no sublayer, left as they are. borrows: (path below this block, full
+    path of the module of an earlier block that stands there too): its weights exist once, its sublayers are the
+    earlier block's.
     """
 
     path: str
