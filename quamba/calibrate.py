@@ -164,7 +164,7 @@ def collect_inputs(
             hessian.update(dequantize(*x))
             if keep:
                 kept.append(x)
-            if len(stage) == 1:
+            if len(stage) == 1 and not (isinstance(block, HostedBlock) and block.repeats):
                 raise _Seen
 
         linear.capture = see

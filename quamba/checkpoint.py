@@ -16,7 +16,7 @@ from quamba.conversion import Conversion
 from quamba.errors import UserError
 from quamba.layouts.layout import read_json
 from quamba.layouts.limits import check_sizes
-from quamba.models import architecture, describe
+from quamba.models import architecture, describe, undescribed
 from quamba.models.spec import BlockSpec
 from quamba.pretrained import UNREADABLE, sentence
 from quamba.skeleton import Skeleton
@@ -60,15 +60,18 @@ def resolve(source: str | Path) -> Path:
 class Checkpoint:
     """A model directory whose tensors are read one by one, under the names that its architecture uses today."""
 
-    def __init__(self, source: str | Path, tokenizer: str | Path | None = None) -> None:
-        """tokenizer: as quamba.tokenizer.open_tokenizer takes it; None for the checkpoint's own."""
+    def __init__(
+        self, source: str | Path, tokenizer: str | Path | None = None, *, linears_only: bool = False
+    ) -> None:
+        """tokenizer: as quamba.tokenizer.open_tokenizer takes it; None for the checkpoint's own. linears_only: of the
+        model's structure nothing needs to be known."""
         self.source, self.path = str(source), resolve(source)
         self.layout = layouts.find(self.path)
         found = self.layout.index(self.path)
         check_sizes(self.path, len(found))
         self.config: Any = self.layout.config(self.path)
-        self.architecture = architecture(self.config)
-        self.spec = describe(self.config)
+        self.architecture = undescribed(self.config) if linears_only else architecture(self.config)
+        self.spec = self.architecture.describe(self.config) if linears_only else describe(self.config)
         self._stored = {self._today(name): stored for name, stored in found.items()}
         self.quantised = getattr(self.config, "quantization_config", None) is not None
         self._conversion: Conversion | None = None

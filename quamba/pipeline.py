@@ -12,6 +12,7 @@ import torch
 from quamba import calibrate, calibration, card, memory
 from quamba.checkpoint import Checkpoint, Writer
 from quamba.errors import UserError
+from quamba.linears_only import quantize as quantize_linears
 from quamba.loading import pick_device
 from quamba.models import check_recipe
 from quamba.models.spec import BlockSpec, ModelSpec, Sublayer
@@ -61,6 +62,7 @@ def quantize(
     device: str = "auto",
     overwrite: bool = False,
     resume: bool = False,
+    linears_only: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Report:
@@ -69,14 +71,23 @@ def quantize(
     tokenizer: a directory, a Hub id or a SentencePiece file, for a checkpoint that comes without one.
     calibration_text: a text file, a dataset's name, or None for the embedded text; samples windows of seqlen tokens
     (None: as the recipe says) drawn with the seed. resume: keep finished layers beside the output until it is complete,
-    and go on after those that an interrupted run kept; ``say`` is told so in a line. Raises UserError for what the user
-    got wrong; a killed or failed run leaves ``output`` as it was.
+    and go on after those that an interrupted run kept; ``say`` is told so in a line. linears_only: quantise the linears
+    of a model of any type, and nothing else. Raises UserError for what the user got wrong; a killed or failed run
+    leaves ``output`` as it was.
     """
     start, tell = time.perf_counter(), progress or (lambda phase, done, total: None)
-    recipe, checkpoint, where = load_recipe(recipe), Checkpoint(source, tokenizer), pick_device(device)
+    recipe, where = load_recipe(recipe), pick_device(device)
+    checkpoint = Checkpoint(source, tokenizer, linears_only=linears_only)
     if checkpoint.quantised:
         raise UserError(f"{checkpoint.path} is quantised already; give the original checkpoint")
     model, plan = checkpoint.spec, recipe.calibration
+    if linears_only:
+        if resume:
+            raise UserError("--resume keeps finished layers, and --linears-only holds the whole model; leave one out")
+        return quantize_linears(
+            checkpoint, recipe, output, calibration_text=calibration_text, samples=samples or plan.samples,
+            seqlen=seqlen or plan.seqlen, seed=seed, device=device, overwrite=overwrite, progress=tell,
+        )  # fmt: skip
     check_recipe(recipe, model)
     checkpoint.check()
     tokens = calibration.windows(

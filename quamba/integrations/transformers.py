@@ -21,6 +21,7 @@ from quamba.modules.host import fit, folds, mixer_class, put
 from quamba.modules.linear import Linear
 from quamba.modules.lowbit import LowBit
 from quamba.modules.norm import Norm
+from quamba.modules.undescribed import replace
 from quamba.recipe import FLOAT, FORMAT_VERSION, Recipe, parse_recipe
 from quamba.transforms import fold_factors
 
@@ -28,16 +29,24 @@ NAME = "quamba"
 
 
 class QuambaConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a quantised directory: a format version and the resolved recipe."""
+    """The ``quantization_config`` of a quantised directory: a format version and the resolved recipe. linears_only:
+    of a model that no file describes, "kept": paths of the linears that stay floats, and "tied": path -> path of the
+    linear that stands there too."""
 
     quant_method: Any  # transformers takes any name here, but declares an enumeration of its own
 
     def __init__(
-        self, recipe: dict[str, Any] | None = None, format_version: int = FORMAT_VERSION, **kwargs: Any
+        self,
+        recipe: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        linears_only: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         self.quant_method = NAME
         self.recipe = recipe or FLOAT.model_dump(mode="json")
         self.format_version = format_version
+        if linears_only is not None:
+            self.linears_only = linears_only
         if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
             raise UserError(
                 f"this directory has quamba format version {format_version}, this quamba reads up to {FORMAT_VERSION}: "
@@ -55,7 +64,14 @@ class QuambaQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         recipe = parse_recipe(self.quantization_config.recipe, "quantization_config")
-        swap(model, recipe, model.config.dtype or torch.float32, "meta")
+        dtype = model.config.dtype or torch.float32
+        undescribed = getattr(self.quantization_config, "linears_only", None)
+        if undescribed is None:
+            swap(model, recipe, dtype, "meta")
+        else:
+            kept, tied = undescribed.get("kept", []), undescribed.get("tied", {})
+            for linear in replace(model, recipe, kept, tied, dtype, "meta").values():
+                linear._is_hf_initialized = True
         stored: Index = {}
         for file in checkpoint_files or []:
             stored |= contents(Path(file))

@@ -6,9 +6,12 @@ import importlib
 import pkgutil
 from typing import Any
 
+import torch
+
 from quamba import formats
 from quamba.errors import UserError
 from quamba.models.spec import Architecture, Axis, ModelSpec
+from quamba.pretrained import UNREADABLE, sentence
 from quamba.recipe import Recipe
 
 ARCHITECTURES: dict[str, Architecture] = {}
@@ -23,8 +26,33 @@ def architecture(config: Any) -> Architecture:
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"model type {config.model_type!r} is not supported; known types are {known}")
+        raise UserError(
+            f"model type {config.model_type!r} is not supported; known types are {known}; "
+            "of others the linears alone can be quantised (--linears-only)"
+        )
     return found
+
+
+def undescribed(config: Any) -> Architecture:
+    """The architecture of a config that no file describes: all that is known is where its tokens enter and leave.
+
+    Raises UserError where transformers makes no language model of it.
+    """
+
+    def outline(config: Any) -> ModelSpec:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with torch.device("meta"):
+                model: Any = AutoModelForCausalLM.from_config(config)
+            table, head = model.get_input_embeddings(), model.get_output_embeddings()
+            names = {id(module): path for path, module in model.named_modules()}
+            vocab, width = table.weight.shape
+        except UNREADABLE as error:
+            raise UserError(f"transformers makes no language model of it: {sentence(error)}") from error
+        return ModelSpec(width, vocab, 0.0, names[id(table)], (), "", names.get(id(head), ""))
+
+    return Architecture(config.model_type, outline, ())
 
 
 def describe(config: Any) -> ModelSpec:

@@ -96,7 +96,10 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 class HostedBlock:
     """A transformers layer on its way from floats to codes. arguments: what its model passes it beside the hidden
-    states, for each batch size; lent: modules of earlier blocks by their full paths, where it borrows one."""
+    states, for each batch size; lent: modules of earlier blocks by their full paths, where it borrows one.
+    repeats: a linear may be called several times in a run."""
+
+    repeats = False
 
     def __init__(
         self,
