@@ -12,6 +12,7 @@ import torch
 from quamba import calibrate, calibration, card, memory
 from quamba.checkpoint import Checkpoint, Writer
 from quamba.errors import UserError
+from quamba.lending import Lent, Uses, later_uses, reaching
 from quamba.linears_only import quantize as quantize_linears
 from quamba.loading import pick_device
 from quamba.models import check_recipe
@@ -41,8 +42,6 @@ from quamba.transforms import (
 from quamba.transforms.rotate import ResidualRotation
 
 Tensors = dict[str, torch.Tensor]
-Lent = dict[str, torch.nn.Module]
-"""Modules of finished blocks that later ones use, by full path."""
 Progress = Callable[[str, int, int], None]
 ROWS = 4096
 """Rows of the embedding and the head that are rotated at once in fp64."""
@@ -112,8 +111,8 @@ def quantize(
         hidden, arguments = enter(embedding, tokens, skeleton, plan.batch_size)
         stream = calibrate.Samples(hidden, plan.batch_size, where)
         largest, done = 0, 0 if kept is None else kept.done
-        uses = later_uses(checkpoint, recipe, rotation, skeleton, arguments, stream, done)
-        lent: Lent = {}
+        floats = in_floats(checkpoint, recipe, rotation, skeleton, arguments, where)
+        uses, lent = later_uses(model, arguments, stream, done, floats), Lent()
         if kept is not None and done:
             kept.restore(writer, stream.hidden)
             if say is not None:
@@ -203,40 +202,28 @@ def build(
     return RecurrentBlock(model, block, recipe, layer, dtype=dtype, device=device).to(torch.float32)
 
 
-def later_uses(
+def in_floats(
     checkpoint: Checkpoint,
     recipe: Recipe,
     rotation: ResidualRotation | None,
     skeleton: Skeleton | None,
     arguments: dict[str, Arguments],
-    stream: calibrate.Samples,
-    done: int,
-) -> dict[str, list[calibrate.Use]]:
-    """What reaches the modules that several blocks use, by full path, at every use but the first: found by a pass of
-    the float model, in the quantised one's basis. Empty where nothing of the kind is left after ``done`` layers."""
-    model, uses, lent = checkpoint.spec, dict[str, list[calibrate.Use]](), Lent()
-    if not any(model.lent(block) for block in model.blocks[done:]):
-        return uses
-    last = max(i for i, block in enumerate(model.blocks) if block.borrows is not None)
+    device: torch.device,
+) -> Callable[[int, BlockSpec, Lent], HostedBlock]:
+    """What builds a block that runs on its transformed float weights, for quamba.lending."""
     floats = FLOAT.model_copy(update={"fold_norms": recipe.fold_norms})
-    samples = calibrate.Samples(stream.hidden.clone(), stream.batch_size, stream.device)
-    for layer, block in enumerate(model.blocks[: last + 1]):
-        if block.borrows is not None:
-            reached = samples.hidden[..., : model.d_model].clone()
-            uses.setdefault(block.borrows[1], []).append((arguments[block.path], reached))
-        if layer == last:
-            break
+
+    def made(layer: int, block: BlockSpec, lent: Lent) -> HostedBlock:
         tensors = checkpoint.block(block)
         kept_type = next(iter(tensors.values())).dtype
-        module = build(model, block, floats, layer, kept_type, stream.device, skeleton, arguments, lent)
+        module = build(checkpoint.spec, block, floats, layer, kept_type, device, skeleton, arguments, lent)
+        assert isinstance(module, HostedBlock)
         module.keep(tensors, kept_type)
         for sub in block.sublayers:
             module.hold(sub, transform(tensors, sub, floats, rotation), kept_type)
-        assert isinstance(module, HostedBlock)
-        calibrate.advance(module, block.sublayers[-1], samples)
-        lent |= module.lend(model.lent(block))
-        memory.release()
-    return uses
+        return module
+
+    return made
 
 
 def transform(tensors: Tensors, sub: Sublayer, recipe: Recipe, rotation: ResidualRotation | None) -> Tensors:
@@ -259,7 +246,7 @@ def quantise_block(
     kept_type: torch.dtype,
     rotation: ResidualRotation | None,
     stream: calibrate.Samples,
-    uses: dict[str, list[calibrate.Use]],
+    uses: Uses,
 ) -> Tensors:
     """Transform, calibrate and quantise one block; ``stream`` moves on to what the quantised block gives. What later
     blocks use too is calibrated on ``uses`` beside it."""
@@ -283,18 +270,6 @@ def quantise_block(
         calibrate.advance(block, spec.sublayers[-1], stream)
     stream.check()
     return stored(block, spec.path, kept_type)
-
-
-def reaching(
-    block: calibrate.Block, sub: Sublayer, stream: calibrate.Samples, uses: dict[str, list[calibrate.Use]]
-) -> calibrate.Samples:
-    """The samples that a sublayer sees: those of all its uses where there are several."""
-    path = f"{block.block_spec.path}.{sub.mixer.path}."
-    others = next((found for lent, found in uses.items() if path.startswith(f"{lent}.")), None)
-    if others is None:
-        return stream
-    assert isinstance(block, HostedBlock)
-    return calibrate.Uses(block, stream, others)
 
 
 def rotated(tensors: Tensors, sub: Sublayer, recipe: Recipe, layer: int) -> Tensors:

@@ -105,7 +105,8 @@ def test_layers_that_are_a_chain_are_told_from_others(original):
                 args, kwargs = chain.arguments[path][2]
                 hidden = linears_only.first(model.get_submodule(path)(hidden, *args, **kwargs))
             left = []
-            handle = model.get_submodule(chain.paths[-1]).register_forward_hook(lambda m, args, output: left.append(output))
+            last = model.get_submodule(chain.paths[-1])
+            handle = last.register_forward_hook(lambda module, args, output: left.append(output))
             model(tokens[:2], use_cache=False)
             handle.remove()
             assert torch.allclose(hidden, linears_only.first(left[0]), atol=1e-5)

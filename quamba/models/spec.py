@@ -46,13 +46,15 @@ class Param:
 class Output:
     """A stretch of a projection's outputs. post: the elementwise or channel-wise steps before its consumer; a step
     "rms" is an RMS norm over the stretch, whose gain lies at ``gain`` below the mixer (None: it has none). factor: a
-    constant that multiplies the stretch in the original; quamba's own mixers have it in the weight."""
+    constant that multiplies the stretch in the original; quamba's own mixers have it in the weight. within: the outputs
+    that lie one after the other in every member of the stretch's first axis."""
 
     name: str
     segment: Segment
     post: tuple[str, ...] = ()
     gain: str | None = None
     factor: float = 1.0
+    within: tuple[Output, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,23 @@ class Proj:
         """Path of the weight below the mixer."""
         return self.path if self.stack else f"{self.path}.weight"
 
+    @property
+    def parts(self) -> tuple[Output, ...]:
+        """Its outputs, those within others in their place."""
+        return tuple(part for output in self.outputs for part in output.within or (output,))
+
 
 @dataclass(frozen=True)
 class ScanInput:
-    """What enters the recurrence, and how it may become int8: groups are axes that get a scale of their own."""
+    """What enters the recurrence, and how it may become int8: groups are axes that get a scale of their own. at: where
+    transformers' own code hands it on: the path of a module below the mixer and the argument that it is of its call,
+    None for what the module returns."""
 
     name: str
     role: str
     axes: tuple[str, ...]
     semantics: Literal["value", "key", "query", "rate"]
+    at: tuple[str, str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,23 @@ class MixerSpec:
     def size(self, segment: Segment) -> int:
         """Channels of a segment."""
         return prod(self.axes[name].size for name in segment)
+
+    def rows(self, proj: Proj, name: str) -> list[int]:
+        """The rows of a projection that give the output of a name; none where it gives no such."""
+        start = 0
+        for output in proj.outputs:
+            size = self.size(output.segment)
+            if output.name == name:
+                return list(range(start, start + size))
+            outer, offset = self.axes[output.segment[0]].size, 0
+            for part in output.within:
+                own = self.size(part.segment)
+                if part.name == name:
+                    firsts = range(start + offset, start + size, size // outer)
+                    return [first + row for first in firsts for row in range(own)]
+                offset += own
+            start += size
+        return []
 
     @property
     def out_proj(self) -> Proj | None:

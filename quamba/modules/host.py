@@ -11,16 +11,19 @@ from torch import nn
 
 from quamba.models.spec import BlockSpec, MixerSpec, ModelSpec, Proj, Sublayer
 from quamba.modules.borrowed import Borrowed
+from quamba.modules.delta_rule import DeltaRule
 from quamba.modules.experts import Experts
 from quamba.modules.linear import Linear
 from quamba.modules.mixer import Mixer
 from quamba.modules.norm import Norm
 from quamba.modules.selective import SelectiveMixer
 from quamba.modules.ssd import SSDMixer
+from quamba.modules.watched_inputs import WatchedInputs
 from quamba.recipe import LinearSpec, Recipe
 from quamba.transforms.fold import folding_illegal
 from quamba.transforms.rotate import output_block
 
+DELTA_RULES = ("delta", "kda")
 MIXERS: dict[str, type[Mixer]] = {"selective": SelectiveMixer, "ssd": SSDMixer}
 
 
@@ -66,6 +69,13 @@ def fit(
                 mixer.register_buffer(name, old._buffers[name], persistent=False)
             put(layer, spec.path, mixer)
             continue
+        part = layer.get_submodule(spec.path)
+        if spec.scan is not None and spec.scan.family in DELTA_RULES:
+            part = DeltaRule(part, spec)
+            put(layer, spec.path, part)
+            part.furnish(spec, recipe, index, **made)
+        elif any(i.at is not None for i in spec.inputs):
+            WatchedInputs().attach(part, spec, recipe, index, **made)
         rotated = output_block(spec, recipe.rotate.block) if recipe.rotate.output else 0
         if any(proj.stack and recipe.linear(proj.role, index).format != "float" for proj in spec.projs):
             path = next(spec.name(proj.path).rpartition(".")[0] for proj in spec.projs if proj.stack)
