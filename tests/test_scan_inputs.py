@@ -6,9 +6,11 @@ from safetensors.torch import load_file
 
 import quamba
 from quamba import calibration
+from quamba.decoding import Decoder
 from quamba.models import ARCHITECTURES, describe
 from quamba.modules.delta_rule import DeltaRule
 from quamba.modules.site import Site
+from quamba.modules.state import RecurrentState
 from quamba.recipe import parse_recipe
 
 FAMILIES = [
@@ -122,3 +124,18 @@ def test_rates_are_never_rounded(tiny_checkpoint, quantise):
     folder, _ = tiny_checkpoint("kimi_linear")
     output = quantise(folder, parse_recipe({**PLAIN, "activations": {"default": {}}}, "all"))
     assert not [name for name in load_file(output / "model.safetensors") if "scan_rate" in name or "scan_beta" in name]
+
+
+@pytest.mark.parametrize("dtype, close", [("float32", 1e-4), ("float16", 1e-2), ("int8", 0.5)])
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "kimi_linear"])
+def test_a_delta_rules_state_is_stored_as_asked(model_type, dtype, close, tiny_checkpoint, quantise):
+    folder, _ = tiny_checkpoint(model_type)
+    recipe = parse_recipe({**PLAIN, "state": {"dtype": "int8", "delta_rule": dtype, "rounding": "stochastic"}}, "state")
+    model, _ = quamba.load(quantise(folder, recipe, samples=1, seqlen=8), device="cpu")
+    decoder = Decoder(model, capture=False)
+    with torch.inference_mode():
+        steps = [decoder.forward(part) for part in IDS.split(1, 1)]
+    states = [layer.recurrent for layer in next(iter(decoder.cache.values())).layers if isinstance(layer, RecurrentState)]
+    assert states and all(state.dtype == getattr(torch, dtype) for state in states)
+    error = change(torch.stack(steps, 1), logits(model))
+    assert error < close and (dtype == "float32" or error > 1e-6)

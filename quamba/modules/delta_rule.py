@@ -22,7 +22,7 @@ L2_EPS = 1e-6
 
 class DeltaRule(ScanInputs):
     """Projections -> conv + SiLU -> queries, keys and values (int8 where a recipe asks) -> delta rule -> gated norm ->
-    projection. The decay is one number per head, or one per key channel; the state stays fp32."""
+    projection. The decay is one number per head, or one per key channel; the state is fp32 unless a recipe asks."""
 
     conv1d: nn.Conv1d
 
@@ -42,6 +42,7 @@ class DeltaRule(ScanInputs):
         self._A_log, self._dt_bias = (
             next(p.path for p in spec.params if p.path.endswith(leaf)) for leaf in ("A_log", "dt_bias")
         )
+        self.state_spec = StateSpec()
         self._bound: tuple[Any, ...] = ()
         self._setting: Setting | None = None
         self._places: dict[tuple[str, torch.device], torch.Tensor] = {}
@@ -56,6 +57,8 @@ class DeltaRule(ScanInputs):
         device: torch.device | str | None = None,
     ) -> None:
         """Rates of writing and forgetting stay floats."""
+        asked = recipe.state_of(layer)
+        self.state_spec = asked.model_copy(update={"dtype": asked.delta_rule})
         entering = replace(spec, inputs=tuple(i for i in spec.inputs if i.semantics != "rate"))
         super().furnish(entering, recipe, layer, dtype=dtype, device=device)
 
@@ -75,7 +78,7 @@ class DeltaRule(ScanInputs):
         found = self.project(hidden_states)
         state = self.state_of(cache, batch, hidden_states)
         mixed = torch.cat([found[name] for name in self.parts], -1)
-        conv, scan, update = self._operators(mixed)
+        conv, scan, update, store = self._operators(mixed)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         mixed = conv(mixed, weight, bias, None if state is None else state.conv, out_dtype=mixed.dtype)
         sizes = {"q": self.key, "k": self.key, "v": self.value}
@@ -90,7 +93,7 @@ class DeltaRule(ScanInputs):
         else:
             o, last = scan(*taken, state.value() if state is not None and state.filled else None, **options)
             if state is not None:
-                state.recurrent.copy_(last)
+                store(last, state.recurrent, state.scale, state.rng)
                 state.seen()
         assert self.mixer_spec.out is not None and self.mixer_spec.out_proj is not None
         norm = self.get_submodule(str(self.mixer_spec.out.norm_weight).rpartition(".")[0])
@@ -128,7 +131,7 @@ class DeltaRule(ScanInputs):
             conv = like.new_zeros(batch, self.conv1d.weight.shape[-1] - 1, sum(self.parts.values()))
             kind, beside = HybridState if isinstance(state, DynamicLayer) else RecurrentState, state
             shape = (batch, self.heads, self.value, self.key)
-            state = cache.layers[self.layer_idx] = kind(conv, shape, StateSpec(), self.layer_idx, like.device)
+            state = cache.layers[self.layer_idx] = kind(conv, shape, self.state_spec, self.layer_idx, like.device)
             if isinstance(state, HybridState):
                 state.adopt(beside)
         return state
@@ -137,5 +140,6 @@ class DeltaRule(ScanInputs):
         setting = Setting(x.device.type, x.dtype)
         if self._setting != setting:
             self._setting = setting
-            self._bound = tuple(op.bind(setting) for op in (ops.causal_conv1d, ops.delta_scan, ops.delta_update))
+            used = ops.causal_conv1d, ops.delta_scan, ops.delta_update, ops.quantize_state
+            self._bound = tuple(op.bind(setting) for op in used)
         return self._bound
