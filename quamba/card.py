@@ -39,9 +39,12 @@ def files(
 
 
 def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What config.json should say of the original: what it does say, or what another layout stands for."""
+    """What config.json should say of the original: what it does say, or what another layout, or the part of it that is
+    a language model, stands for."""
     if checkpoint.layout.native:
-        return read_json(checkpoint.path / "config.json")
+        said = read_json(checkpoint.path / "config.json")
+        if said["model_type"] == checkpoint.config.model_type:
+            return said
     config: dict[str, Any] = json.loads(checkpoint.config.to_json_string())
     return config
 

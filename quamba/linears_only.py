@@ -122,10 +122,11 @@ def quantize(
 
 def check_roles(recipe: Recipe, paths: Iterable[str]) -> None:
     """Raises UserError for a role of linears that neither this model nor any architecture has."""
-    known = roles()[0] | {path.rpartition(".")[2] for path in paths}
+    own = {"default", "lm_head", *(path.rpartition(".")[2] for path in paths)}
+    known = roles()[0] | own
     for role in [*recipe.linears, *(role for override in recipe.layers for role in override.linears)]:
         if role not in known:
-            raise UserError(f"recipe {recipe.name}: unknown role {role!r} in linears; known: {sorted(known)}")
+            raise UserError(f"recipe {recipe.name}: unknown role {role!r} in linears; known: {sorted(own)}")
 
 
 def quantise(part: Part, samples: calibrate.Samples) -> None:

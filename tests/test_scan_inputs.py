@@ -1,4 +1,4 @@
-"""What enters recurrences other than Mamba's: int8 with static scales where a recipe asks, gates and rates in floats."""
+"""What enters recurrences other than Mamba's: int8 with static scales where a recipe asks, and nothing else."""
 
 import pytest
 import torch
@@ -135,7 +135,8 @@ def test_a_delta_rules_state_is_stored_as_asked(model_type, dtype, close, tiny_c
     decoder = Decoder(model, capture=False)
     with torch.inference_mode():
         steps = [decoder.forward(part) for part in IDS.split(1, 1)]
-    states = [layer.recurrent for layer in next(iter(decoder.cache.values())).layers if isinstance(layer, RecurrentState)]
+    layers = next(iter(decoder.cache.values())).layers
+    states = [layer.recurrent for layer in layers if isinstance(layer, RecurrentState)]
     assert states and all(state.dtype == getattr(torch, dtype) for state in states)
     error = change(torch.stack(steps, 1), logits(model))
     assert error < close and (dtype == "float32" or error > 1e-6)
