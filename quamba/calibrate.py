@@ -13,11 +13,14 @@ from quamba.modules.host import HostedBlock
 from quamba.modules.linear import Linear
 from quamba.modules.lowbit import LowBit
 from quamba.modules.mixer import Mixer
+from quamba.modules.scan_inputs import ScanInputs
 from quamba.modules.site import Site
 from quamba.quantizers import Hessian
+from quamba.skeleton import Arguments
 from quamba_kernels.ops import Activation, dequantize
 
 Block = RecurrentBlock | HostedBlock
+Use = tuple[Arguments, torch.Tensor]
 Stage = list[list[Linear]]
 """Linears that can be quantised once all before them are: each inner list reads one and the same input."""
 
@@ -49,27 +52,57 @@ class Samples:
         return Samples(self.hidden[:samples], self.batch_size, self.device)
 
 
+class Uses(Samples):
+    """What reaches a part that several blocks use: at the first of them what the quantised model gives, at the others
+    what the float model gives. The layer runs with the arguments of the use in question.
+
+    others: for each later use, its arguments and its hidden states, without what lies beside them everywhere.
+    """
+
+    def __init__(self, block: HostedBlock, first: Samples, others: list[Use]) -> None:
+        super().__init__(first.hidden, first.batch_size, first.device)
+        self.block, self.others = block, others
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield from super().__iter__()
+        own = self.block.arguments
+        try:
+            for arguments, hidden in self.others:
+                self.block.arguments = arguments
+                beside = self.hidden[..., hidden.shape[-1] :]
+                for parts in zip(hidden.split(self.batch_size), beside.split(self.batch_size), strict=True):
+                    yield torch.cat(parts, -1).to(self.device)
+        finally:
+            self.block.arguments = own
+
+
 def sites(block: Block, sub: Sublayer) -> list[Site]:
-    """Every site of a sublayer; a part that stays transformers' has those of its linears, and may hold other parts."""
+    """Every site of a sublayer; a hosted part has those of its linears and of what its scan reads, and may hold other
+    parts."""
     part = block.part(sub)
     if isinstance(part, Mixer):
         return [m for m in part.modules() if isinstance(m, Site)]
-    return [linear.input for proj in sub.mixer.projs for linear in block.linears(sub, proj)]
+    entering = (m for m in (part, *part.children()) if isinstance(m, ScanInputs)) if sub.mixer.scan else ()
+    own = [site for module in entering for site in module.sites]
+    return [*own, *(linear.input for proj in sub.mixer.projs for linear in block.linears(sub, proj))]
 
 
 def stages(block: Block, sub: Sublayer) -> list[Stage]:
-    """The linears of a sublayer in the order of execution; projections that read the same go together."""
+    """The linears of a sublayer in the order of execution; projections that read the same go together, and those of
+    one role side by side."""
     out: list[Stage] = []
-    reads = ""
+    reads = role = ""
     for proj in sub.mixer.projs:
         linears = block.linears(sub, proj)
         if proj.stack:
             out += _affordable([[linear] for linear in linears])
         elif linears and out and proj.reads == reads and len(out[-1]) == 1 and not _stacked(sub, reads):
             out[-1][0] += linears
+        elif linears and out and proj.role == role:
+            out[-1].append(linears)
         elif linears:
             out.append([linears])
-        reads = proj.reads
+        reads, role = proj.reads, proj.role
     return out
 
 
@@ -82,10 +115,15 @@ def _affordable(stage: Stage) -> list[Stage]:
     return [stage[start : start + count] for start in range(0, len(stage), count)]
 
 
-def collect_ranges(block: Block, sub: Sublayer, samples: Samples) -> None:
-    """Let the float sublayer run and set the scale of every static site from what passes it."""
+def let_through(block: Block, sub: Sublayer) -> None:
+    """Let floats pass a sublayer that is not calibrated yet."""
     for site in sites(block, sub):
         site.observe()
+
+
+def collect_ranges(block: Block, sub: Sublayer, samples: Samples) -> None:
+    """Let the float sublayer run and set the scale of every static site from what passes it."""
+    let_through(block, sub)
     rebind(block)
     for hidden in samples:
         block.run(sub, hidden)
@@ -130,7 +168,7 @@ def collect_inputs(
             hessian.update(dequantize(*x))
             if keep:
                 kept.append(x)
-            if len(stage) == 1:
+            if len(stage) == 1 and not (isinstance(block, HostedBlock) and block.repeats):
                 raise _Seen
 
         linear.capture = see

@@ -74,7 +74,7 @@ def _check_fit(model: ModelSpec, largest: int, samples: int, seqlen: int) -> Non
         raise UserError(
             f"the tokenizer gives token {largest}, and the model embeds {model.vocab}; give the model's own tokenizer"
         )
-    needed, total = 4 * samples * seqlen * model.d_model, memory.installed()
+    needed, total = 4 * samples * seqlen * model.d_model * model.streams, memory.installed()
     if needed > total:
         raise UserError(
             f"{samples} samples of {seqlen} tokens take {needed / 1e9:.0f} GB, and this machine has "

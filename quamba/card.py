@@ -14,8 +14,11 @@ from quamba.recipe import FORMAT_VERSION, Recipe
 from quamba.tokenizer import texts as tokenizer_texts
 
 
-def files(checkpoint: Checkpoint, recipe: Recipe, tokens: torch.Tensor) -> dict[str, str]:
-    """Name -> text of everything in the directory that is not a tensor. tokens [samples, T] were calibrated on."""
+def files(
+    checkpoint: Checkpoint, recipe: Recipe, tokens: torch.Tensor, notes: dict[str, Any] | None = None
+) -> dict[str, str]:
+    """Name -> text of everything in the directory that is not a tensor. tokens [samples, T] were calibrated on; notes
+    stand beside the recipe in the config."""
     tokenizer = checkpoint.tokenizer()
     config = config_of(checkpoint)
     config |= dict(checkpoint.architecture.settings)
@@ -24,6 +27,7 @@ def files(checkpoint: Checkpoint, recipe: Recipe, tokens: torch.Tensor) -> dict[
         "quant_method": "quamba",
         "format_version": FORMAT_VERSION,
         "recipe": recipe.model_dump(mode="json"),
+        **(notes or {}),
     }
     return {
         "config.json": json.dumps(config, indent=2) + "\n",
@@ -35,9 +39,12 @@ def files(checkpoint: Checkpoint, recipe: Recipe, tokens: torch.Tensor) -> dict[
 
 
 def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What config.json should say of the original: what it does say, or what another layout stands for."""
+    """What config.json should say of the original: what it does say, or what another layout, or the part of it that is
+    a language model, stands for."""
     if checkpoint.layout.native:
-        return read_json(checkpoint.path / "config.json")
+        said = read_json(checkpoint.path / "config.json")
+        if said["model_type"] == checkpoint.config.model_type:
+            return said
     config: dict[str, Any] = json.loads(checkpoint.config.to_json_string())
     return config
 

@@ -16,7 +16,7 @@ from quamba.conversion import Conversion
 from quamba.errors import UserError
 from quamba.layouts.layout import read_json
 from quamba.layouts.limits import check_sizes
-from quamba.models import architecture, describe
+from quamba.models import architecture, describe, undescribed
 from quamba.models.spec import BlockSpec
 from quamba.pretrained import UNREADABLE, sentence
 from quamba.skeleton import Skeleton
@@ -60,15 +60,18 @@ def resolve(source: str | Path) -> Path:
 class Checkpoint:
     """A model directory whose tensors are read one by one, under the names that its architecture uses today."""
 
-    def __init__(self, source: str | Path, tokenizer: str | Path | None = None) -> None:
-        """tokenizer: as quamba.tokenizer.open_tokenizer takes it; None for the checkpoint's own."""
+    def __init__(
+        self, source: str | Path, tokenizer: str | Path | None = None, *, linears_only: bool = False
+    ) -> None:
+        """tokenizer: as quamba.tokenizer.open_tokenizer takes it; None for the checkpoint's own. linears_only: of the
+        model's structure nothing needs to be known."""
         self.source, self.path = str(source), resolve(source)
         self.layout = layouts.find(self.path)
         found = self.layout.index(self.path)
         check_sizes(self.path, len(found))
         self.config: Any = self.layout.config(self.path)
-        self.architecture = architecture(self.config)
-        self.spec = describe(self.config)
+        self.architecture = undescribed(self.config) if linears_only else architecture(self.config)
+        self.spec = self.architecture.describe(self.config) if linears_only else describe(self.config)
         self._stored = {self._today(name): stored for name, stored in found.items()}
         self.quantised = getattr(self.config, "quantization_config", None) is not None
         self._conversion: Conversion | None = None
@@ -121,6 +124,19 @@ class Checkpoint:
         for block in self.spec.blocks:
             for name, shape in _shapes(block).items():
                 self._check_shape(f"{block.path}.{name}", shape)
+            self._check_borrowed(block)
+
+    def _check_borrowed(self, block: BlockSpec) -> None:
+        """Raises UserError where a block holds other weights than those that it should borrow."""
+        if block.borrows is None:
+            return
+        here, lender = f"{block.path}.{block.borrows[0]}.", f"{block.borrows[1]}."
+        known = self._stored if self._conversion is None else self._conversion.sources
+        for name in known:
+            if name.startswith(here) and not torch.equal(
+                self.tensor(name), self.tensor(lender + name.removeprefix(here))
+            ):
+                raise UserError(f"{name} of {self.path} differs from that of {lender[:-1]}, whose weights it should be")
 
     def _check_shape(self, name: str, shape: tuple[int, ...], got: tuple[int, ...] | None = None) -> None:
         key = self._key(name)
@@ -169,7 +185,7 @@ def _shapes(block: BlockSpec) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path, sub in block.norms.items():
         leaves = ("weight",) if sub.norm_kind == "rms" else ("weight", "bias")
-        shapes |= {f"{path}.{leaf}": (sub.mixer.axes["resid"].size,) for leaf in leaves}
+        shapes |= {f"{path}.{leaf}": (sub.width,) for leaf in leaves}
     for sub in block.sublayers:
         shapes |= {sub.mixer.name(param.path): sub.mixer.shape(param) for param in sub.mixer.params}
     return shapes

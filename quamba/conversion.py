@@ -28,6 +28,8 @@ class Conversion:
             target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
             if target not in wanted and name in wanted:
                 target, pattern = name, None
+            if target not in wanted:
+                continue  # of another part: vision, or the prediction of later tokens
             self.sources.setdefault(target, []).append((name, pattern))
             if pattern is not None:
                 self._converters[target] = by_pattern[pattern]

@@ -11,8 +11,9 @@ import torch
 from quamba.errors import UserError
 from quamba.sampling import Sampler
 
-CACHE_NAMES = ("cache_params", "past_key_values", "state")
-"""The name under which a model returns its cache is the name under which it takes it back."""
+CACHE_NAMES = ("cache", "cache_params", "past_key_values", "state")
+"""The name under which a model returns its cache is the name under which it takes it back; from transformers 5.24 on
+the first answers to the others too."""
 EAGER_STEPS = 3
 """The first step fills the cache, the second binds the decode operators, the third lets libraries settle."""
 
@@ -50,6 +51,11 @@ class Captured(Generic[Result]):
     def replays(self) -> bool:
         """Whether the next call is a replay."""
         return self.capture and self._graph is not None
+
+
+def returned_cache(output: Any) -> dict[str, Any]:
+    """The caches in what a model returned, by the names under which it takes them back; none where it has none."""
+    return {name: output[name] for name in list(output) if name in CACHE_NAMES and output[name] is not None}
 
 
 class Decoder:
@@ -106,7 +112,7 @@ class Decoder:
             self._mask = torch.cat([self._mask, torch.ones_like(ids)], 1)  # attention looks back at the padding
             options["attention_mask"] = self._mask
         output = self.model(ids, use_cache=True, **options, **self.cache)
-        self.cache = {name: output[name] for name in CACHE_NAMES if output.get(name) is not None}
+        self.cache = returned_cache(output)
         if not self.cache:
             raise UserError(f"{type(self.model).__name__} returns no cache, so it cannot decode one token at a time")
         logits: torch.Tensor = output.logits[:, -1]

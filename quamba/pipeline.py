@@ -12,6 +12,8 @@ import torch
 from quamba import calibrate, calibration, card, memory
 from quamba.checkpoint import Checkpoint, Writer
 from quamba.errors import UserError
+from quamba.lending import Lent, Uses, later_uses, reaching
+from quamba.linears_only import quantize as quantize_linears
 from quamba.loading import pick_device
 from quamba.models import check_recipe
 from quamba.models.spec import BlockSpec, ModelSpec, Sublayer
@@ -22,7 +24,7 @@ from quamba.modules.linear import Linear
 from quamba.modules.mixer import Mixer
 from quamba.modules.norm import Norm
 from quamba.quantizers import Hessian
-from quamba.recipe import Recipe, load_recipe
+from quamba.recipe import FLOAT, Recipe, load_recipe
 from quamba.report import Report
 from quamba.resume import FinishedLayers, forget, key
 from quamba.skeleton import Arguments, Skeleton
@@ -59,6 +61,7 @@ def quantize(
     device: str = "auto",
     overwrite: bool = False,
     resume: bool = False,
+    linears_only: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Report:
@@ -67,14 +70,23 @@ def quantize(
     tokenizer: a directory, a Hub id or a SentencePiece file, for a checkpoint that comes without one.
     calibration_text: a text file, a dataset's name, or None for the embedded text; samples windows of seqlen tokens
     (None: as the recipe says) drawn with the seed. resume: keep finished layers beside the output until it is complete,
-    and go on after those that an interrupted run kept; ``say`` is told so in a line. Raises UserError for what the user
-    got wrong; a killed or failed run leaves ``output`` as it was.
+    and go on after those that an interrupted run kept; ``say`` is told so in a line. linears_only: quantise the linears
+    of a model of any type, and nothing else. Raises UserError for what the user got wrong; a killed or failed run
+    leaves ``output`` as it was.
     """
     start, tell = time.perf_counter(), progress or (lambda phase, done, total: None)
-    recipe, checkpoint, where = load_recipe(recipe), Checkpoint(source, tokenizer), pick_device(device)
+    recipe, where = load_recipe(recipe), pick_device(device)
+    checkpoint = Checkpoint(source, tokenizer, linears_only=linears_only)
     if checkpoint.quantised:
         raise UserError(f"{checkpoint.path} is quantised already; give the original checkpoint")
     model, plan = checkpoint.spec, recipe.calibration
+    if linears_only:
+        if resume:
+            raise UserError("--resume keeps finished layers, and --linears-only holds the whole model; leave one out")
+        return quantize_linears(
+            checkpoint, recipe, output, calibration_text=calibration_text, samples=samples or plan.samples,
+            seqlen=seqlen or plan.seqlen, seed=seed, device=device, overwrite=overwrite, progress=tell,
+        )  # fmt: skip
     check_recipe(recipe, model)
     checkpoint.check()
     tokens = calibration.windows(
@@ -98,22 +110,31 @@ def quantize(
         skeleton = Skeleton(checkpoint.config, model) if model.hosted else None
         hidden, arguments = enter(embedding, tokens, skeleton, plan.batch_size)
         stream = calibrate.Samples(hidden, plan.batch_size, where)
-        largest = done = 0
-        if kept is not None and kept.done:
-            done = kept.restore(writer, stream.hidden)
+        largest, done = 0, 0 if kept is None else kept.done
+        floats = in_floats(checkpoint, recipe, rotation, skeleton, arguments, where)
+        uses, lent = later_uses(model, arguments, stream, done, floats), Lent()
+        if kept is not None and done:
+            kept.restore(writer, stream.hidden)
             if say is not None:
                 say(f"resuming after {done} of {len(model.blocks)} layers, kept in {kept.folder}")
         for layer, block in enumerate(model.blocks):
             tell("layers", layer, len(model.blocks) + 1)
-            if layer < done:
+            if layer < done and not model.lent(block):
                 continue
             tensors = checkpoint.block(block)
-            largest = max(largest, sum(4 * t.numel() for t in tensors.values()))
             kept_type = next(iter(tensors.values())).dtype
-            module = build(model, block, recipe, layer, kept_type, where, skeleton, arguments)
+            module = build(model, block, recipe, layer, kept_type, where, skeleton, arguments, lent)
+            if kept is not None and layer < done:
+                assert isinstance(module, HostedBlock)
+                module.load(kept.layer(layer))
+                lent |= module.lend(model.lent(block))
+                continue
+            largest = max(largest, sum(4 * t.numel() for t in tensors.values()))
             with naming(f"layer {layer} ({block.path})"):
-                made = quantise_block(module, recipe, tensors, kept_type, rotation, stream)
+                made = quantise_block(module, recipe, tensors, kept_type, rotation, stream, uses)
             writer.add(made)
+            if isinstance(module, HostedBlock):
+                lent |= module.lend(model.lent(block))
             if kept is not None:
                 kept.keep(layer, made, stream.hidden)
             memory.release()
@@ -172,12 +193,37 @@ def build(
     device: torch.device,
     skeleton: Skeleton | None,
     arguments: dict[str, Arguments],
+    lent: Lent,
 ) -> calibrate.Block:
     """A block that computes in fp32 and will store what it keeps in ``dtype``."""
     if skeleton is not None and block.hosted:
-        hosted, passed = skeleton.layer(block.path), arguments[block.path]
-        return HostedBlock(hosted, model, block, recipe, layer, passed, dtype=dtype, device=device)
+        hosted, passed = skeleton.copy(block.path), arguments[block.path]
+        return HostedBlock(hosted, model, block, recipe, layer, passed, lent=lent, dtype=dtype, device=device)
     return RecurrentBlock(model, block, recipe, layer, dtype=dtype, device=device).to(torch.float32)
+
+
+def in_floats(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    rotation: ResidualRotation | None,
+    skeleton: Skeleton | None,
+    arguments: dict[str, Arguments],
+    device: torch.device,
+) -> Callable[[int, BlockSpec, Lent], HostedBlock]:
+    """What builds a block that runs on its transformed float weights, for quamba.lending."""
+    floats = FLOAT.model_copy(update={"fold_norms": recipe.fold_norms})
+
+    def made(layer: int, block: BlockSpec, lent: Lent) -> HostedBlock:
+        tensors = checkpoint.block(block)
+        kept_type = next(iter(tensors.values())).dtype
+        module = build(checkpoint.spec, block, floats, layer, kept_type, device, skeleton, arguments, lent)
+        assert isinstance(module, HostedBlock)
+        module.keep(tensors, kept_type)
+        for sub in block.sublayers:
+            module.hold(sub, transform(tensors, sub, floats, rotation), kept_type)
+        return module
+
+    return made
 
 
 def transform(tensors: Tensors, sub: Sublayer, recipe: Recipe, rotation: ResidualRotation | None) -> Tensors:
@@ -200,22 +246,26 @@ def quantise_block(
     kept_type: torch.dtype,
     rotation: ResidualRotation | None,
     stream: calibrate.Samples,
+    uses: Uses,
 ) -> Tensors:
-    """Transform, calibrate and quantise one block; ``stream`` moves on to what the quantised block gives."""
+    """Transform, calibrate and quantise one block; ``stream`` moves on to what the quantised block gives. What later
+    blocks use too is calibrated on ``uses`` beside it."""
     spec = block.block_spec
     block.keep(tensors, kept_type)
     for sub in spec.sublayers if isinstance(block, HostedBlock) else ():
         # a hosted layer runs whole, so what comes later must be there in floats already
         block.hold(sub, rotated(transform(tensors, sub, recipe, rotation), sub, recipe, block.layer_idx), kept_type)
+        calibrate.let_through(block, sub)
     for sub in spec.sublayers:
         exact = transform(tensors, sub, recipe, rotation)
         exact = cluster(block, sub, recipe, exact, kept_type, stream)
         block.hold(sub, rotated(exact, sub, recipe, block.layer_idx), kept_type)
-        calibrate.collect_ranges(block, sub, stream)
+        seen = reaching(block, sub, stream, uses)
+        calibrate.collect_ranges(block, sub, seen)
         mixer = block.part(sub)
         if isinstance(mixer, Mixer):
             mixer.conv1d.quantise()
-        quantise_linears(block, sub, stream)
+        quantise_linears(block, sub, seen)
     if isinstance(block, HostedBlock):
         calibrate.advance(block, spec.sublayers[-1], stream)
     stream.check()
@@ -308,10 +358,10 @@ def quantise_head(
     hessian = Hessian(model.d_model, stream.device)
     linear.input.observe()
     for hidden in stream:
-        linear.input.watch(norm(hidden))
+        linear.input.watch(norm(hidden[..., : model.d_model]))
     linear.input.settle()
     for hidden in stream:
-        codes = linear.input(norm(hidden))
+        codes = linear.input(norm(hidden[..., : model.d_model]))
         hessian.update(calibrate.dequantize(*codes))
     linear.quantise(hessian)
     return {**stored(norm, model.final_norm, head.dtype), **stored(linear, model.head, head.dtype)}

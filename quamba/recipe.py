@@ -79,9 +79,14 @@ class LinearSpec(_Strict):
 
 
 class StateSpec(_Strict):
-    """Storage of the recurrent state between tokens; int8 keeps one dynamic scale per row over d_state."""
+    """Storage of the recurrent state between tokens; int8 keeps one dynamic scale per row over d_state.
+
+    dtype: of Mamba's; delta_rule: of a delta rule's in hybrids, which subtracts what it reads from itself, so that
+    rounding errors come back. Every other recurrence keeps its own type.
+    """
 
     dtype: Literal["float32", "float16", "int8"] = "float32"
+    delta_rule: Literal["float32", "float16", "int8"] = "float32"
     rounding: Literal["nearest", "stochastic"] = "nearest"
     seed: Seed = 0
 

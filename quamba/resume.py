@@ -121,11 +121,15 @@ class FinishedLayers:
         return how many they are."""
         try:
             for layer in range(self.done):
-                writer.add(self._read(f"layer-{layer}"))
+                writer.add(self.layer(layer))
             hidden.copy_(self._read(f"hidden-{self.done}")["hidden"])
         except (OSError, SafetensorError, LookupError, TypeError, RuntimeError) as error:
             raise UserError(f"{self.folder} cannot be read: {error}; delete it to start anew") from None
         return self.done
+
+    def layer(self, layer: int) -> Tensors:
+        """The tensors of a finished layer, by full name."""
+        return self._read(f"layer-{layer}")
 
     def keep(self, layer: int, tensors: Tensors, hidden: torch.Tensor) -> None:
         """Keep a finished layer and, where the last time has paid off, the hidden states after it."""

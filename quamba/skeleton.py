@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -36,11 +37,16 @@ class Skeleton:
         put(self.model, path, nn.Identity())
         return found
 
+    def copy(self, path: str) -> nn.Module:
+        """A layer by its path, made again."""
+        return deepcopy(self.model.get_submodule(path))
+
     def record(
         self, embedding: nn.Module, tokens: torch.Tensor, batch_size: int
     ) -> tuple[torch.Tensor, dict[str, Arguments]]:
         """Feed tokens int64 [samples, T] through everything but the layers: what enters the first of them, fp32
-        [samples, T, D], and what each is passed, by its path."""
+        [samples, T, D], and what each is passed, by its path. Where layers are passed what left the embedding, it lies
+        beside the hidden states, [samples, T, 2 D]."""
         layers = {block.path: self.model.get_submodule(block.path) for block in self.spec.blocks}
         ends = {path: self.model.get_submodule(path) for path in (self.spec.final_norm, self.spec.head)}
         embedded = self.model.get_submodule(self.spec.embedding)
@@ -52,7 +58,8 @@ class Skeleton:
         for part in tokens.split(batch_size):
             self.model(input_ids=part, use_cache=False)
             assert first.hidden is not None
-            hidden.append(first.hidden.float())
+            entering = first.hidden.float()
+            hidden.append(torch.cat([entering] * 2, -1) if self.spec.passes_embedding else entering)
         for path, module in {**layers, **ends, self.spec.embedding: embedded}.items():
             put(self.model, path, module)
         return torch.cat(hidden), {path: recorder.arguments for path, recorder in recorders.items()}

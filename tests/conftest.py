@@ -57,7 +57,9 @@ def build():
         if name.endswith(("dt_bias", "dt_proj.bias")):
             return 0.5 * noise - 1
         if tensor.dim() > 1:
-            return noise if "embedding" in name else noise / tensor[0].numel() ** 0.5
+            beside = "adapter" in name or name.endswith(".linear.weight")  # what adds to a path that is there already
+            size = 0.25 if beside else 1.0
+            return noise if "embedding" in name else size * noise / tensor[0].numel() ** 0.5
         gain = name.endswith(("norm.weight", "norm_f.weight"))
         return noise if name.endswith(".D") else 0.2 * noise + gain
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 import quamba
 from architectures import HOSTED
 from quamba import embedded
-from quamba.decoding import CACHE_NAMES
+from quamba.decoding import returned_cache
 from quamba.evaluate import perplexity
 from quamba.models import ARCHITECTURES, describe
 from quamba.modules.linear import Linear
@@ -57,7 +57,7 @@ def stepped(model, ids: torch.Tensor) -> torch.Tensor | None:
             end = start + part.shape[1]
             where = {"position_ids": torch.arange(start, end).expand(len(part), -1)} if placed else {}
             out = model(part, use_cache=True, **cache, **where)
-            cache = {k: out[k] for k in CACHE_NAMES if out.get(k) is not None}
+            cache = returned_cache(out)
             if not cache:
                 return None
             steps.append(out.logits)

@@ -45,6 +45,12 @@ def roles(model):
     }
 
 
+def borrowed(spec, path):
+    """Where else the module of a path stands."""
+    pairs = [(f"{block.path}.{block.borrows[0]}.", f"{block.borrows[1]}.") for block in spec.blocks if block.borrows]
+    return [here + path.removeprefix(lender) for here, lender in pairs if path.startswith(lender)]
+
+
 @pytest.mark.parametrize("recipe", [None, "w4a8"])
 def test_every_projection_has_its_row(name, original, recipe, stock, text):
     folder, model = original
@@ -55,7 +61,8 @@ def test_every_projection_has_its_row(name, original, recipe, stock, text):
     weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "conv" not in name
                   and not name.endswith("A_log"))  # fmt: skip
     biases = sum(p.numel() for name, p in model.named_parameters() if name.endswith("proj.bias"))
-    assert found.parameters == weights + biases
+    head = model.get_output_embeddings().weight.numel() if recipe and model.config.tie_word_embeddings else 0
+    assert found.parameters == weights + biases + head
     kept = {(r.layer, r.role) for r in found.rows if r.layer is not None and r.parameters and r.rounding is None}
     wanted = {
         (layer, proj.role) for layer, block in enumerate(describe(model.config).blocks) for sub in block.sublayers
@@ -86,13 +93,18 @@ def test_inputs_are_those_of_transformers_linears(original, moved, text):
             proj = sub.mixer.out_proj
             if proj is None or proj.stack:
                 continue
-            seen = []
-            module = model.get_submodule(f"{block.path}.{sub.mixer.name(proj.path)}")
-            handle = module.register_forward_pre_hook(lambda module, args, to=seen: to.append(args[0].flatten(0, -2)))
+            seen, path = [], f"{block.path}.{sub.mixer.name(proj.path)}"
+            handles = [
+                model.get_submodule(place).register_forward_pre_hook(
+                    lambda module, args, to=seen: to.append(args[0].flatten(0, -2))
+                )
+                for place in (path, *borrowed(describe(model.config), path))
+            ]
             with torch.inference_mode():
                 model(ids, use_cache=False)
-            handle.remove()
-            (x,) = seen
+            for handle in handles:
+                handle.remove()
+            x = torch.cat(seen)
             size = block_size(x.shape[1])
             turned = x.double() @ torch.block_diag(*[hadamard_matrix(size)] * (x.shape[1] // size))
             for found in (before, after):

@@ -285,3 +285,26 @@ def test_what_was_read_does_not_stay_in_memory(tmp_path, monkeypatch):
         assert tensor.shape == index[str(i)].shape and tensor.mean() == i
         most = max(most, memory.resident())
     assert 0 < most - before < 8 * size
+
+
+def test_the_language_model_of_a_checkpoint_that_sees(text, tmp_path):
+    """Qwen3.5 comes with a vision tower beside the text model, whose config and tensors lie one level deeper."""
+    from transformers.models.qwen3_5 import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    tower = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    inner = {**ARCHITECTURES["qwen3_5_text"].tiny[0], "vocab_size": 2048}
+    torch.manual_seed(0)
+    model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=inner, vision_config=tower)).eval()
+    model.save_pretrained(tmp_path / "whole")
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path / "whole")
+    ids = torch.randint(1, 2048, (2, 17), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        want = model(ids, use_cache=False).logits
+        floats, _ = quamba.load(tmp_path / "whole", device="cpu")
+        assert torch.allclose(floats(ids, use_cache=False).logits, want, atol=1e-4)
+        given = {"calibration_text": text, "samples": 4, "seqlen": 32, "device": "cpu"}
+        report = quamba.quantize(tmp_path / "whole", "w8a8", tmp_path / "q", **given)
+        got = quamba.load(tmp_path / "q", device="cpu")[0](ids, use_cache=False).logits
+    assert float((got - want).norm() / want.norm()) < 0.1
+    described = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and "visual" not in name)
+    assert report.sizes["layers_original"] == 2 * (described + inner["hidden_size"])

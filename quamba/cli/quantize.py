@@ -61,6 +61,14 @@ def run(
             "interrupted run with --resume kept; by default nothing is kept.",
         ),
     ] = False,
+    linears_only: Annotated[
+        bool,
+        typer.Option(
+            "--linears-only",
+            help="Quantise the linears of a model of any type, and nothing else; by default a type that is not known "
+            "is an error.",
+        ),
+    ] = False,
 ) -> None:
     """Quantise a model and write it as a Hugging Face directory.
 
@@ -87,6 +95,7 @@ def run(
             device=device,
             overwrite=overwrite,
             resume=resume,
+            linears_only=linears_only,
             progress=progress,
             say=lambda line: console.err.print(line, markup=False),
         )

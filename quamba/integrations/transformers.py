@@ -15,11 +15,13 @@ from quamba.layouts.huggingface import contents
 from quamba.layouts.layout import Index
 from quamba.models import ARCHITECTURES, describe
 from quamba.modules.block import RecurrentBlock
+from quamba.modules.borrowed import Borrowed
 from quamba.modules.embedding import Embedding
 from quamba.modules.host import fit, folds, mixer_class, put
 from quamba.modules.linear import Linear
 from quamba.modules.lowbit import LowBit
 from quamba.modules.norm import Norm
+from quamba.modules.undescribed import replace
 from quamba.recipe import FLOAT, FORMAT_VERSION, Recipe, parse_recipe
 from quamba.transforms import fold_factors
 
@@ -27,16 +29,24 @@ NAME = "quamba"
 
 
 class QuambaConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a quantised directory: a format version and the resolved recipe."""
+    """The ``quantization_config`` of a quantised directory: a format version and the resolved recipe. linears_only:
+    of a model that no file describes, "kept": paths of the linears that stay floats, and "tied": path -> path of the
+    linear that stands there too."""
 
     quant_method: Any  # transformers takes any name here, but declares an enumeration of its own
 
     def __init__(
-        self, recipe: dict[str, Any] | None = None, format_version: int = FORMAT_VERSION, **kwargs: Any
+        self,
+        recipe: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        linears_only: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         self.quant_method = NAME
         self.recipe = recipe or FLOAT.model_dump(mode="json")
         self.format_version = format_version
+        if linears_only is not None:
+            self.linears_only = linears_only
         if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
             raise UserError(
                 f"this directory has quamba format version {format_version}, this quamba reads up to {FORMAT_VERSION}: "
@@ -54,7 +64,14 @@ class QuambaQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         recipe = parse_recipe(self.quantization_config.recipe, "quantization_config")
-        swap(model, recipe, model.config.dtype or torch.float32, "meta")
+        dtype = model.config.dtype or torch.float32
+        undescribed = getattr(self.quantization_config, "linears_only", None)
+        if undescribed is None:
+            swap(model, recipe, dtype, "meta")
+        else:
+            kept, tied = undescribed.get("kept", []), undescribed.get("tied", {})
+            for linear in replace(model, recipe, kept, tied, dtype, "meta").values():
+                linear._is_hf_initialized = True
         stored: Index = {}
         for file in checkpoint_files or []:
             stored |= contents(Path(file))
@@ -89,6 +106,9 @@ def swap(model: Any, recipe: Recipe, dtype: torch.dtype, device: torch.device | 
             fit(model.get_submodule(block.path), spec, block, recipe, layer, **made)
         else:
             put(model, block.path, RecurrentBlock(spec, block, recipe, layer, **made))
+        if block.borrows is not None:
+            path, lender = block.borrows
+            put(model, f"{block.path}.{path}", Borrowed(model.get_submodule(lender)))
     folded = folds(recipe, spec.final_norm_kind)
     if folded or not spec.hosted:
         put(model, spec.final_norm, Norm(spec.d_model, spec.eps, folded=folded, **made))
@@ -110,6 +130,10 @@ def use_operators(model: Any) -> None:
             if mixer_class(sub.mixer) is not None:
                 weights = fold_factors(weights, sub.mixer, f"{block.path}.{sub.mixer.path}.")
     swap(model, FLOAT, model.dtype, model.device)
+    for block in describe(model.config).blocks:
+        if block.borrows is not None:
+            borrowed = f"{block.path}.{block.borrows[0]}."
+            weights = {name: tensor for name, tensor in weights.items() if not name.startswith(borrowed)}
     model.load_state_dict(weights)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from quamba.errors import UserError
 from quamba.layouts import pickles
 from quamba.layouts.layout import Index, Layout, Stored, read_json
+from quamba.models import ARCHITECTURES
 from quamba.pretrained import read_config
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
@@ -20,6 +22,16 @@ def matches(path: Path) -> bool:
     """A config.json that names a model type."""
     file = path / "config.json"
     return file.is_file() and "model_type" in read_json(file)
+
+
+def config(path: Path) -> Any:
+    """The config of the language model: of a checkpoint that sees or hears too, the part that reads and writes text,
+    where that is of a known type. Raises UserError as read_config does."""
+    whole = read_config(path)
+    if whole.model_type in ARCHITECTURES:
+        return whole
+    part = whole.get_text_config()
+    return part if part.model_type in ARCHITECTURES else whole
 
 
 def index(path: Path) -> Index:
@@ -75,7 +87,7 @@ LAYOUT = Layout(
     name="huggingface",
     sign="a config.json with a model_type (Hugging Face)",
     matches=matches,
-    config=read_config,
+    config=config,
     index=index,
     native=True,
 )

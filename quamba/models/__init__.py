@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from typing import Any
+
+import torch
 
 from quamba import formats
 from quamba.errors import UserError
 from quamba.models.spec import Architecture, Axis, ModelSpec
+from quamba.pretrained import UNREADABLE, sentence
 from quamba.recipe import Recipe
 
 ARCHITECTURES: dict[str, Architecture] = {}
@@ -23,8 +27,33 @@ def architecture(config: Any) -> Architecture:
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"model type {config.model_type!r} is not supported; known types are {known}")
+        raise UserError(
+            f"model type {config.model_type!r} is not supported; known types are {known}; "
+            "of others the linears alone can be quantised (--linears-only)"
+        )
     return found
+
+
+def undescribed(config: Any) -> Architecture:
+    """The architecture of a config that no file describes: all that is known is where its tokens enter and leave.
+
+    Raises UserError where transformers makes no language model of it.
+    """
+
+    def outline(config: Any) -> ModelSpec:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with torch.device("meta"):
+                model: Any = AutoModelForCausalLM.from_config(config)
+            table, head = model.get_input_embeddings(), model.get_output_embeddings()
+            names = {id(module): path for path, module in model.named_modules()}
+            vocab, width = table.weight.shape
+        except UNREADABLE as error:
+            raise UserError(f"transformers makes no language model of it: {sentence(error)}") from error
+        return ModelSpec(width, vocab, 0.0, names[id(table)], (), "", names.get(id(head), ""))
+
+    return Architecture(config.model_type, outline, ())
 
 
 def describe(config: Any) -> ModelSpec:
@@ -56,24 +85,31 @@ def roles() -> tuple[set[str], set[str]]:
     """Names that a recipe may use: linear roles and activation roles of all architectures."""
     from transformers import AutoConfig
 
+    archs = ARCHITECTURES.values()
+    return _roles(arch.describe(AutoConfig.for_model(arch.model_type, **arch.tiny[0])) for arch in archs)
+
+
+def _roles(models: Iterable[ModelSpec]) -> tuple[set[str], set[str]]:
     linears, activations = {"default", "lm_head"}, {"default", "conv_input", "gate"}
-    for arch in ARCHITECTURES.values():
-        for block in arch.describe(AutoConfig.for_model(arch.model_type, **arch.tiny[0])).blocks:
-            for sub in block.sublayers:
-                linears |= {proj.role for proj in sub.mixer.projs}
-                activations |= {i.role for i in sub.mixer.inputs if i.semantics != "rate"}
+    for sub in (sub for model in models for block in model.blocks for sub in block.sublayers):
+        linears |= {proj.role for proj in sub.mixer.projs}
+        activations |= {i.role for i in sub.mixer.inputs if i.semantics != "rate"}
     return linears, activations
 
 
 def check_recipe(recipe: Recipe, model: ModelSpec) -> None:
-    """Raises UserError for a role that no architecture has, a layer override that covers no layer, and a group size
-    that divides no linear it is meant for."""
-    known = dict(zip(("linears", "activations"), roles(), strict=True))
+    """Raises UserError for a role that no architecture has (it lists those of the model), a layer override that covers
+    no layer, and a group size that divides no linear it is meant for."""
+    fields = "linears", "activations"
+    known = dict(zip(fields, roles(), strict=True))
+    own = dict(zip(fields, _roles((model,)), strict=True))
     for where in (recipe, *recipe.layers):
         for field, names in known.items():
             for role in getattr(where, field):
                 if role not in names:
-                    raise UserError(f"recipe {recipe.name}: unknown role {role!r} in {field}; known: {sorted(names)}")
+                    raise UserError(
+                        f"recipe {recipe.name}: unknown role {role!r} in {field}; known: {sorted(own[field])}"
+                    )
     count = len(model.blocks)
     for override in recipe.layers:
         if not any(override.covers(layer) for layer in range(count)):

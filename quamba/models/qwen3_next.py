@@ -32,17 +32,22 @@ def _recurrent(config: Any) -> MixerSpec:
     joint = [Axis("qkvz", 2 * (keys + repeat * values), fixed=True), Axis("ba", 2 * repeat, fixed=True)]
     # the rows of a head keep their order, so neither keys nor values can be permuted on their own
     held = [replace(plain.axes[name], fixed=True) for name in ("key", "value", "repeat")]
-    post = ("conv", "silu", "l2")
-    # which rows are q, k, v or z is told by their place within a head
-    qkvz = Proj("in_proj_qkvz", "in_proj_qkvz", "residual", RESID, (Output("v", ("kv_head", "qkvz"), post),))
-    rates = Proj("in_proj_ba", "in_proj_ba", "residual", RESID, (Output("rate", ("kv_head", "ba")),), keep=True)
+    post, value, rate = ("conv", "silu"), ("repeat", "value"), ("repeat",)
+    of_head = (
+        Output("q", ("key",), (*post, "l2")), Output("k", ("key",), (*post, "l2")), Output("v", value, post),
+        Output("z", value, ("silu",)),
+    )  # fmt: skip
+    rates_of_head = (Output("beta", rate, ("sigmoid",)), Output("rate", rate, ("softplus",)))
+    whole = (Output("qkvz", ("kv_head", "qkvz"), within=of_head),)
+    qkvz = Proj("in_proj_qkvz", "in_proj_qkvz", "residual", RESID, whole)
+    whole = (Output("ba", ("kv_head", "ba"), within=rates_of_head),)
+    rates = Proj("in_proj_ba", "in_proj_ba", "residual", RESID, whole, keep=True)
     params = [Param(p.weight, ((p.outputs[0].segment,), (RESID,))) for p in (qkvz, rates)]
     return replace(
         plain,
         axes={**plain.axes, **{axis.name: axis for axis in (*joint, *held)}},
         params=(*params, *plain.params),
         projs=(qkvz, rates, *plain.projs),
-        inputs=tuple(i for i in plain.inputs if i.name in ("v", "rate")),
     )
 
 
@@ -73,10 +78,11 @@ def describe(config: Any) -> ModelSpec:
     )  # fmt: skip
 
 
+# With fewer channels random keys are so near to orthogonal that rounding decides the sign of the first outputs.
 _TINY = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 96, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
     "mlp_only_layers": [1], "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip

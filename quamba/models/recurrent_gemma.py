@@ -45,7 +45,7 @@ def _recurrent(config: Any) -> MixerSpec:
         params += [Param(f"rg_lru.{gate}_weight", ((("head",),), (value,), (value,)))]
         params += [Param(f"rg_lru.{gate}_bias", ((("head",),), (value,)))]
     out = OutSite("gate", None, role="linear_out")
-    inputs = (ScanInput("x", "scan_x", channel, "value"),)
+    inputs = (ScanInput("x", "scan_x", channel, "value", at=("rg_lru", "activations")),)
     return MixerSpec(
         "temporal_block", {a.name: a for a in axes}, tuple(params), projs, inputs, Scan("rg_lru", "diagonal"), out
     )

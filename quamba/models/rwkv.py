@@ -39,7 +39,11 @@ def _attention(width: int, inner: int) -> MixerSpec:
     params += [Param("time_decay", ((CHANNEL,),)), Param("time_first", ((CHANNEL,),))]
     axes = {a.name: a for a in (Axis("resid", width), Axis("channel", inner), Axis("one", 1, fixed=True))}
     out = OutSite("z", None, role="output")
-    inputs = (ScanInput("v", "scan_v", CHANNEL, "value"),)
+    inputs = (
+        ScanInput("v", "scan_v", CHANNEL, "value", at=("value", None)),
+        ScanInput("k", "scan_k", CHANNEL, "key", at=("key", None)),
+        ScanInput("z", "scan_q", CHANNEL, "query", at=("receptance", None)),
+    )
     return MixerSpec("attention", axes, tuple(params), projs, inputs, Scan("wkv", "diagonal"), out)
 
 

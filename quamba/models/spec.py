@@ -46,13 +46,15 @@ class Param:
 class Output:
     """A stretch of a projection's outputs. post: the elementwise or channel-wise steps before its consumer; a step
     "rms" is an RMS norm over the stretch, whose gain lies at ``gain`` below the mixer (None: it has none). factor: a
-    constant that multiplies the stretch in the original; quamba's own mixers have it in the weight."""
+    constant that multiplies the stretch in the original; quamba's own mixers have it in the weight. within: the outputs
+    that lie one after the other in every member of the stretch's first axis."""
 
     name: str
     segment: Segment
     post: tuple[str, ...] = ()
     gain: str | None = None
     factor: float = 1.0
+    within: tuple[Output, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,23 @@ class Proj:
         """Path of the weight below the mixer."""
         return self.path if self.stack else f"{self.path}.weight"
 
+    @property
+    def parts(self) -> tuple[Output, ...]:
+        """Its outputs, those within others in their place."""
+        return tuple(part for output in self.outputs for part in output.within or (output,))
+
 
 @dataclass(frozen=True)
 class ScanInput:
-    """What enters the recurrence, and how it may become int8: groups are axes that get a scale of their own."""
+    """What enters the recurrence, and how it may become int8: groups are axes that get a scale of their own. at: where
+    transformers' own code hands it on: the path of a module below the mixer and the argument that it is of its call,
+    None for what the module returns."""
 
     name: str
     role: str
     axes: tuple[str, ...]
     semantics: Literal["value", "key", "query", "rate"]
+    at: tuple[str, str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,23 @@ class MixerSpec:
         """Channels of a segment."""
         return prod(self.axes[name].size for name in segment)
 
+    def rows(self, proj: Proj, name: str) -> list[int]:
+        """The rows of a projection that give the output of a name; none where it gives no such."""
+        start = 0
+        for output in proj.outputs:
+            size = self.size(output.segment)
+            if output.name == name:
+                return list(range(start, start + size))
+            outer, offset = self.axes[output.segment[0]].size, 0
+            for part in output.within:
+                own = self.size(part.segment)
+                if part.name == name:
+                    firsts = range(start + offset, start + size, size // outer)
+                    return [first + row for first in firsts for row in range(own)]
+                offset += own
+            start += size
+        return []
+
     @property
     def out_proj(self) -> Proj | None:
         """The projection whose input is rotated online, where there is one."""
@@ -166,19 +193,28 @@ class Sublayer:
     gain_offset: float = 0.0
     residual_weighted: bool = False
 
+    @property
+    def width(self) -> int:
+        """Channels that the norm sees: those of the stream, or of what lies beside it too."""
+        read = (self.mixer.size(proj.input) for proj in self.mixer.projs if proj.reads == "residual")
+        return next(read, self.mixer.axes["resid"].size)
+
 
 @dataclass(frozen=True)
 class BlockSpec:
     """One block of the model: its path and its sublayers in order.
 
     hosted: transformers' own layer runs, with quamba's norms, linears and recurrent mixers in the places of its parts.
-    params: tensors of the block that belong to no sublayer, left as they are.
+    params: tensors of the block that belong to no sublayer, left as they are. borrows: (path below this block, full
+    path of the module of an earlier block that stands there too): its weights exist once, its sublayers are the
+    earlier block's.
     """
 
     path: str
     sublayers: tuple[Sublayer, ...]
     hosted: bool = False
     params: tuple[str, ...] = ()
+    borrows: tuple[str, str] | None = None
 
     @property
     def norms(self) -> dict[str, Sublayer]:
@@ -191,6 +227,7 @@ class ModelSpec:
     """A whole model: where the residual stream begins, its blocks, where it ends.
 
     returns: length of the tuple that a hosted layer returns, its hidden states first; 0 for the bare tensor.
+    passes_embedding: hosted layers take what left the embedding as their first argument beside the hidden states.
     """
 
     d_model: int
@@ -202,6 +239,7 @@ class ModelSpec:
     head: str
     residual_fp32: bool = True
     returns: int = 0
+    passes_embedding: bool = False
     final_norm_kind: Literal["rms", "layer"] = "rms"
     final_gain_offset: float = 0.0
 
@@ -209,6 +247,18 @@ class ModelSpec:
     def hosted(self) -> bool:
         """Whether transformers' own layers run somewhere."""
         return any(block.hosted for block in self.blocks)
+
+    def lent(self, block: BlockSpec) -> tuple[str, ...]:
+        """Full paths of the modules of a block that later ones borrow."""
+        borrowed = {other.borrows[1] for other in self.blocks if other.borrows is not None}
+        return tuple(sorted(path for path in borrowed if path.startswith(f"{block.path}.")))
+
+    @property
+    def streams(self) -> int:
+        """How many tensors of the samples' hidden states are held at once, at most, while quantising."""
+        borrows = sum(block.borrows is not None for block in self.blocks)
+        together = 2 if self.passes_embedding else 1
+        return together + (borrows + together if borrows else 0)
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,9 @@ def _mixer(config: Any) -> MixerSpec:
     params += [Param(f"{p.path}.bias", (tuple(o.segment for o in p.outputs),)) for p in projs if p.bias]
     params += [Param("multihead_norm.weight", ((value,),))]
     inputs = (
-        ScanInput("v", "scan_v", value, "value"),
-        ScanInput("k", "scan_k", key, "key"),
-        ScanInput("q", "scan_q", key, "query"),
+        ScanInput("v", "scan_v", value, "value", at=("mlstm_backend", "value")),
+        ScanInput("k", "scan_k", key, "key", at=("mlstm_backend", "key")),
+        ScanInput("q", "scan_q", key, "query", at=("mlstm_backend", "query")),
         ScanInput("rate", "scan_dt", head, "rate"),
     )
     out = OutSite("z", "layer", 0, "multihead_norm.weight")

@@ -43,14 +43,16 @@ class RecurrentBlock(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        cache_params: Any = None,
+        cache: Any = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """hidden_states [B, T, D] -> the same; attention_mask [B, T], 0 for padding on the left."""
+        """hidden_states [B, T, D] -> the same; attention_mask [B, T], 0 for padding on the left. The cache is called
+        cache_params before transformers 5.24."""
+        cache = kwargs.get("cache_params", cache)
         hidden = hidden_states if self.residual_dtype is None else hidden_states.to(self.residual_dtype)
         for sub in self.block_spec.sublayers:
-            hidden = self.run(sub, hidden, cache_params, attention_mask)
+            hidden = self.run(sub, hidden, cache, attention_mask)
         return hidden
 
     def run(

@@ -3,22 +3,27 @@ linears, experts and recurrent mixers become quamba's."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from quamba.models.spec import BlockSpec, MixerSpec, ModelSpec, Proj, Sublayer
+from quamba.modules.borrowed import Borrowed
+from quamba.modules.delta_rule import DeltaRule
 from quamba.modules.experts import Experts
 from quamba.modules.linear import Linear
 from quamba.modules.mixer import Mixer
 from quamba.modules.norm import Norm
 from quamba.modules.selective import SelectiveMixer
 from quamba.modules.ssd import SSDMixer
+from quamba.modules.watched_inputs import WatchedInputs
 from quamba.recipe import LinearSpec, Recipe
 from quamba.transforms.fold import folding_illegal
 from quamba.transforms.rotate import output_block
 
+DELTA_RULES = ("delta", "kda")
 MIXERS: dict[str, type[Mixer]] = {"selective": SelectiveMixer, "ssd": SSDMixer}
 
 
@@ -53,7 +58,7 @@ def fit(
     made: dict[str, Any] = {"dtype": dtype, "device": device}
     for path, sub in block.norms.items():
         if folds(recipe, sub.norm_kind):
-            put(layer, path, Norm(model.d_model, model.eps, folded=True, **made))
+            put(layer, path, Norm(sub.width, model.eps, folded=True, **made))
     for sub in block.sublayers:
         spec = sub.mixer
         own = mixer_class(spec)
@@ -64,6 +69,13 @@ def fit(
                 mixer.register_buffer(name, old._buffers[name], persistent=False)
             put(layer, spec.path, mixer)
             continue
+        part = layer.get_submodule(spec.path)
+        if spec.scan is not None and spec.scan.family in DELTA_RULES:
+            part = DeltaRule(part, spec)
+            put(layer, spec.path, part)
+            part.furnish(spec, recipe, index, **made)
+        elif any(i.at is not None for i in spec.inputs):
+            WatchedInputs().attach(part, spec, recipe, index, **made)
         rotated = output_block(spec, recipe.rotate.block) if recipe.rotate.output else 0
         if any(proj.stack and recipe.linear(proj.role, index).format != "float" for proj in spec.projs):
             path = next(spec.name(proj.path).rpartition(".")[0] for proj in spec.projs if proj.stack)
@@ -94,7 +106,10 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 class HostedBlock:
     """A transformers layer on its way from floats to codes. arguments: what its model passes it beside the hidden
-    states, for each batch size."""
+    states, for each batch size; lent: modules of earlier blocks by their full paths, where it borrows one.
+    repeats: a linear may be called several times in a run."""
+
+    repeats = False
 
     def __init__(
         self,
@@ -105,10 +120,15 @@ class HostedBlock:
         index: int,
         arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]],
         *,
+        lent: dict[str, nn.Module],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.block_spec, self.layer_idx, self.arguments = block, index, arguments
+        self.beside = model.d_model if model.passes_embedding else None
+        if block.borrows is not None:
+            path, lender = block.borrows
+            put(layer, path, Borrowed(lent[lender]))
         fit(layer, model, block, recipe, index, dtype=dtype, device=device)
         for module in layer.modules():
             for name, parameter in module._parameters.items():
@@ -120,6 +140,16 @@ class HostedBlock:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
         self.layer = layer.to(device=device, dtype=torch.float32).eval()
 
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take what was stored of this block when it was finished, by full name."""
+        prefix = f"{self.block_spec.path}."
+        self.layer.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+
+    def lend(self, paths: Iterable[str]) -> dict[str, nn.Module]:
+        """The modules of these full paths."""
+        prefix = f"{self.block_spec.path}."
+        return {path: self.layer.get_submodule(path.removeprefix(prefix)) for path in paths}
+
     def modules(self) -> Any:
         """Every module of the layer."""
         return self.layer.modules()
@@ -129,10 +159,15 @@ class HostedBlock:
         return self.layer.state_dict()
 
     def run(self, sub: Sublayer, hidden: torch.Tensor) -> torch.Tensor:
-        """The whole layer: hidden [B, T, D] -> [B, T, D]; its sublayers cannot run apart."""
+        """The whole layer: hidden [B, T, D] -> [B, T, D]; its sublayers cannot run apart. Where layers take the
+        embedding too, it lies beside the stream, [B, T, 2 D], and is handed on."""
         args, kwargs = self.arguments[len(hidden)]
+        if self.beside is not None:
+            hidden, embedded = hidden.split(self.beside, -1)
+            args = (embedded, *args[1:])
         out = self.layer(hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        out = out[0] if isinstance(out, tuple) else out
+        return out if self.beside is None else torch.cat([out, embedded], -1)
 
     def part(self, sub: Sublayer) -> nn.Module:
         """The module of a sublayer."""

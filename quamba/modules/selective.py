@@ -79,7 +79,7 @@ class SelectiveMixer(Mixer):
     def forward(
         self,
         hidden_states: torch.Tensor | Activation | Pending,
-        cache_params: Any = None,
+        cache: Any = None,
         attention_mask: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
         **kwargs: Any,
@@ -90,7 +90,7 @@ class SelectiveMixer(Mixer):
         s = self.mixer_spec.sizes
         x, z = self.linear("in_proj")(hidden_states).chunk(2, -1)
         batch, tokens, _ = x.shape
-        state = self.state_of(cache_params, batch, x.device)
+        state = self.state_of(kwargs.get("cache_params", cache), batch, x.device)
         decode = self._decode if self.decodes(state, tokens, attention_mask) else None
         if decode is not None and self._conv_decode is not None and state is not None:
             x = self._conv_decode(

@@ -79,7 +79,7 @@ class SSDMixer(Mixer):
     def forward(
         self,
         hidden_states: torch.Tensor | Activation | Pending,
-        cache_params: Any = None,
+        cache: Any = None,
         attention_mask: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
         **kwargs: Any,
@@ -90,7 +90,7 @@ class SSDMixer(Mixer):
         s = self.mixer_spec.sizes
         projected = self.linear("in_proj")(hidden_states)
         batch, tokens, _ = projected.shape
-        state = self.state_of(cache_params, batch, projected.device)
+        state = self.state_of(kwargs.get("cache_params", cache), batch, projected.device)
         if self._decode is not None and state is not None and self.decodes(state, tokens, attention_mask):
             return self.project(self.decode(projected[:, 0], state), residual)
         z, mixed, dt = projected.split([s["I"], sum(self.conv_channels.values()), s["H"]], -1)

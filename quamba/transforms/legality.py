@@ -47,7 +47,7 @@ def residual_rotation_obstacle(model: ModelSpec) -> str | None:
 
 
 def _source(mixer: MixerSpec, name: str) -> Output:
-    return next(output for proj in mixer.projs for output in proj.outputs if output.name == name)
+    return next(output for proj in mixer.projs for output in proj.parts if output.name == name)
 
 
 def _value_rotation_illegal(sublayer: Sublayer) -> str | None:
@@ -78,16 +78,12 @@ def _rotate_outputs(tensors: Tensors, mixer: MixerSpec, name: str, rotation: tor
     """Rotate the last axis of one named output in the projection that makes it."""
     out = dict(tensors)
     for proj in mixer.projs:
-        start = 0
-        for output in proj.outputs:
-            rows = mixer.size(output.segment)
-            if output.name == name:
-                path = mixer.name(proj.weight)
-                weight = out[path].clone()
-                part = weight[start : start + rows].unflatten(0, (-1, rotation.shape[0]))
-                weight[start : start + rows] = (rotation.to(weight).T @ part).flatten(0, 1)
-                out[path] = weight
-            start += rows
+        rows = mixer.rows(proj, name)
+        if rows:
+            path = mixer.name(proj.weight)
+            weight = out[path].clone()
+            weight[rows] = (rotation.to(weight).T @ weight[rows].unflatten(0, (-1, rotation.shape[0]))).flatten(0, 1)
+            out[path] = weight
     return out
 
 

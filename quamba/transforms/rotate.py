@@ -18,13 +18,16 @@ class ResidualRotation:
     """
 
     def __init__(self, size: int, seed: int) -> None:
+        self.size = size
         generator = torch.Generator().manual_seed(seed)
         self.signs = torch.randint(0, 2, (size,), generator=generator, dtype=torch.float64) * 2 - 1
         self.block = hadamard.block_size(size)
 
     def columns(self, weight: torch.Tensor) -> torch.Tensor:
-        """W R for a weight [..., D] that reads the stream, or rows [..., D] that enter it; fp64."""
-        return hadamard.rotate(weight.double() * self.signs.to(weight.device), self.block)
+        """W R for a weight [..., D] that reads the stream, or rows [..., D] that enter it; fp64. Of what reads several
+        tensors of the stream side by side [..., n D], each is rotated."""
+        parts = weight.double().unflatten(-1, (-1, self.size)) * self.signs.to(weight.device)
+        return hadamard.rotate(parts, self.block).flatten(-2)
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
         """R^T W for a weight [..., D, K] that writes into the stream; fp64."""
