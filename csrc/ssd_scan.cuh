@@ -475,6 +475,7 @@ __device__ __forceinline__ void scan_segment(const Params& p, unsigned char* sha
       reinterpret_cast<float4*>(p.local)[(to * (N / 8) + j) * kThreads + threadIdx.x] =
           make_float4(h[4 * j] * scale, h[4 * j + 1] * scale, h[4 * j + 2] * scale, h[4 * j + 3] * scale);
     if (threadIdx.x == 0) p.left[to] = kept;
+    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) arrive(p.flags + to);
   }
