@@ -38,6 +38,9 @@ struct Params {
 constexpr int kHighest = 15;        // |M|, |h| <= 2^15
 constexpr float kNothing = -200.f;  // log2 of zero
 
+// Blocks of 2 P threads that a processor's registers hold.
+constexpr int blocks_by_registers(int N, int P) { return N <= 128 && P <= 64 ? 192 / P : 128 / P; }
+
 template <int N, int P>
 constexpr int kChunk = N == 256 || (N == 128 && P == 128) ? 32 : 64;  // tokens
 
@@ -68,8 +71,7 @@ struct Layout {
   static constexpr int kLargest = kLow + kTokens / 2, kState = kLargest + kWarps;
   static constexpr int kExponents = (kState + kWarps + 1) / 2 * 2, kFloats = kExponents + 4;
   static constexpr int kRaw = kVectors + (4 * kFloats + 15) / 16 * 16;
-  // blocks that fit a processor's registers
-  static constexpr int kBlocks = N <= 128 && P <= 64 ? 384 / (2 * P) : 1;
+  static constexpr int kBlocks = blocks_by_registers(N, P);
 };
 
 // The pieces of 16 bytes of a chunk of x that a thread copies and, later, reads back and converts: those from its own
