@@ -322,8 +322,7 @@ __device__ __forceinline__ void round_row(float (&h)[16], float inverse, bool no
   if (noisy) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      // 1 + dither: its upper 23 bits behind the exponent of 1. With 16 bits, and so two columns in an addition, codes came
-      // out wrong by 2 where a row stays a multiple of its codes.
+      // 1 + dither: its upper 23 bits behind the exponent of 1.
       const float dither = __uint_as_float(__funnelshift_r(row_draw + column[i], 0x7f, 9));
       h[i] = __fadd_rd(__fmaf_rn(h[i], inverse, dither), kRounder - 1.f);
     }

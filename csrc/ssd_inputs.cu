@@ -25,20 +25,16 @@ __global__ void __launch_bounds__(kInputThreads) ssd_inputs(const __grid_constan
   const bool opens_head = is_x && c % q.P == 0;
 
   const QuadTaps taps = quad_taps(q, c);
-  float unit[4], z_scale[4], A = 0.f, D = 0.f, dt_bias = 0.f, B_scale = 1.f, C_scale = 1.f;
+  float unit[4], z_scale[4], A = 0.f, D = 0.f, dt_bias = 0.f, B_scale = 1.f;
   if (is_x) {
     quad_of(q.x_scale, q.x_count, c, unit);
     quad_of(q.z_scale, q.z_count, c, z_scale);
-    if (opens_head) {
-      A = constant(q.A, head, 0.f), D = constant(q.D, head, 0.f), dt_bias = constant(q.dt_bias, head, 0.f);
-      C_scale = constant(q.C_scale, q.C_count > 1 ? head / (q.H / q.G) : 0, 1.f);
-    }
+    if (opens_head) A = constant(q.A, head, 0.f), D = constant(q.D, head, 0.f), dt_bias = constant(q.dt_bias, head, 0.f);
   } else if (is_B) {
     B_scale = constant(q.B_scale, q.B_count > 1 ? column / q.N : 0, 1.f);
   }
 
   wait_for_previous_kernel();
-  if (c == 0 && batch == 0) *p.terms.next = 0;
   const uint2 x = fetch_halves(is_x ? q.x : is_B ? q.B : q.C, batch * (is_x ? q.x_stride : q.bc_stride) + column);
   const QuadWindow window = quad_window(q, batch, c);
   uint2 z = make_uint2(0, 0);
@@ -59,7 +55,7 @@ __global__ void __launch_bounds__(kInputThreads) ssd_inputs(const __grid_constan
     if (opens_head) {
       const float raw = __fadd_rn(value(dt_word, q.dt, in, place_dt), dt_bias);
       const float dt = fminf(fmaxf(softplus(raw), q.dt_min), q.dt_max);
-      p.terms.heads[static_cast<long long>(batch) * q.H + head] = make_float4(expf(__fmul_rn(dt, A)), dt, D, C_scale);
+      p.terms.heads[static_cast<long long>(batch) * q.H + head] = make_float4(expf(__fmul_rn(dt, A)), dt, D, 0.f);
     }
   } else if (is_B) {
     *reinterpret_cast<float4*>(p.terms.B + static_cast<long long>(batch) * shared + column) =

@@ -7,12 +7,11 @@ namespace quamba::decode {
 
 // What ssd_inputs leaves in the workspace, behind u [B, I].
 struct SsdTerms {
-  float2* rows;    // [B, I]: x, silu(z)
-  float4* heads;   // [B, H]: exp(dt A), dt, D, scale of C
-  float* B;        // [B, G N]
-  signed char* C;  // [B, G N] codes
-  int* next;       // tiles that ssd_stream's blocks have taken beyond their first ones
-  long long bytes;  // of the workspace in all
+  float2* rows;        // [B, I]: x, silu(z)
+  float4* heads;       // [B, H]: exp(dt A), dt, D, unused
+  float* B;            // [B, G N]
+  signed char* C;      // [B, G N] codes
+  long long bytes;     // of the workspace in all
 };
 
 inline SsdTerms ssd_terms(const QuambaDecode& q) {
@@ -30,7 +29,6 @@ inline SsdTerms ssd_terms(const QuambaDecode& q) {
   terms.heads = reinterpret_cast<float4*>(take(16 * heads));
   terms.B = reinterpret_cast<float*>(take(4 * columns));
   terms.C = reinterpret_cast<signed char*>(take(columns));
-  terms.next = reinterpret_cast<int*>(take(sizeof(int)));
   terms.bytes = at;
   return terms;
 }
