@@ -69,6 +69,9 @@ LINEAR(quamba_linear_w4a8_skinny, 1)
 LINEAR(quamba_linear_w4a16_skinny, 1)
 LINEAR(quamba_linear_w4a8_gemm, 1)
 LINEAR(quamba_linear_w4a16_gemm, 1)
+LINEAR(quamba_linear_w8a8_few, 0)
+LINEAR(quamba_linear_w4a8_few, 1)
+LINEAR(quamba_linear_w4a16_few, 1)
 long long quamba_linear_w8a8_gemm_workspace(const QuambaLinear* a) { return 4 * a->O; }
 int quamba_linear_w8a8_gemm(const QuambaLinear* a, void* s) {
   last = "quamba_linear_w8a8_gemm";
@@ -149,12 +152,36 @@ def test_arguments_reach_the_kernels(
     for constant in ("W8A8_SKINNY_ROWS", "W4A8_SKINNY_ROWS", "W4A16_SKINNY_ROWS"):
         monkeypatch.setattr(linear, constant, rows)
     monkeypatch.setattr(linear, "W4A8_GEMM_O", 0)
+    monkeypatch.setattr(linear, "FEW_TILES", {})
     assert served(name)
     for case in served(name):
         want = OPS[name].reference(*case.args, **case.kwargs)
         assert disagreement([call(name, case)], [want], TOLERANCE[name][case.dtype]) is None, case.label
         gemm = f"quamba_{name}_gemm" if arch == "sm_90a" else "quamba_linear_w8a8_gemm"
         assert last(library) == (f"quamba_{name}_skinny" if rows else gemm)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hopper_has_a_kernel_between(kernels, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For groups that it takes and as many rows as it is for; another architecture never asks for it."""
+    between = f"quamba_{name}_few"
+    monkeypatch.setattr(linear, "FEW_FIRST", 1)
+    for case in served(name):
+        library = kernels("sm_90a")
+        want = OPS[name].reference(*case.args, **case.kwargs)
+        assert disagreement([call(name, case)], [want], TOLERANCE[name][case.dtype]) is None, case.label
+        assert (last(library) == between) == (case.shape.get("S", case.shape["K"]) % linear.FEW_GROUP == 0), case.label
+    library = kernels("sm_87")
+    monkeypatch.setattr(linear, "W4A16_SKINNY_ROWS", 10**6)
+    for case in served(name):
+        call(name, case)
+        assert last(library) != between
+    library = kernels("sm_90a")
+    monkeypatch.setattr(linear, "FEW_FIRST", 9)
+    for rows, expected in ((8, False), (9, True), (64, True), (257, False)):
+        x, x_scale, w, w_scale = draw(rows)
+        run(x, x_scale, w, w_scale)
+        assert last(library).endswith("_few") == expected, rows
 
 
 def test_w4a16_is_expanded_where_there_is_no_kernel(kernels, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,10 @@ KERNELS = (
     "quamba_linear_w8a8_skinny", "quamba_linear_w4a8_skinny", "quamba_linear_w4a16_skinny", "quamba_linear_w8a8_gemm",
     "quamba_expand_w4a8", "quamba_expand_w4a16", "quamba_ssd_decode", "quamba_selective_decode", "quamba_conv_decode",
 )  # fmt: skip
-HOPPER = ("quamba_linear_w4a8_gemm", "quamba_linear_w4a16_gemm")
+HOPPER = (
+    "quamba_linear_w4a8_gemm", "quamba_linear_w4a16_gemm", "quamba_linear_w8a8_few", "quamba_linear_w4a8_few",
+    "quamba_linear_w4a16_few",
+)  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, steps done, steps in all)"""

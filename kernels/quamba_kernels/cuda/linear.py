@@ -20,6 +20,10 @@ W4A16_SKINNY_ROWS = 48
 """Up to so many rows the bytes of the weights decide, which the skinny kernels read once and expand in registers."""
 WIDE, WIDE_SKINNY_ROWS = 8192, 16
 """From so many out features on, Hopper's GEMM over int4 weights fills the GPU and wins beyond so many rows."""
+FEW_FIRST, FEW_GROUP = 9, 64
+FEW_TILES = {32: 10**6, 64: 160, 128: 96, 256: 32}
+"""Hopper has a kernel between: from FEW_FIRST rows on, for groups of a multiple of FEW_GROUP, up to so many rows where
+tiles of 64 rows by 128 out features are at most so many. With more of them the GEMMs fill the GPU and win."""
 W4A8_GEMM_O, W4A8_GEMM_ROWS = 4096, 256
 """Where that GEMM beats an expansion to int8 followed by the faster int8 GEMM: this wide, up to so many rows."""
 
@@ -130,6 +134,15 @@ class Problem:
         """Whether the object for this device has the GEMMs over int4 weights."""
         return library(self.device.index).arch == "sm_90a"
 
+    @property
+    def between(self) -> bool:
+        """Whether Hopper's kernel between the skinny ones and the GEMMs is the fastest."""
+        a = self.linear
+        if a.M < FEW_FIRST or a.S % FEW_GROUP or not self.hopper:
+            return False
+        tiles = -(-a.M // 64) * -(-a.O // 128)
+        return any(a.M <= rows and tiles <= most for rows, most in FEW_TILES.items())
+
     def few_rows(self, limit: int) -> bool:
         """Whether int4 weights are better read by the skinny kernel; ``limit`` where no GEMM fits them better."""
         if self.linear.O >= WIDE and self.hopper:
@@ -160,6 +173,8 @@ class Problem:
 
 def linear_w8a8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
     p = Problem(x, x_scale, w, w_scale, None, *epilogue)
+    if p.between:
+        return p.run("quamba_linear_w8a8_few")
     return p.run("quamba_linear_w8a8_skinny" if p.linear.M <= W8A8_SKINNY_ROWS else "quamba_linear_w8a8_gemm")
 
 
@@ -169,6 +184,8 @@ def linear_w4a8(
     """Many rows: the weight is expanded to int8 once per call, and the rest is linear_w8a8; in between, on sm_90a, a
     kernel that unpacks as it multiplies."""
     p = Problem(x, x_scale, w, w_scale, w_multiplier, *epilogue)
+    if p.between:
+        return p.run("quamba_linear_w4a8_few")
     if p.few_rows(W4A8_SKINNY_ROWS):
         return p.run("quamba_linear_w4a8_skinny")
     if p.hopper and p.linear.O >= W4A8_GEMM_O and p.linear.M <= W4A8_GEMM_ROWS:
@@ -181,6 +198,8 @@ def linear_w4a8(
 def linear_w4a16(x: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
     """Many rows: a mixed-input kernel on sm_90a; elsewhere the weight is expanded to x's type for torch's product."""
     p = Problem(x, None, w, w_scale, None, *epilogue)
+    if p.between:
+        return p.run("quamba_linear_w4a16_few")
     if p.few_rows(W4A16_SKINNY_ROWS):
         return p.run("quamba_linear_w4a16_skinny")
     if p.hopper:
