@@ -141,7 +141,7 @@ class Problem:
         if a.M < FEW_FIRST or a.S % FEW_GROUP or not self.hopper:
             return False
         tiles = -(-a.M // 64) * -(-a.O // 128)
-        return any(a.M <= rows and tiles <= most for rows, most in FEW_TILES.items())
+        return any(rows >= a.M and tiles <= most for rows, most in FEW_TILES.items())
 
     def few_rows(self, limit: int) -> bool:
         """Whether int4 weights are better read by the skinny kernel; ``limit`` where no GEMM fits them better."""
