@@ -33,10 +33,11 @@ WARM = 4
 
 def short(name: str) -> str:
     """A kernel's name without its namespaces and arguments, with what tells its template's kinds apart."""
-    name = re.sub(r"^void ", "", name).replace("(anonymous namespace)::", "").replace("(int)", "").replace("(bool)", "").split("(")[0]
-    head, _, values = name.partition("<")
+    bare = re.sub(r"\((anonymous|unnamed)[^()]*\)::|<unnamed>::|\((int|bool|unsigned int|char|long)\)", "", name)
+    bare = re.sub(r"^.*?\bvoid ", "", bare).split("(")[0]
+    head, _, values = bare.partition("<")
     kept = re.sub(r"\(?[\w:]+::\w+\)", "", values)
-    return f"{head.split('::')[-1]}<{kept[:60]}" if values else head
+    return (f"{head.split('::')[-1]}<{kept[:60]}" if values else head.split("::")[-1]) or name[:80]
 
 
 def replayed(call: Any) -> tuple[float, list[dict[str, Any]]]:

@@ -2,8 +2,8 @@
 // of x (operand_w4.cuh), or int8 weights and x.
 //
 // A block takes 128 channels by 16, 32 or 64 tokens and a share of the columns; the blocks of a cluster share a tile
-// along K. Two or three blocks fit a multiprocessor, of one kernel or of two that follow each other: weights are constants of
-// the model, so the next kernel has its first tiles of them on the way before the previous one is done.
+// along K. Two or three blocks fit a multiprocessor, of one kernel or of two that follow each other: weights are
+// constants of the model, so the next kernel has its first tiles of them on the way before the previous one is done.
 //
 // What is computed is y^T: weights are the operand A of wgmma, from registers once unpacked, or from shared memory. At
 // the end the blocks of a cluster scatter their sums: a cell of 32 channels by 8 tokens belongs to one of them, which
@@ -73,9 +73,10 @@ __device__ __forceinline__ void send_quad(unsigned to, unsigned barrier, int ran
   unsigned there, counter;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(to), "r"(rank));
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(barrier), "r"(rank));
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
-               "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(counter)
-               : "memory");
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
+      "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(counter)
+      : "memory");
 }
 
 __device__ __forceinline__ unsigned bits(float v) { return __float_as_uint(v); }
@@ -135,7 +136,8 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
 
   auto load_w = [&](int stage, int step) {
     arrive_expecting(full + 8 * stage, L::kWBytes + L::kXBytes);
-    load_box(shared_address(w_tiles + stage * L::kWBytes), &w_map, full + 8 * stage, step * (Packed ? 16 : 128), column);
+    load_box(shared_address(w_tiles + stage * L::kWBytes), &w_map, full + 8 * stage,
+             step * (Packed ? kTileK / 8 : kTileK), column);
   };
   auto load_x = [&](int stage, int step) {
 #pragma unroll
@@ -167,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     using Raw = typename Op::Raw;
     const ScaleOf<Raw> of[4] = {{w, column + lane}, {w, column + 32 + lane}, {w, column + 64 + lane},
                                 {w, column + 96 + lane}};
-    const bool halves = w.groups * kTileK > w.K;  // a step has two groups
+    const bool halves = w.K / w.groups % kTileK != 0;  // the halves of a step may lie in two groups
     auto copy_scales = [&](int step) {
       if constexpr (Packed) {
         const unsigned to = scales + stage * L::kScaleBytes + lane * 4;
@@ -245,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     // a row is 64 bytes, its four 16-byte pieces exchanged by row: the 64-byte swizzle of TMA
     const unsigned words = shared_address(w_tiles) + channel * 64, turn = (channel / 2 & 3) << 4;
     const ScaleOf<typename Op::Raw> of[2] = {{w, column + channel}, {w, column + channel + 8}};
-    const int second = w.groups * kTileK > w.K ? 1 : 0;
+    const int second = w.K / w.groups % kTileK ? 1 : 0;  // whether the latter half of a step has words of its own
     auto factor_at = [&](int h, int step, int chunk) {
       const unsigned from = scales + stage * L::kScaleBytes + (chunk & second) * kTileO * 4 + (channel + 8 * h) * 4;
       return Op::factor(of[h].pick(load_word(from), step * kTileK + chunk * w4::kChunk));
@@ -376,7 +378,8 @@ struct Launch {
     auto kernel = linear_few<Element, Packed, TileM>;
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::shared_bytes(1));
     if (error == cudaSuccess)
-      error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   cudaSharedmemCarveoutMaxShared);
     for (int blocks = 1; blocks <= L::kBlocks; ++blocks)
       for (int splits = 1; splits <= kMaxSplits && L::stages(blocks) >= 3 && error == cudaSuccess; ++splits) {
         cudaLaunchConfig_t config = {};

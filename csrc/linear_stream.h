@@ -6,11 +6,11 @@
 
 // linear.x is [M, K] floats of linear.x_dtype, M up to 2; with prologue 0 it is what linear.h says, M up to 8.
 // x / rms(x) within norm_groups groups (0: no norm) * norm_weight, then x H in blocks of `block` channels (0: as it is),
-// then codes: by in_scale [1], by each token's largest magnitude where in_scale is null, or (w4a16) of type code_dtype.
+// then codes: by in_scale [1], or by each token's largest magnitude where in_scale is null.
 typedef struct {
   QuambaLinear linear;
   const void* norm_weight;  // [K] or null
   const float* in_scale;
   float eps;
-  int prologue, norm_weight_dtype, norm_groups, block, code_dtype;
+  int prologue, norm_weight_dtype, norm_groups, block;
 } QuambaStream;

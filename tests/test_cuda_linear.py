@@ -74,9 +74,10 @@ LINEAR(quamba_linear_w4a16_gemm, 1)
     last = #name; \
     return a->prologue ? QUAMBA_UNSUPPORTED : run(&a->linear, packed); \
   }
-STREAM(quamba_linear_w8a8_stream, 0)
 STREAM(quamba_linear_w4a8_stream, 1)
-STREAM(quamba_linear_w4a16_stream, 1)
+LINEAR(quamba_linear_w8a8_few, 0)
+LINEAR(quamba_linear_w4a8_few, 1)
+LINEAR(quamba_linear_w4a16_few, 1)
 long long quamba_linear_w8a8_gemm_workspace(const QuambaLinear* a) { return 4 * a->O; }
 int quamba_linear_w8a8_gemm(const QuambaLinear* a, void* s) {
   last = "quamba_linear_w8a8_gemm";
@@ -159,6 +160,7 @@ def test_arguments_reach_the_kernels(
         monkeypatch.setattr(linear, constant, rows)
     monkeypatch.setattr(linear, "W4A8_GEMM_O", 0)
     monkeypatch.setattr(stream, "ROWS", 0)
+    monkeypatch.setattr(linear, "FEW_TILES", {})
     assert served(name)
     for case in served(name):
         want = OPS[name].reference(*case.args, **case.kwargs)
@@ -177,6 +179,27 @@ def test_few_tokens_stream_on_hopper(kernels, name: str, monkeypatch: pytest.Mon
         chosen.append((case.args[0].numel() // case.args[0].shape[-1], last(library).endswith("_stream")))
     assert any(streams for _, streams in chosen)
     assert all(rows <= stream.ROWS for rows, streams in chosen if streams)
+def test_hopper_has_a_kernel_between(kernels, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For groups that it takes and as many rows as it is for; another architecture never asks for it."""
+    between = f"quamba_{name}_few"
+    monkeypatch.setattr(linear, "FEW_FIRST", 1)
+    monkeypatch.setattr(stream, "ROWS", 0)
+    for case in served(name):
+        library = kernels("sm_90a")
+        want = OPS[name].reference(*case.args, **case.kwargs)
+        assert disagreement([call(name, case)], [want], TOLERANCE[name][case.dtype]) is None, case.label
+        assert (last(library) == between) == (case.shape.get("S", case.shape["K"]) % linear.FEW_GROUP == 0), case.label
+    library = kernels("sm_87")
+    monkeypatch.setattr(linear, "W4A16_SKINNY_ROWS", 10**6)
+    for case in served(name):
+        call(name, case)
+        assert last(library) != between
+    library = kernels("sm_90a")
+    monkeypatch.setattr(linear, "FEW_FIRST", 9)
+    for rows, expected in ((8, False), (9, True), (64, True), (257, False)):
+        x, x_scale, w, w_scale = draw(rows)
+        run(x, x_scale, w, w_scale)
+        assert last(library).endswith("_few") == expected, rows
 
 
 def test_w4a16_is_expanded_where_there_is_no_kernel(kernels, monkeypatch: pytest.MonkeyPatch) -> None:

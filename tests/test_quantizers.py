@@ -10,7 +10,6 @@ from quamba.formats import FORMATS, get
 from quamba.formats.format import Format, Grid, group_size
 from quamba.quantizers import Hessian, gptq, importance, rtn
 from quamba.recipe import LinearSpec
-from quamba_kernels import Op, Setting
 
 INTEGER = [f for f in FORMATS.values() if f.name != "float"]
 SIZES = [(256, 128), (256, 64), (384, 128), (136, 128), (264, 96), (200, 128)]
@@ -164,15 +163,6 @@ def test_sizes_that_do_not_pack_are_refused(fmt: Format) -> None:
     for build in (fmt.tensors, fmt.grid):
         with pytest.raises(UserError, match=f"format {fmt.name} packs input features by 8, got a linear with 63"):
             build(63, 8, spec)
-
-
-@pytest.mark.parametrize("fmt", [f for f in FORMATS.values() if f.has_grid])
-def test_only_grouped_formats_bind_by_their_groups(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group size that does not divide the features is no reason against a backend where there are no groups."""
-    asked: list[Setting] = []
-    monkeypatch.setattr(Op, "bind", lambda op, setting: asked.append(setting))
-    fmt.bind("cpu", torch.bfloat16, 160, 64, LinearSpec(format=fmt.name, group_size=128))
-    assert asked[0].shape["S"] == (80 if fmt.grouped else 160)
 
 
 def test_unknown_formats_list_the_known() -> None:

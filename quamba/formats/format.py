@@ -93,7 +93,7 @@ class Format(ABC):
 
     def bind(self, device: str, dtype: torch.dtype, features: int, outputs: int, spec: LinearSpec) -> Backend:
         """The backend for this linear on this device."""
-        size = group_size(spec.group_size, features) if self.grouped else features
+        size = group_size(spec.group_size, features)
         return self.op.bind(Setting(device, dtype, {"K": features, "O": outputs, "S": size}))
 
 

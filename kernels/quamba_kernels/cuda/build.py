@@ -38,8 +38,8 @@ KERNELS = (
     "quamba_ssd_scan",
 )  # fmt: skip
 HOPPER = (
-    "quamba_linear_w4a8_gemm", "quamba_linear_w4a16_gemm", "quamba_linear_w8a8_stream", "quamba_linear_w4a8_stream",
-    "quamba_linear_w4a16_stream",
+    "quamba_linear_w4a8_gemm", "quamba_linear_w4a16_gemm", "quamba_linear_w8a8_few", "quamba_linear_w4a8_few",
+    "quamba_linear_w4a16_few", "quamba_linear_w4a8_stream",
 )  # fmt: skip
 
 Progress = Callable[[str, int, int], None]

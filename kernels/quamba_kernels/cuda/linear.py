@@ -22,6 +22,10 @@ W4A16_SKINNY_ROWS = 48
 """Up to so many rows the bytes of the weights decide, which the skinny kernels read once and expand in registers."""
 WIDE, WIDE_SKINNY_ROWS = 8192, 16
 """From so many out features on, Hopper's GEMM over int4 weights fills the GPU and wins beyond so many rows."""
+FEW_FIRST, FEW_GROUP = 9, 64
+FEW_TILES = {32: 10**6, 64: 160, 128: 96, 256: 32}
+"""Hopper has a kernel between: from FEW_FIRST rows on, for groups of a multiple of FEW_GROUP, up to so many rows where
+tiles of 64 rows by 128 out features are at most so many. With more of them the GEMMs fill the GPU and win."""
 W4A8_GEMM_O, W4A8_GEMM_ROWS = 4096, 256
 """Where that GEMM beats an expansion to int8 followed by the faster int8 GEMM: this wide, up to so many rows."""
 
@@ -96,7 +100,6 @@ class Problem:
         if out_dtype not in FLOATS:
             raise TypeError(f"out_dtype has to be one of {FLOATS}, got {out_dtype}; out_scale gives an int8 result")
         self.device, self.shape = device, (*x.shape[:-1], O)
-        self.sizes = 8 if w.dtype == torch.int8 else 4, 1 if integers else 2  # bits of a weight, bytes of the input's
         self.dtype = out_dtype if out_scale is None else torch.int8
         # what the struct points at has to outlive it
         self.x = x = _tidy(x)
@@ -138,6 +141,15 @@ class Problem:
         """Whether the object for this device has the GEMMs over int4 weights."""
         return library(self.device.index).arch == "sm_90a"
 
+    @property
+    def between(self) -> bool:
+        """Whether Hopper's kernel between the skinny ones and the GEMMs is the fastest."""
+        a = self.linear
+        if a.M < FEW_FIRST or a.S % FEW_GROUP or not self.hopper:
+            return False
+        tiles = -(-a.M // 64) * -(-a.O // 128)
+        return any(rows >= a.M and tiles <= most for rows, most in FEW_TILES.items())
+
     def few_rows(self, limit: int) -> bool:
         """Whether int4 weights are better read by the skinny kernel; ``limit`` where no GEMM fits them better."""
         if self.linear.O >= WIDE and self.hopper:
@@ -148,7 +160,7 @@ class Problem:
     @property
     def streams(self) -> bool:
         """Whether Hopper's kernel for a few tokens of a decode step takes it."""
-        return stream.serves(self.linear, *self.sizes) and self.hopper
+        return stream.serves(self.linear) and self.hopper
 
     def run(self, kernel: str, whole: QuambaStream | None = None) -> Tensor:
         """y, from a kernel that does the whole linear; ``whole``: the struct around the linear's that it takes."""
@@ -176,8 +188,8 @@ class Problem:
 
 def linear_w8a8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
     p = Problem(x, x_scale, w, w_scale, None, *epilogue)
-    if p.streams:
-        return p.run("quamba_linear_w8a8_stream")
+    if p.between:
+        return p.run("quamba_linear_w8a8_few")
     return p.run("quamba_linear_w8a8_skinny" if p.linear.M <= W8A8_SKINNY_ROWS else "quamba_linear_w8a8_gemm")
 
 
@@ -189,6 +201,8 @@ def linear_w4a8(
     p = Problem(x, x_scale, w, w_scale, w_multiplier, *epilogue)
     if p.streams:
         return p.run("quamba_linear_w4a8_stream")
+    if p.between:
+        return p.run("quamba_linear_w4a8_few")
     if p.few_rows(W4A8_SKINNY_ROWS):
         return p.run("quamba_linear_w4a8_skinny")
     if p.hopper and p.linear.O >= W4A8_GEMM_O and p.linear.M <= W4A8_GEMM_ROWS:
@@ -201,8 +215,8 @@ def linear_w4a8(
 def linear_w4a16(x: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
     """Many rows: a mixed-input kernel on sm_90a; elsewhere the weight is expanded to x's type for torch's product."""
     p = Problem(x, None, w, w_scale, None, *epilogue)
-    if p.streams:
-        return p.run("quamba_linear_w4a16_stream")
+    if p.between:
+        return p.run("quamba_linear_w4a16_few")
     if p.few_rows(W4A16_SKINNY_ROWS):
         return p.run("quamba_linear_w4a16_skinny")
     if p.hopper:
@@ -220,15 +234,15 @@ def norm_linear(
     """One kernel where the linear can make its own input, else the norm and the linear."""
     p = Problem(x, None, w, w_scale, w_multiplier, bias, residual, None, out_dtype, raw=True)
     kind = "w8a8" if w.dtype == torch.int8 else "w4a16" if w_multiplier is None else "w4a8"
-    if stream.normalises(p.linear, *p.sizes) and p.hopper:
-        whole = QuambaStream(prologue=1, norm_groups=1, eps=eps, code_dtype=DTYPES[in_dtype])
+    if kind == "w4a8" and stream.normalises(p.linear) and p.hopper:
+        whole = QuambaStream(prologue=1, norm_groups=1, eps=eps)
         if norm_weight is not None:
             norm_weight = _tidy(norm_weight)
             whole.norm_weight = _check("norm_weight", norm_weight, p.device, FLOATS, (p.linear.K,))
             whole.norm_weight_dtype = DTYPES[norm_weight.dtype]
         if in_scale is not None and not per_token:
             whole.in_scale = _check("in_scale", in_scale, p.device, (torch.float32,), (1,))
-        return p.run(f"quamba_linear_{kind}_stream", whole)
+        return p.run("quamba_linear_w4a8_stream", whole)
     u, scale = torch.ops.quamba.rms_norm.default(x, norm_weight, eps, in_scale, per_token, in_dtype)
     epilogue = bias, residual, None, out_dtype
     if kind == "w4a16":

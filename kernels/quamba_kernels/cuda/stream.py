@@ -1,7 +1,8 @@
-"""Linears of a decode step on Hopper: up to eight tokens, and up to two whose norm the linear does itself.
+"""The W4A8 linears of a decode step on Hopper: up to eight tokens, and up to two whose norm the linear does itself.
 
 csrc/linear_stream.cuh keeps what it reads of the weights in shared memory before its turn comes. ``serves`` and
-``normalises`` say exactly which problems it takes, so that no call finds out.
+``normalises`` say exactly which problems it takes, so that no call finds out. For the other formats the skinny kernels
+are as fast within a model.
 """
 
 from __future__ import annotations
@@ -26,27 +27,25 @@ class QuambaStream(ctypes.Structure):
         ("norm_weight", ctypes.c_void_p),
         ("in_scale", ctypes.c_void_p),
         ("eps", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("prologue", "norm_weight_dtype", "norm_groups", "block", "code_dtype")),
+        *((name, ctypes.c_int) for name in ("prologue", "norm_weight_dtype", "norm_groups", "block")),
     ]
 
     def __str__(self) -> str:
         return f"{self.linear}, prologue {self.prologue} norm_groups={self.norm_groups} block={self.block}"
 
 
-def serves(a: QuambaLinear, bits: int, x_size: int) -> bool:
-    """Whether the kernel takes a problem over weights of so many bits and elements of x of so many bytes: tokens,
-    groups, whole copies of 16 bytes, room in shared memory."""
-    scale_bytes = a.K // a.S * x_size if bits == 4 else 0  # int8 multipliers for int8 x, fp16 scales for 16 bits
+def serves(a: QuambaLinear) -> bool:
+    """Whether the kernel takes a problem: tokens, groups, whole copies of 16 bytes, room in shared memory."""
     return (
         0 < a.M <= ROWS
         and a.K >= MIN_K
         and (a.S % 128 == 0 or a.S == a.K)
-        and (a.O % STRIP == 0 or TAIL * scale_bytes % 16 == 0)
-        and (a.M + a.M % 2) * a.K * x_size <= MAX_X_BYTES
-        and a.O * a.K * bits // 8 <= LARGEST
+        and (a.O % STRIP == 0 or TAIL * (a.K // a.S) % 16 == 0)
+        and (a.M + a.M % 2) * a.K <= MAX_X_BYTES
+        and a.O * a.K // 2 <= LARGEST
     )
 
 
-def normalises(a: QuambaLinear, bits: int, x_size: int) -> bool:
+def normalises(a: QuambaLinear) -> bool:
     """Whether the kernel also makes the linear's input from the floats before its norm."""
-    return serves(a, bits, x_size) and a.M <= NORM_ROWS and a.K <= MAX_NORM_K and a.K % NORM_STEP == 0
+    return serves(a) and a.M <= NORM_ROWS and a.K <= MAX_NORM_K and a.K % NORM_STEP == 0
