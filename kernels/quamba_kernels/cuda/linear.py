@@ -22,10 +22,10 @@ W4A16_SKINNY_ROWS = 48
 """Up to so many rows the bytes of the weights decide, which the skinny kernels read once and expand in registers."""
 WIDE, WIDE_SKINNY_ROWS = 8192, 16
 """From so many out features on, Hopper's GEMM over int4 weights fills the GPU and wins beyond so many rows."""
-FEW_FIRST, FEW_GROUP = 9, 64
+FEW_FIRST, FEW_GROUPS = 9, (64, 128)
 FEW_TILES = {32: 10**6, 64: 160, 128: 96, 256: 32}
-"""Hopper has a kernel between: from FEW_FIRST rows on, for groups of a multiple of FEW_GROUP, up to so many rows where
-tiles of 64 rows by 128 out features are at most so many. With more of them the GEMMs fill the GPU and win."""
+"""Hopper has a kernel between: from FEW_FIRST rows on, for int4 groups of 64 or a multiple of 128, up to so many rows
+where tiles of 64 rows by 128 out features are at most so many. With more of them the GEMMs fill the GPU and win."""
 W4A8_GEMM_O, W4A8_GEMM_ROWS = 4096, 256
 """Where that GEMM beats an expansion to int8 followed by the faster int8 GEMM: this wide, up to so many rows."""
 
@@ -99,7 +99,7 @@ class Problem:
             raise ValueError(f"the CUDA linear {reason}")
         if out_dtype not in FLOATS:
             raise TypeError(f"out_dtype has to be one of {FLOATS}, got {out_dtype}; out_scale gives an int8 result")
-        self.device, self.shape = device, (*x.shape[:-1], O)
+        self.device, self.shape, self.int4 = device, (*x.shape[:-1], O), w.dtype != torch.int8
         self.dtype = out_dtype if out_scale is None else torch.int8
         # what the struct points at has to outlive it
         self.x = x = _tidy(x)
@@ -145,7 +145,8 @@ class Problem:
     def between(self) -> bool:
         """Whether Hopper's kernel between the skinny ones and the GEMMs is the fastest."""
         a = self.linear
-        if a.M < FEW_FIRST or a.S % FEW_GROUP or not self.hopper:
+        other_groups = self.int4 and a.S not in FEW_GROUPS and a.S % max(FEW_GROUPS)
+        if a.M < FEW_FIRST or other_groups or not self.hopper:
             return False
         tiles = -(-a.M // 64) * -(-a.O // 128)
         return any(rows >= a.M and tiles <= most for rows, most in FEW_TILES.items())
