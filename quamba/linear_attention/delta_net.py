@@ -10,7 +10,7 @@ from quamba.errors import UserError
 from quamba.linear_attention.cache import LayerState
 from quamba.linear_attention.configs import DeltaNetConfig
 from quamba.linear_attention.conv import ShortConvolution
-from quamba.linear_attention.mixer import Mixer, heads, masked, whole
+from quamba.linear_attention.mixer import Mixer, heads, masked
 from quamba.linear_attention.norm import GatedRMSNorm, RMSNorm
 from quamba_kernels import ops
 
@@ -32,7 +32,7 @@ class DeltaNet(Mixer):
                 given = getattr(config, name)
                 raise UserError(f"{config.model_type} config has {name}={given!r}; supported is {wanted}")
         size = config.hidden_size
-        keys, values = whole(config, config.expand_k, "expand_k"), whole(config, config.expand_v, "expand_v")
+        keys, values = config.whole("expand_k"), config.whole("expand_v")
         self.k_size, self.v_size = keys // config.num_heads, values // config.num_heads
         self.activation, self.l2 = ACTIVATIONS[config.qk_activation], config.qk_norm == "l2"
         self.beta_range = 2.0 if config.allow_neg_eigval else 1.0

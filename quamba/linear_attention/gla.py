@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid, silu
 from quamba.linear_attention.cache import LayerState
 from quamba.linear_attention.configs import GLAConfig, RetNetConfig
 from quamba.linear_attention.conv import ShortConvolution
-from quamba.linear_attention.mixer import Mixer, activation, heads, masked, whole
+from quamba.linear_attention.mixer import Mixer, activation, heads, masked
 from quamba.linear_attention.norm import GatedRMSNorm, RMSNorm
 from quamba_kernels import ops
 
@@ -52,7 +52,7 @@ class GatedLinearAttention(Mixer, Leave):
     def __init__(self, config: GLAConfig, layer: int) -> None:
         super().__init__(config, layer)
         size, self.groups = config.hidden_size, config.num_heads // (config.num_kv_heads or config.num_heads)
-        keys, values = whole(config, config.expand_k, "expand_k"), whole(config, config.expand_v, "expand_v")
+        keys, values = config.whole("expand_k"), config.whole("expand_v")
         self.k_size, self.v_size = keys // config.num_heads, values // config.num_heads
         self.clamp_min, self.feature_map = config.clamp_min, activation(config)
         shared_keys, shared_values = keys // self.groups, values // self.groups

@@ -104,14 +104,3 @@ def activation(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         known = " or ".join(map(repr, FEATURE_MAPS))
         raise UserError(f"{config.model_type} config has feature_map={config.feature_map!r}; supported is {known}")
     return FEATURE_MAPS[config.feature_map]
-
-
-def whole(config: Any, ratio: float, name: str) -> int:
-    """hidden_size * ratio, split over the heads. Raises UserError where that is no integer."""
-    size = config.hidden_size * ratio
-    if abs(size - round(size)) > 1e-6 or round(size) % config.num_heads:
-        raise UserError(
-            f"{config.model_type} config has hidden_size={config.hidden_size} and {name}={ratio}; expected is a "
-            f"product that num_heads={config.num_heads} divides"
-        )
-    return round(size)

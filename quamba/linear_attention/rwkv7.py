@@ -84,7 +84,7 @@ class RWKV7FeedForward(FeedForward):
 
     def __init__(self, config: RWKV7Config, layer: int) -> None:
         super().__init__(config, layer)
-        inner = self.inner(config, 4)
+        inner = config.mlp_size
         self.x_k = nn.Parameter(torch.zeros(config.hidden_size))
         self.key = nn.Linear(config.hidden_size, inner, bias=False)
         self.value = nn.Linear(inner, config.hidden_size, bias=False)
