@@ -164,6 +164,7 @@ class GLAConfig(LinearAttentionConfig):
     """Gated linear attention."""
 
     model_type = "gla"
+    gate_rank: ClassVar[int] = 16
     num_heads: int = 4
     num_kv_heads: int | None = None
     expand_k: float = 0.5
@@ -326,6 +327,13 @@ class LightNetConfig(LinearAttentionConfig):
     def rope_theta_of(self, spec: dict[str, Any]) -> float:
         """fla hands no rope_theta to LightNet's attention."""
         return 10000.0
+
+    @property
+    def heads_and_size(self) -> tuple[int, int]:
+        """Heads and key size per head. Raises UserError when neither is given."""
+        if self.num_heads is not None and self.expand_ratio is not None:
+            return self.num_heads, self.expand_ratio
+        return heads_and_size(self)
 
 
 def heads_and_size(config: Any) -> tuple[int, int]:

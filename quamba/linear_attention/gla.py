@@ -13,7 +13,7 @@ from quamba.linear_attention.mixer import Mixer, activation, heads, masked
 from quamba.linear_attention.norm import GatedRMSNorm, RMSNorm
 from quamba_kernels import ops
 
-GATE_RANK, GATE_NORMALIZER = 16, 16
+GATE_NORMALIZER = 16
 
 
 class Leave(nn.Module):
@@ -59,7 +59,9 @@ class GatedLinearAttention(Mixer, Leave):
         self.q_proj = nn.Linear(size, keys, bias=False)
         self.k_proj = nn.Linear(size, shared_keys, bias=False)
         self.v_proj = nn.Linear(size, shared_values, bias=False)
-        self.gk_proj = nn.Sequential(nn.Linear(size, GATE_RANK, bias=False), nn.Linear(GATE_RANK, shared_keys))
+        self.gk_proj = nn.Sequential(
+            nn.Linear(size, config.gate_rank, bias=False), nn.Linear(config.gate_rank, shared_keys)
+        )
         self.use_short_conv = config.use_short_conv
         if self.use_short_conv:
             self.q_conv1d = ShortConvolution(keys, config.conv_size)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import silu
 
 from quamba.linear_attention.cache import LayerState
-from quamba.linear_attention.configs import LightNetConfig, heads_and_size
+from quamba.linear_attention.configs import LightNetConfig
 from quamba.linear_attention.conv import ShortConvolution
 from quamba.linear_attention.mixer import Mixer, heads, masked
 from quamba.linear_attention.norm import GatedRMSNorm
@@ -24,10 +24,7 @@ class LightNetAttention(Mixer):
     def __init__(self, config: LightNetConfig, layer: int) -> None:
         super().__init__(config, layer)
         size, rank = config.hidden_size, config.gate_low_rank_dim
-        if config.num_heads is not None and config.expand_ratio is not None:
-            count, self.k_size = config.num_heads, config.expand_ratio
-        else:
-            count, self.k_size = heads_and_size(config)
+        count, self.k_size = config.heads_and_size
         self.v_size = size // count
         keys = count * self.k_size
         self.q_proj = nn.Linear(size, keys, bias=False)

@@ -157,7 +157,7 @@ class Sublayer:
     sublayers side by side share one norm.
 
     gain_offset: what is added to the stored gain; residual_weighted: something per channel stands between the mixer
-    and the sum (a norm with a gain, a learned weight).
+    and the sum (a norm with a gain, a learned weight). norm_bias: whether a layer norm has a shift.
     """
 
     norm: str | None
@@ -165,6 +165,12 @@ class Sublayer:
     norm_kind: Literal["rms", "layer"] = "rms"
     gain_offset: float = 0.0
     residual_weighted: bool = False
+    norm_bias: bool = True
+
+    @property
+    def norm_tensors(self) -> tuple[str, ...]:
+        """What the norm holds."""
+        return ("weight", "bias") if self.norm_kind == "layer" and self.norm_bias else ("weight",)
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,9 @@ class BlockSpec:
 class ModelSpec:
     """A whole model: where the residual stream begins, its blocks, where it ends.
 
-    returns: length of the tuple that a hosted layer returns, its hidden states first; 0 for the bare tensor.
+    returns: length of the tuple that a hosted layer returns, its hidden states first; 0 for the bare tensor. carry: the
+    keyword by which hosted layers are passed a dict of tensors [B, ...] that each may add to for later ones. params:
+    tensors that belong neither to a block nor to one of the ends, left as they are.
     """
 
     d_model: int
@@ -204,6 +212,9 @@ class ModelSpec:
     returns: int = 0
     final_norm_kind: Literal["rms", "layer"] = "rms"
     final_gain_offset: float = 0.0
+    final_norm_bias: bool = True
+    carry: str | None = None
+    params: tuple[str, ...] = ()
 
     @property
     def hosted(self) -> bool:

@@ -59,7 +59,8 @@ def _value_rotation_illegal(sublayer: Sublayer) -> str | None:
         return f"{value.name} passes through {' and '.join(post)}"
     if mixer.out.gate:
         return f"the output is gated by {mixer.out.gate}"
-    return f"the output passes a {mixer.out.norm} norm" if mixer.out.norm else None
+    # an RMS norm over whole heads keeps rotations of them, once its gain is folded into what reads it
+    return f"the output passes a {mixer.out.norm} norm" if mixer.out.norm not in (None, "rms") else None
 
 
 def _key_rotation_illegal(sublayer: Sublayer) -> str | None:
@@ -69,7 +70,8 @@ def _key_rotation_illegal(sublayer: Sublayer) -> str | None:
     if mixer.scan.decay != "scalar":
         return f"the decay is {mixer.scan.decay}"
     for i in mixer.inputs:
-        if i.semantics in ("key", "query") and (post := _source(mixer, i.name).post):
+        # what is divided by its length may be rotated before or after
+        if i.semantics in ("key", "query") and (post := [s for s in _source(mixer, i.name).post if s != "l2"]):
             return f"{i.name} passes through {' and '.join(post)}"
     return None
 
@@ -82,11 +84,12 @@ def _rotate_outputs(tensors: Tensors, mixer: MixerSpec, name: str, rotation: tor
         for output in proj.outputs:
             rows = mixer.size(output.segment)
             if output.name == name:
-                path = mixer.name(proj.weight)
-                weight = out[path].clone()
-                part = weight[start : start + rows].unflatten(0, (-1, rotation.shape[0]))
-                weight[start : start + rows] = (rotation.to(weight).T @ part).flatten(0, 1)
-                out[path] = weight
+                for path in (mixer.name(proj.weight), mixer.name(f"{proj.path}.bias")):
+                    if path in out:
+                        made = out[path].clone()
+                        part = made[start : start + rows].view(-1, rotation.shape[0], made[0].numel())
+                        made[start : start + rows] = (rotation.to(made).T @ part).view_as(made[start : start + rows])
+                        out[path] = made
             start += rows
     return out
 
@@ -97,8 +100,12 @@ def _rotate_value(tensors: Tensors, sublayer: Sublayer, generator: torch.Generat
     size = mixer.axes[value.axes[-1]].size
     rotation = hadamard.hadamard_matrix(hadamard.block_size(size))
     out = _rotate_outputs(tensors, mixer, value.name, rotation)
-    assert mixer.out_proj is not None
+    assert mixer.out_proj is not None and mixer.out is not None
     path = mixer.name(mixer.out_proj.weight)
+    if mixer.out.norm_weight is not None:
+        gain = out[mixer.name(mixer.out.norm_weight)]
+        out[path] = out[path] * gain.repeat(out[path].shape[1] // len(gain))
+        out[mixer.name(mixer.out.norm_weight)] = torch.ones_like(gain)
     weight = out[path].unflatten(1, (-1, rotation.shape[0]))
     return {**out, path: (weight @ rotation.to(weight)).flatten(1)}
 
@@ -141,7 +148,7 @@ def _permute_one_tensor(tensors: Tensors, sublayer: Sublayer, generator: torch.G
 TRANSFORMS = {
     t.name: t
     for t in (
-        *(_permute_axis(name) for name in ("channel", "head", "kv_head", "value", "state", "rank", "hidden", "expert")),
+        *(_permute_axis(name) for name in ("channel", "head", "kv_head", "key", "value", "state", "rank", "hidden", "expert")),
         Transform("rotate_value_offline", _value_rotation_illegal, _rotate_value),
         Transform("rotate_key_offline", _key_rotation_illegal, _rotate_keys),
         Transform("permute_one_tensor", lambda s: "the other tensors of the axis stay behind", _permute_one_tensor),
