@@ -96,11 +96,15 @@ def quantize(
         with naming(model.embedding):
             embedding = embed(writer, model, recipe, table, rotation)
         skeleton = Skeleton(checkpoint.config, model) if model.hosted else None
+        for name in model.params:
+            writer.add({name: checkpoint.tensor(name)})
+            if skeleton is not None:
+                skeleton.take(name, checkpoint.tensor(name))
         hidden, arguments = enter(embedding, tokens, skeleton, plan.batch_size)
         stream = calibrate.Samples(hidden, plan.batch_size, where)
         largest = done = 0
         if kept is not None and kept.done:
-            done = kept.restore(writer, stream.hidden)
+            done = kept.restore(writer, stream)
             if say is not None:
                 say(f"resuming after {done} of {len(model.blocks)} layers, kept in {kept.folder}")
         for layer, block in enumerate(model.blocks):
@@ -115,7 +119,7 @@ def quantize(
                 made = quantise_block(module, recipe, tensors, kept_type, rotation, stream)
             writer.add(made)
             if kept is not None:
-                kept.keep(layer, made, stream.hidden)
+                kept.keep(layer, made, stream)
             memory.release()
         tell("layers", len(model.blocks), len(model.blocks) + 1)
         head = checkpoint.tensor(f"{model.head}.weight")

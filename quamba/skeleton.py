@@ -30,6 +30,11 @@ class Skeleton:
                 with torch.no_grad():
                     self.model._init_weights(module)
 
+    def take(self, name: str, tensor: torch.Tensor) -> None:
+        """A tensor outside the layers and the ends, which what the model passes its layers is computed from."""
+        owner, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(owner), leaf, nn.Parameter(tensor.float(), requires_grad=False))
+
     def layer(self, path: str) -> nn.Module:
         """A layer by its path, given away: the skeleton forgets it."""
         found: nn.Module = self.model.get_submodule(path)

@@ -104,11 +104,15 @@ def use_operators(model: Any) -> None:
     """Let an unquantised transformers model of a known architecture run on quamba's operators, in floats."""
     if model.config.model_type not in ARCHITECTURES:
         return
+    own = [
+        (block, sub.mixer) for block in describe(model.config).blocks for sub in block.sublayers
+        if mixer_class(sub.mixer) is not None
+    ]  # fmt: skip
+    if not own:
+        return  # what is hosted whole runs as it is, and keeps a tied head
     weights = model.state_dict()
-    for block in describe(model.config).blocks:
-        for sub in block.sublayers:
-            if mixer_class(sub.mixer) is not None:
-                weights = fold_factors(weights, sub.mixer, f"{block.path}.{sub.mixer.path}.")
+    for block, mixer in own:
+        weights = fold_factors(weights, mixer, f"{block.path}.{mixer.path}.")
     swap(model, FLOAT, model.dtype, model.device)
     model.load_state_dict(weights)
 

@@ -50,13 +50,18 @@ class RecurrentBlock(nn.Module):
         """hidden_states [B, T, D] -> the same; attention_mask [B, T], 0 for padding on the left."""
         hidden = hidden_states if self.residual_dtype is None else hidden_states.to(self.residual_dtype)
         for sub in self.block_spec.sublayers:
-            hidden = self.run(sub, hidden, cache_params, attention_mask)
+            hidden = self.run(sub, hidden, cache=cache_params, mask=attention_mask)
         return hidden
 
     def run(
-        self, sub: Sublayer, hidden: torch.Tensor, cache: Any = None, mask: torch.Tensor | None = None
+        self,
+        sub: Sublayer,
+        hidden: torch.Tensor,
+        carry: dict[str, torch.Tensor] | None = None,
+        cache: Any = None,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One sublayer: hidden [B, T, D] + mixer(norm(hidden))."""
+        """One sublayer: hidden [B, T, D] + mixer(norm(hidden)). Nothing is carried from one such block to another."""
         mixer, norm = self.part(sub), getattr(self, str(sub.norm))
         site = mixer.linear(sub.mixer.projs[0].role).input
         return mixer(norm.into(hidden, site), cache, mask, hidden)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from quamba.models.spec import BlockSpec, MixerSpec, ModelSpec, Proj, Sublayer
 from quamba.modules.experts import Experts
@@ -108,7 +109,8 @@ class HostedBlock:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.block_spec, self.layer_idx, self.arguments = block, index, arguments
+        self.block_spec, self.layer_idx, self.carry = block, index, model.carry
+        self.arguments = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), arguments)
         fit(layer, model, block, recipe, index, dtype=dtype, device=device)
         for module in layer.modules():
             for name, parameter in module._parameters.items():
@@ -128,10 +130,20 @@ class HostedBlock:
         """The layer's tensors, by path below it."""
         return self.layer.state_dict()
 
-    def run(self, sub: Sublayer, hidden: torch.Tensor) -> torch.Tensor:
-        """The whole layer: hidden [B, T, D] -> [B, T, D]; its sublayers cannot run apart."""
+    def run(
+        self, sub: Sublayer, hidden: torch.Tensor, carry: dict[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The whole layer: hidden [B, T, D] -> [B, T, D]; its sublayers cannot run apart.
+
+        carry: what earlier layers left for this one, by name; what it leaves for later ones is added.
+        """
         args, kwargs = self.arguments[len(hidden)]
+        passed = {} if self.carry is None else kwargs[self.carry]
+        if self.carry is not None:
+            kwargs = {**kwargs, self.carry: {**passed, **(carry or {})}}
         out = self.layer(hidden, *args, **kwargs)
+        if self.carry is not None and carry is not None:
+            carry |= {name: t for name, t in kwargs[self.carry].items() if name not in passed}
         return out[0] if isinstance(out, tuple) else out
 
     def part(self, sub: Sublayer) -> nn.Module:

@@ -145,10 +145,12 @@ def _permute_one_tensor(tensors: Tensors, sublayer: Sublayer, generator: torch.G
     return {**tensors, name: tensors[name].flip(-1)}
 
 
+AXES = "channel", "head", "kv_head", "key", "value", "state", "rank", "hidden", "expert"
+
 TRANSFORMS = {
     t.name: t
     for t in (
-        *(_permute_axis(name) for name in ("channel", "head", "kv_head", "key", "value", "state", "rank", "hidden", "expert")),
+        *map(_permute_axis, AXES),
         Transform("rotate_value_offline", _value_rotation_illegal, _rotate_value),
         Transform("rotate_key_offline", _key_rotation_illegal, _rotate_keys),
         Transform("permute_one_tensor", lambda s: "the other tensors of the axis stay behind", _permute_one_tensor),
