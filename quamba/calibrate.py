@@ -13,6 +13,7 @@ from quamba.modules.host import HostedBlock
 from quamba.modules.linear import Linear
 from quamba.modules.lowbit import LowBit
 from quamba.modules.mixer import Mixer
+from quamba.modules.scan_inputs import ScanInputs
 from quamba.modules.site import Site
 from quamba.quantizers import Hessian
 from quamba_kernels.ops import Activation, dequantize
@@ -87,11 +88,13 @@ class Samples:
 
 
 def sites(block: Block, sub: Sublayer) -> list[Site]:
-    """Every site of a sublayer; a part that stays transformers' has those of its linears, and may hold other parts."""
+    """Every site of a sublayer; a hosted part has those of its linears and of what its scan reads, and may hold other
+    parts."""
     part = block.part(sub)
     if isinstance(part, Mixer):
         return [m for m in part.modules() if isinstance(m, Site)]
-    return [linear.input for proj in sub.mixer.projs for linear in block.linears(sub, proj)]
+    own = part.sites if isinstance(part, ScanInputs) else []
+    return [*own, *(linear.input for proj in sub.mixer.projs for linear in block.linears(sub, proj))]
 
 
 def stages(block: Block, sub: Sublayer) -> list[Stage]:

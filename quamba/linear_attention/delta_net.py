@@ -69,10 +69,11 @@ class DeltaNet(Mixer):
         if not self.l2:
             q, k = (normalize(t, p=1, dim=-1, eps=L1_EPS) for t in (q, k))
         beta = sigmoid(self.b_proj(x).float()) if self.use_beta else torch.ones_like(q[..., 0], dtype=torch.float32)
+        (q, k, v), scales = self.enter(q=q, k=k, v=heads(masked(v, mask), self.v_size))
         o = self.scan(
-            (ops.delta_scan, ops.delta_update), state, q, k.unsqueeze(2),
-            heads(masked(v, mask), self.v_size).unsqueeze(2), (beta * self.beta_range).unsqueeze(2), None,
-            scale=self.k_size**-0.5, norm_eps=L2_EPS if self.l2 else None, out_dtype=x.dtype,
+            (ops.delta_scan, ops.delta_update), state, q, k.unsqueeze(2), v.unsqueeze(2),
+            (beta * self.beta_range).unsqueeze(2), None, scale=self.k_size**-0.5,
+            norm_eps=L2_EPS if self.l2 else None, out_dtype=x.dtype, **scales,
         )  # fmt: skip
         o = self.o_norm(o, heads(self.g_proj(x), self.v_size)) if self.use_gate else self.o_norm(o)
         out: torch.Tensor = self.o_proj(o.flatten(2))

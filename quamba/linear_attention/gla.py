@@ -85,8 +85,9 @@ class GatedLinearAttention(Mixer, Leave):
         q, k, g = heads(q, self.k_size), heads(k, self.k_size), heads(g, self.k_size)
         v = heads(masked(v, mask), self.v_size)
         k, g, v = (t.repeat_interleave(self.groups, 2) if self.groups > 1 else t for t in (k, g, v))
+        (q, k, v), scales = self.enter(q=self.feature_map(q), k=self.feature_map(k), v=v)
         o = self.scan(
-            (ops.gla_scan, ops.gla_update), state, self.feature_map(q), self.feature_map(k), v, g, fixed=(None,),
-            scale=self.k_size**-0.5, out_dtype=x.dtype,
+            (ops.gla_scan, ops.gla_update), state, q, k, v, g, fixed=(None,), scale=self.k_size**-0.5,
+            out_dtype=x.dtype, **scales,
         )  # fmt: skip
         return self.leave(o, x)

@@ -50,10 +50,10 @@ class LightNetAttention(Mixer):
         if self.use_short_conv:
             q, k, v = self.q_conv1d(q, state, "q"), self.k_conv1d(k, state, "k"), self.v_conv1d(v, state, "v")
         k, g = self._normalise(k.float() if mask is None else k.float().masked_fill(mask == 0, NO_KEY), state)
+        (q, v), scales = self.enter(q=heads(silu(q), self.k_size), v=heads(masked(v, mask), self.v_size))
         o = self.scan(
-            (ops.gla_scan, ops.gla_update), state, heads(silu(q), self.k_size), heads(k, self.k_size),
-            heads(masked(v, mask), self.v_size), heads(g, self.k_size), fixed=(None,), scale=self.k_size**-0.5,
-            out_dtype=x.dtype,
+            (ops.gla_scan, ops.gla_update), state, q, heads(k, self.k_size), v, heads(g, self.k_size), fixed=(None,),
+            scale=self.k_size**-0.5, out_dtype=x.dtype, **scales,
         )  # fmt: skip
         out: torch.Tensor = self.o_proj(self.g_norm(o.flatten(2), self.g_proj(x)))
         return out

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import logsigmoid, relu, sigmoid, silu
 from transformers.cache_utils import Cache
 
 from quamba.errors import UserError
 from quamba.linear_attention.cache import LayerState, state_of
+from quamba.modules.scan_inputs import ScanInputs
 from quamba_kernels import Backend, Op, Setting
 
 FEATURE_MAPS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -20,7 +20,7 @@ FEATURE_MAPS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
 }  # fmt: skip
 
 
-class Mixer(nn.Module):
+class Mixer(ScanInputs):
     """Subclasses define ``mix``; projections are modules that are called, so that they can be replaced in place."""
 
     def __init__(self, config: Any, layer: int) -> None:

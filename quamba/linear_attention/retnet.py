@@ -41,9 +41,11 @@ class MultiScaleRetention(Mixer, Leave):
         k, v = (t.repeat_interleave(self.groups, 2) if self.groups > 1 else t for t in (k, v))
         rates = torch.arange(5, 5 + q.shape[2], device=x.device, dtype=torch.float32)
         g = torch.log1p(-torch.exp2(-rates)).view(1, 1, -1, 1).expand(*q.shape[:3], 1)
+        (q, k, v), scales = self.enter(q=q, k=k, v=v)
         o = self.scan(
-            (ops.gla_scan, ops.gla_update), state, q, k, v, g, fixed=(None,), scale=self.k_size**-0.5, out_dtype=x.dtype
-        )
+            (ops.gla_scan, ops.gla_update), state, q, k, v, g, fixed=(None,), scale=self.k_size**-0.5,
+            out_dtype=x.dtype, **scales,
+        )  # fmt: skip
         return self.leave(o, x)
 
     @staticmethod

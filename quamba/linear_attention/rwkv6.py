@@ -67,10 +67,12 @@ class RWKV6Attention(Mixer):
                 (self.r_proj, self.w_proj, self.k_proj, self.v_proj, self.g_proj), self._mixtures(x, delta), strict=True
             )
         )
+        (r, k, v), scales = self.enter(
+            q=heads(r, self.k_size), k=heads(k, self.k_size), v=heads(masked(v, mask), self.v_size)
+        )
         o = self.scan(
-            (ops.gla_scan, ops.gla_update), state, heads(r, self.k_size), heads(k, self.k_size),
-            heads(masked(v, mask), self.v_size), -torch.exp(heads(w.float(), self.k_size)), fixed=(self.bonus,),
-            out_dtype=x.dtype,
+            (ops.gla_scan, ops.gla_update), state, r, k, v, -torch.exp(heads(w.float(), self.k_size)),
+            fixed=(self.bonus,), out_dtype=x.dtype, **scales,
         )  # fmt: skip
         o = self.g_norm(o.flatten(2).flatten(0, 1)).view(*x.shape[:2], -1)
         out: torch.Tensor = self.o_proj(o * silu(g))

@@ -66,7 +66,10 @@ class RWKV7Attention(Mixer):
         k = k.float() * (1 + (a - 1) * self.k_a.float())
         v = heads(masked(v, mask), self.v_size)
         r, k, g, a = (heads(t, self.k_size) for t in (r, k, g, a))
-        o = self.scan((ops.dplr_scan, ops.dplr_update), state, r, k, v, g, -removal, removal * a, out_dtype=x.dtype)
+        taken, scales = self.enter(q=r, k=k, v=v)
+        o = self.scan(
+            (ops.dplr_scan, ops.dplr_update), state, *taken, g, -removal, removal * a, out_dtype=x.dtype, **scales
+        )
         o = self.g_norm(o.flatten(2).flatten(0, 1)).view(*x.shape[:2], -1)
         bonus = (r.float() * k * self.r_k.float()).sum(-1, keepdim=True) * v.float()
         out: torch.Tensor = self.o_proj((o + bonus.flatten(2).to(o.dtype)) * self.g_lora(xg))

@@ -40,7 +40,7 @@ def _mixer(config: Any) -> MixerSpec:
     out = OutSite("z" if gated else None, "rms", 0, norm if config.elementwise_affine else None, role="o_proj")
     return mixer(
         axes(config, heads, config.num_heads // heads, keys, values, Axis("rank", config.gate_rank)),
-        projs, beside, scan_inputs(q=MANY_KEYS, k=KEY, v=VALUE), Scan("gla", "diagonal"), out,
+        projs, beside, scan_inputs(q=MANY_KEYS, k=MANY_KEYS, v=MANY_VALUES), Scan("gla", "diagonal"), out,
     )  # fmt: skip
 
 

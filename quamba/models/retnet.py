@@ -26,7 +26,7 @@ def _mixer(config: Any) -> MixerSpec:
     return mixer(
         # the decay of a head is told by its place, the frequency of a pair of keys as well
         axes(config, heads, config.num_heads // heads, keys, values, fixed=("kv_head", "repeat", "key")),
-        projs, beside, scan_inputs(q=MANY_KEYS, k=KEY, v=VALUE), Scan("gla", "scalar"), out,
+        projs, beside, scan_inputs(q=MANY_KEYS, k=MANY_KEYS, v=MANY_VALUES), Scan("gla", "scalar"), out,
     )  # fmt: skip
 
 

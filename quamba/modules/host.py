@@ -14,6 +14,7 @@ from quamba.modules.experts import Experts
 from quamba.modules.linear import Linear
 from quamba.modules.mixer import Mixer
 from quamba.modules.norm import Norm
+from quamba.modules.scan_inputs import ScanInputs
 from quamba.modules.selective import SelectiveMixer
 from quamba.modules.ssd import SSDMixer
 from quamba.recipe import LinearSpec, Recipe
@@ -65,6 +66,9 @@ def fit(
                 mixer.register_buffer(name, old._buffers[name], persistent=False)
             put(layer, spec.path, mixer)
             continue
+        part = layer.get_submodule(spec.path)
+        if isinstance(part, ScanInputs):
+            part.furnish(spec, recipe, index, **made)
         rotated = output_block(spec, recipe.rotate.block) if recipe.rotate.output else 0
         if any(proj.stack and recipe.linear(proj.role, index).format != "float" for proj in spec.projs):
             path = next(spec.name(proj.path).rpartition(".")[0] for proj in spec.projs if proj.stack)
