@@ -17,7 +17,7 @@ from quamba.models import check_recipe
 from quamba.models.spec import BlockSpec, ModelSpec, Sublayer
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.embedding import Embedding
-from quamba.modules.host import HostedBlock, folds, mixer_class, rotates
+from quamba.modules.host import HostedBlock, folds, mixer_class, rotates, turns_values
 from quamba.modules.linear import Linear
 from quamba.modules.mixer import Mixer
 from quamba.modules.norm import Norm
@@ -35,6 +35,7 @@ from quamba.transforms import (
     residual_rotation_obstacle,
     rotate_output,
     rotate_residual,
+    rotate_values,
     sort_and_cluster,
 )
 from quamba.transforms.rotate import ResidualRotation
@@ -227,7 +228,10 @@ def quantise_block(
 
 
 def rotated(tensors: Tensors, sub: Sublayer, recipe: Recipe, layer: int) -> Tensors:
-    """Fold the inverse of the online rotation into out_proj where there is one."""
+    """Fold the inverse of the online rotation into out_proj where there is one; rotate values offline where they may
+    be."""
+    if recipe.rotate.output and turns_values(sub.mixer):
+        return rotate_values(tensors, sub)
     if not rotates(sub.mixer, recipe, layer):
         return tensors
     return rotate_output(tensors, sub, output_block(sub.mixer, recipe.rotate.block))

@@ -13,6 +13,7 @@ from quamba.models import describe
 from quamba.modules.linear import Linear
 from quamba.recipe import parse_recipe
 from quamba.transforms import residual_rotation, residual_rotation_obstacle
+from quamba.transforms.legality import value_rotation_illegal
 from quamba_kernels.registry import intercept
 from quamba_kernels.testing import error
 
@@ -134,6 +135,20 @@ def test_what_the_recipe_does_not_name_stays_a_float(name, tiny_checkpoint, quan
     for call in scans(model, lambda model: model(IDS)):
         assert all(t.is_floating_point() for t in call["tensors"])
         assert not [scale for scale in call["scales"].values() if scale is not None]
+
+
+def test_values_are_rotated_offline_where_nothing_stands_between(name, quantised, tiny_checkpoint) -> None:
+    """Of HGRN2 nothing is rotated at run time: its values pass neither activation nor gate."""
+    folder, model = quantised
+    (_, original), stored = tiny_checkpoint(name), load_file(folder / "model.safetensors")
+    mixers = [(b.path, s.mixer) for b in describe(model.config).blocks for s in b.sublayers if s.mixer.inputs]
+    blocks = {model.get_submodule(f"{path}.attn.o_proj").input.block for path, _ in mixers}
+    offline = value_rotation_illegal(mixers[0][1]) is None
+    assert offline == (name == "hgrn2") and (blocks == {0}) == offline and blocks != {1}
+    if offline:
+        gains = [f"{path}.attn.g_norm.weight" for path, _ in mixers]
+        assert all((stored[gain] == 1).all() for gain in gains)
+        assert all((original.state_dict()[gain] != 1).any() for gain in gains)
 
 
 def test_gates_are_quantised_where_a_recipe_names_them(tiny_checkpoint, quantise) -> None:

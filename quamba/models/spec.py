@@ -96,6 +96,11 @@ class Scan:
     family: str
     decay: Literal["scalar", "diagonal"]
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether a state is all that is kept of the tokens so far."""
+        return self.family != "softmax"
+
 
 @dataclass(frozen=True)
 class OutSite:

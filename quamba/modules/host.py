@@ -19,6 +19,7 @@ from quamba.modules.selective import SelectiveMixer
 from quamba.modules.ssd import SSDMixer
 from quamba.recipe import LinearSpec, Recipe
 from quamba.transforms.fold import folding_illegal
+from quamba.transforms.legality import value_rotation_illegal
 from quamba.transforms.rotate import output_block
 
 MIXERS: dict[str, type[Mixer]] = {"selective": SelectiveMixer, "ssd": SSDMixer}
@@ -69,7 +70,7 @@ def fit(
         part = layer.get_submodule(spec.path)
         if isinstance(part, ScanInputs):
             part.furnish(spec, recipe, index, **made)
-        rotated = output_block(spec, recipe.rotate.block) if recipe.rotate.output else 0
+        rotated = output_block(spec, recipe.rotate.block) if rotates(spec, recipe, index) else 0
         if any(proj.stack and recipe.linear(proj.role, index).format != "float" for proj in spec.projs):
             path = next(spec.name(proj.path).rpartition(".")[0] for proj in spec.projs if proj.stack)
             act: Any = layer.get_submodule(path).act_fn
@@ -82,10 +83,18 @@ def fit(
                 put(layer, spec.name(proj.path), linear)
 
 
+def turns_values(spec: MixerSpec) -> bool:
+    """Whether the values of a recurrence are rotated offline, where that is exact, instead of what out_proj reads.
+
+    Softmax attention is rotated at run time all the same: across heads, and its values stay floats.
+    """
+    return spec.scan is not None and spec.scan.recurrent and value_rotation_illegal(spec) is None
+
+
 def rotates(spec: MixerSpec, recipe: Recipe, layer: int) -> bool:
     """Whether something rotates the input of out_proj at run time: stacked weights in floats stay transformers'."""
     proj = spec.out_proj
-    if proj is None or not recipe.rotate.output:
+    if proj is None or not recipe.rotate.output or turns_values(spec):
         return False
     stacked = [p for p in spec.projs if p.stack]
     return proj.stack is None or any(recipe.linear(p.role, layer).format != "float" for p in stacked)

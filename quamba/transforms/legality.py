@@ -11,6 +11,7 @@ import torch
 
 from quamba.models.spec import MixerSpec, ModelSpec, Output, Sublayer
 from quamba.transforms.permute import Permutation, permute
+from quamba.transforms.rotate import rotate_rows, rotate_values
 from quamba_kernels import hadamard
 
 Tensors = dict[str, torch.Tensor]
@@ -50,8 +51,8 @@ def _source(mixer: MixerSpec, name: str) -> Output:
     return next(output for proj in mixer.projs for output in proj.outputs if output.name == name)
 
 
-def _value_rotation_illegal(sublayer: Sublayer) -> str | None:
-    mixer = sublayer.mixer
+def value_rotation_illegal(mixer: MixerSpec) -> str | None:
+    """Rotating the values of each head in the projections around the scan needs nothing elementwise in between."""
     value = next((i for i in mixer.inputs if i.semantics == "value"), None)
     if value is None or mixer.out is None:
         return "there is no axis of values"
@@ -76,46 +77,12 @@ def _key_rotation_illegal(sublayer: Sublayer) -> str | None:
     return None
 
 
-def _rotate_outputs(tensors: Tensors, mixer: MixerSpec, name: str, rotation: torch.Tensor) -> Tensors:
-    """Rotate the last axis of one named output in the projection that makes it."""
-    out = dict(tensors)
-    for proj in mixer.projs:
-        start = 0
-        for output in proj.outputs:
-            rows = mixer.size(output.segment)
-            if output.name == name:
-                for path in (mixer.name(proj.weight), mixer.name(f"{proj.path}.bias")):
-                    if path in out:
-                        made = out[path].clone()
-                        part = made[start : start + rows].view(-1, rotation.shape[0], made[0].numel())
-                        made[start : start + rows] = (rotation.to(made).T @ part).view_as(made[start : start + rows])
-                        out[path] = made
-            start += rows
-    return out
-
-
-def _rotate_value(tensors: Tensors, sublayer: Sublayer, generator: torch.Generator) -> Tensors:
-    mixer = sublayer.mixer
-    value = next(i for i in mixer.inputs if i.semantics == "value")
-    size = mixer.axes[value.axes[-1]].size
-    rotation = hadamard.hadamard_matrix(hadamard.block_size(size))
-    out = _rotate_outputs(tensors, mixer, value.name, rotation)
-    assert mixer.out_proj is not None and mixer.out is not None
-    path = mixer.name(mixer.out_proj.weight)
-    if mixer.out.norm_weight is not None:
-        gain = out[mixer.name(mixer.out.norm_weight)]
-        out[path] = out[path] * gain.repeat(out[path].shape[1] // len(gain))
-        out[mixer.name(mixer.out.norm_weight)] = torch.ones_like(gain)
-    weight = out[path].unflatten(1, (-1, rotation.shape[0]))
-    return {**out, path: (weight @ rotation.to(weight)).flatten(1)}
-
-
 def _rotate_keys(tensors: Tensors, sublayer: Sublayer, generator: torch.Generator) -> Tensors:
     mixer = sublayer.mixer
     for i in mixer.inputs:
         if i.semantics in ("key", "query"):
             rotation = hadamard.hadamard_matrix(hadamard.block_size(mixer.axes[i.axes[-1]].size))
-            tensors = _rotate_outputs(tensors, mixer, i.name, rotation)
+            tensors = rotate_rows(tensors, mixer, i.name, rotation)
     return tensors
 
 
@@ -151,7 +118,11 @@ TRANSFORMS = {
     t.name: t
     for t in (
         *map(_permute_axis, AXES),
-        Transform("rotate_value_offline", _value_rotation_illegal, _rotate_value),
+        Transform(
+            "rotate_value_offline",
+            lambda sub: value_rotation_illegal(sub.mixer),
+            lambda tensors, sub, generator: rotate_values(tensors, sub),
+        ),
         Transform("rotate_key_offline", _key_rotation_illegal, _rotate_keys),
         Transform("permute_one_tensor", lambda s: "the other tensors of the axis stay behind", _permute_one_tensor),
     )
