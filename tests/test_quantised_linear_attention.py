@@ -1,8 +1,10 @@
 """Quantised models of flash-linear-attention's families: what enters the scans, what crosses layers, what is saved."""
 
+import shutil
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import quamba
@@ -156,6 +158,18 @@ def test_gates_are_quantised_where_a_recipe_names_them(tiny_checkpoint, quantise
     model = quamba.load(quantise(tiny_checkpoint("gla")[0], recipe), device="cpu")[0]
     found = [name for name, module in model.named_modules() if isinstance(module, Linear) and module.format.has_grid]
     assert found == [f"model.layers.{layer}.attn.gk_proj.1" for layer in (0, 2)]
+
+
+def test_what_published_checkpoints_differ_in(tiny_checkpoint, quantise, tmp_path) -> None:
+    """A tied head, and a tensor that no version of the layer reads any more."""
+    folder, original = tiny_checkpoint("gated_deltanet", (("tie_word_embeddings", True),))
+    copy = shutil.copytree(folder, tmp_path / "published")
+    tensors = load_file(copy / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    save_file({**tensors, "model.layers.0.attn.D": torch.ones(4)}, copy / "model.safetensors", {"format": "pt"})
+    output = quantise(copy, FLOATS)
+    assert error(logits(quamba.load(output, device="cpu")[0]), logits(original)) < 1e-4
+    assert not [name for name in load_file(output / "model.safetensors") if name.endswith(".D")]
 
 
 def test_a_hybrid_is_evaluated_token_by_token_too(stock, text) -> None:
