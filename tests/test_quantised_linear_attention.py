@@ -5,13 +5,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quamba
 from architectures import LINEAR
-from quamba import calibration, pipeline
+from quamba import calibration, embedded, pipeline
 from quamba.evaluate import perplexity
-from quamba.models import describe
+from quamba.models import ARCHITECTURES, describe
 from quamba.modules.linear import Linear
 from quamba.recipe import parse_recipe
 from quamba.transforms import residual_rotation, residual_rotation_obstacle
@@ -21,6 +21,7 @@ from quamba_kernels.testing import error
 
 IDS = torch.randint(1, 2048, (2, 19), generator=torch.Generator().manual_seed(0))
 FLOATS = parse_recipe({"rotate": {"residual": True, "output": True}}, "floats")
+SETTINGS = [(kind, i) for kind in LINEAR for i in range(1, len(ARCHITECTURES[kind].tiny))]
 SCANS = ("gla_", "delta_", "dplr_", "elementwise_")
 FLOAT_KEYS = ("lightnet",)
 """Families whose keys are shares of a growing sum."""
@@ -151,6 +152,24 @@ def test_values_are_rotated_offline_where_nothing_stands_between(name, quantised
         gains = [f"{path}.attn.g_norm.weight" for path, _ in mixers]
         assert all((stored[gain] == 1).all() for gain in gains)
         assert all((original.state_dict()[gain] != 1).any() for gain in gains)
+
+
+@pytest.mark.parametrize("kind, i", SETTINGS)
+def test_other_settings_of_a_family(kind, i, build, quantise, tmp_path) -> None:
+    """Without gates, convolutions or biases, with shared heads or attention; the first is tested with all hybrids."""
+    original = build(kind, {**ARCHITECTURES[kind].tiny[i], "vocab_size": 2048})
+    folder = tmp_path / "original"
+    original.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(embedded.checkpoint(embedded.names()[0])).save_pretrained(folder)
+    want = logits(original)
+    assert error(logits(quamba.load(quantise(folder, FLOATS, "floats"), device="cpu")[0]), want) < 1e-4
+    model = quamba.load(quantise(folder, "w8a8"), device="cpu")[0]
+    assert float((logits(model) - want).norm() / want.norm()) < 0.35
+    projs = [p for b in describe(model.config).blocks for s in b.sublayers for p in s.mixer.projs if not p.keep]
+    assert len([m for m in model.modules() if isinstance(m, Linear) and m.format.has_grid]) == len(projs) + 1
+    begin = IDS[:, :4]
+    written = model.generate(begin, attention_mask=torch.ones_like(begin), max_new_tokens=3, min_new_tokens=3)
+    assert written.shape == (2, 7)
 
 
 def test_gates_are_quantised_where_a_recipe_names_them(tiny_checkpoint, quantise) -> None:
