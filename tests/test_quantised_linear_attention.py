@@ -11,6 +11,7 @@ import quamba
 from architectures import LINEAR
 from quamba import calibration, embedded, pipeline
 from quamba.evaluate import perplexity
+from quamba.linear_attention.cache import LayerState
 from quamba.models import ARCHITECTURES, describe
 from quamba.modules.linear import Linear
 from quamba.recipe import parse_recipe
@@ -129,6 +130,29 @@ def test_calibration_sees_what_the_model_computes(name, tiny_checkpoint, text, t
     if residual_rotation_obstacle(spec) is None:
         want = residual_rotation(spec.d_model, 0).columns(want).float()
     assert error(arrived[0], want) < 1e-5
+
+
+@pytest.mark.parametrize("dtype, near", [("float16", 2e-3), ("int8", 0.1)])
+@torch.inference_mode()
+def test_states_are_stored_as_a_recipe_asks(name, dtype, near, tiny_checkpoint, quantise) -> None:
+    recipe = parse_recipe({"linear_state": {"dtype": dtype, "rounding": "stochastic"}}, "states")
+    model = quamba.load(quantise(tiny_checkpoint(name)[0], recipe, samples=1, seqlen=8), device="cpu")[0]
+
+    def steps(cache=None):
+        parts = []
+        for start, end in ((0, 6), (6, 7), (7, 10), (10, 11), (11, 12)):
+            out = model(IDS[:, start:end], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            parts.append(out.logits)
+        return torch.cat(parts, 1), cache
+
+    (got, cache), want = steps(), logits(model, IDS[:, :12])
+    assert 0 < float((got - want).norm() / want.norm()) < near
+    layers = [layer for layer in cache.layers if isinstance(layer, LayerState)]
+    assert layers and all(str(layer.tensors["recurrent"].dtype) == f"torch.{dtype}" for layer in layers)
+    assert all(("recurrent_scale" in layer.tensors) == (layer.rng is not None) == (dtype == "int8") for layer in layers)
+    cache.reset()
+    assert torch.equal(steps(cache)[0], got)
 
 
 def test_what_the_recipe_does_not_name_stays_a_float(name, tiny_checkpoint, quantise) -> None:
