@@ -24,6 +24,7 @@ Use = tuple[Arguments, torch.Tensor]
 Stage = list[list[Linear]]
 """Linears that can be quantised once all before them are: each inner list reads one and the same input."""
 
+CARRY = "carry."
 HESSIANS = 2**30
 """Bytes of Hessians collected in one pass: experts beyond that take another one."""
 
@@ -33,14 +34,49 @@ class _Seen(Exception):
 
 
 class Samples:
-    """Hidden states [samples, T, D] fp32 in host memory, walked in batches on the device that computes."""
+    """Hidden states [samples, T, D] fp32 in host memory, walked in batches on the device that computes.
 
-    def __init__(self, hidden: torch.Tensor, batch_size: int, device: torch.device) -> None:
+    carry: what finished layers leave for later ones, [samples, ...] by name.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        batch_size: int,
+        device: torch.device,
+        carry: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         self.hidden, self.batch_size, self.device = hidden, batch_size, device
+        self.carry: dict[str, torch.Tensor] = carry or {}
 
     def __iter__(self) -> Iterator[torch.Tensor]:
+        for hidden, _ in self.batches():
+            yield hidden
+
+    def batches(self) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        """Hidden states and what has been carried to them."""
         for start in range(0, len(self.hidden), self.batch_size):
-            yield self.hidden[start : start + self.batch_size].to(self.device)
+            part = slice(start, start + self.batch_size)
+            carried = {name: tensor[part].to(self.device) for name, tensor in self.carry.items()}
+            yield self.hidden[part].to(self.device), carried
+
+    def replace(self, start: int, hidden: torch.Tensor, carry: dict[str, torch.Tensor]) -> None:
+        """Set the batch that begins with sample ``start`` to what a layer made of it."""
+        part = slice(start, start + len(hidden))
+        self.hidden[part] = hidden
+        for name, tensor in carry.items():
+            if name not in self.carry:
+                self.carry[name] = torch.empty(len(self.hidden), *tensor.shape[1:], dtype=tensor.dtype)
+            self.carry[name][part] = tensor
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything by name, as ``restore`` takes it back."""
+        return {"hidden": self.hidden, **{f"{CARRY}{name}": tensor for name, tensor in self.carry.items()}}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Go on from what ``tensors`` gave."""
+        self.hidden.copy_(tensors["hidden"])
+        self.carry = {name.removeprefix(CARRY): t for name, t in tensors.items() if name.startswith(CARRY)}
 
     def check(self) -> None:
         """Raises FloatingPointError when a hidden state is NaN or Inf."""
@@ -49,7 +85,8 @@ class Samples:
 
     def first(self, samples: int) -> Samples:
         """The first few of them."""
-        return Samples(self.hidden[:samples], self.batch_size, self.device)
+        carry = {name: tensor[:samples] for name, tensor in self.carry.items()}
+        return Samples(self.hidden[:samples], self.batch_size, self.device, carry)
 
 
 class Uses(Samples):
@@ -60,18 +97,18 @@ class Uses(Samples):
     """
 
     def __init__(self, block: HostedBlock, first: Samples, others: list[Use]) -> None:
-        super().__init__(first.hidden, first.batch_size, first.device)
+        super().__init__(first.hidden, first.batch_size, first.device, first.carry)
         self.block, self.others = block, others
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        yield from super().__iter__()
+    def batches(self) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        yield from super().batches()
         own = self.block.arguments
         try:
             for arguments, hidden in self.others:
-                self.block.arguments = arguments
+                self.block.arguments = self.block.placed(arguments)
                 beside = self.hidden[..., hidden.shape[-1] :]
                 for parts in zip(hidden.split(self.batch_size), beside.split(self.batch_size), strict=True):
-                    yield torch.cat(parts, -1).to(self.device)
+                    yield torch.cat(parts, -1).to(self.device), {}
         finally:
             self.block.arguments = own
 
@@ -125,8 +162,8 @@ def collect_ranges(block: Block, sub: Sublayer, samples: Samples) -> None:
     """Let the float sublayer run and set the scale of every static site from what passes it."""
     let_through(block, sub)
     rebind(block)
-    for hidden in samples:
-        block.run(sub, hidden)
+    for hidden, carry in samples.batches():
+        block.run(sub, hidden, carry)
     for site in sites(block, sub):
         site.settle()
     rebind(block)
@@ -148,9 +185,9 @@ def value_magnitude(block: Block, sub: Sublayer, samples: Samples) -> torch.Tens
         each.observe()
     rebind(block)
     site.peek = see
-    for hidden in samples:
+    for hidden, carry in samples.batches():
         with suppress(_Seen):
-            block.run(sub, hidden)
+            block.run(sub, hidden, carry)
     site.peek = None
     return peak
 
@@ -175,9 +212,9 @@ def collect_inputs(
 
     for linears, hessian in zip(stage, hessians, strict=True):
         watch(linears[0], hessian)
-    for hidden in samples:
+    for hidden, carry in samples.batches():
         with suppress(_Seen):
-            block.run(sub, hidden)
+            block.run(sub, hidden, carry)
     for linears in stage:
         linears[0].capture = None
     return hessians, kept
@@ -185,9 +222,9 @@ def collect_inputs(
 
 def advance(block: HostedBlock, sub: Sublayer, samples: Samples) -> None:
     """Move the samples on to what the finished block gives."""
-    for start in range(0, len(samples.hidden), samples.batch_size):
-        part = samples.hidden[start : start + samples.batch_size]
-        part.copy_(block.run(sub, part.to(samples.device)))
+    starts = range(0, len(samples.hidden), samples.batch_size)
+    for start, (hidden, carry) in zip(starts, samples.batches(), strict=True):
+        samples.replace(start, block.run(sub, hidden, carry), carry)
 
 
 def rebind(block: Block) -> None:

@@ -184,8 +184,7 @@ def _shapes(block: BlockSpec) -> dict[str, tuple[int, ...]]:
     """Path below the block -> shape of every tensor that its sublayers read."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path, sub in block.norms.items():
-        leaves = ("weight",) if sub.norm_kind == "rms" else ("weight", "bias")
-        shapes |= {f"{path}.{leaf}": (sub.width,) for leaf in leaves}
+        shapes |= {f"{path}.{leaf}": (sub.width,) for leaf in sub.norm_tensors}
     for sub in block.sublayers:
         shapes |= {sub.mixer.name(param.path): sub.mixer.shape(param) for param in sub.mixer.params}
     return shapes

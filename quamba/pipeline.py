@@ -19,7 +19,7 @@ from quamba.models import check_recipe
 from quamba.models.spec import BlockSpec, ModelSpec, Sublayer
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.embedding import Embedding
-from quamba.modules.host import HostedBlock, folds, mixer_class, rotates
+from quamba.modules.host import HostedBlock, folds, mixer_class, rotates, turns_values
 from quamba.modules.linear import Linear
 from quamba.modules.mixer import Mixer
 from quamba.modules.norm import Norm
@@ -37,6 +37,7 @@ from quamba.transforms import (
     residual_rotation_obstacle,
     rotate_output,
     rotate_residual,
+    rotate_values,
     sort_and_cluster,
 )
 from quamba.transforms.rotate import ResidualRotation
@@ -108,13 +109,17 @@ def quantize(
         with naming(model.embedding):
             embedding = embed(writer, model, recipe, table, rotation)
         skeleton = Skeleton(checkpoint.config, model) if model.hosted else None
+        for name in model.params:
+            writer.add({name: checkpoint.tensor(name)})
+            if skeleton is not None:
+                skeleton.take(name, checkpoint.tensor(name))
         hidden, arguments = enter(embedding, tokens, skeleton, plan.batch_size)
         stream = calibrate.Samples(hidden, plan.batch_size, where)
         largest, done = 0, 0 if kept is None else kept.done
         floats = in_floats(checkpoint, recipe, rotation, skeleton, arguments, where)
         uses, lent = later_uses(model, arguments, stream, done, floats), Lent()
         if kept is not None and done:
-            kept.restore(writer, stream.hidden)
+            kept.restore(writer, stream)
             if say is not None:
                 say(f"resuming after {done} of {len(model.blocks)} layers, kept in {kept.folder}")
         for layer, block in enumerate(model.blocks):
@@ -136,7 +141,7 @@ def quantize(
             if isinstance(module, HostedBlock):
                 lent |= module.lend(model.lent(block))
             if kept is not None:
-                kept.keep(layer, made, stream.hidden)
+                kept.keep(layer, made, stream)
             memory.release()
         tell("layers", len(model.blocks), len(model.blocks) + 1)
         head = checkpoint.tensor(f"{model.head}.weight")
@@ -273,7 +278,10 @@ def quantise_block(
 
 
 def rotated(tensors: Tensors, sub: Sublayer, recipe: Recipe, layer: int) -> Tensors:
-    """Fold the inverse of the online rotation into out_proj where there is one."""
+    """Fold the inverse of the online rotation into out_proj where there is one; rotate values offline where they may
+    be."""
+    if recipe.rotate.output and turns_values(sub.mixer):
+        return rotate_values(tensors, sub)
     if not rotates(sub.mixer, recipe, layer):
         return tensors
     return rotate_output(tensors, sub, output_block(sub.mixer, recipe.rotate.block))

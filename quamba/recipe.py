@@ -130,6 +130,7 @@ class LayerOverride(_Strict):
     linears: dict[str, dict[str, Any]] = {}
     activations: dict[str, dict[str, Any]] = {}
     state: dict[str, Any] = {}
+    linear_state: dict[str, Any] = {}
     conv: dict[str, Any] = {}
 
     @field_validator("match", mode="before")
@@ -152,7 +153,10 @@ class LayerOverride(_Strict):
 
 
 class Recipe(_Strict):
-    """A whole policy. ``linears`` and ``activations`` map a role, or "default", to what differs from the class."""
+    """A whole policy. ``linears`` and ``activations`` map a role, or "default", to what differs from the class.
+
+    state: of Mamba's mixers; linear_state: of linear attention, which may read its state before it writes.
+    """
 
     name: str
     summary: str = ""
@@ -163,6 +167,7 @@ class Recipe(_Strict):
     activations: dict[str, dict[str, Any]] = {}
     conv: StorageSpec = StorageSpec()
     state: StateSpec = StateSpec()
+    linear_state: StateSpec = StateSpec()
     embedding: StorageSpec = StorageSpec()
     calibration: CalibrationSpec = CalibrationSpec()
     layers: tuple[LayerOverride, ...] = ()
@@ -178,7 +183,9 @@ class Recipe(_Strict):
             for role in where.activations:
                 self._merge(ActivationSpec, "activations", role, where)
         for override in self.layers:
-            _build(StateSpec, {**self.state.model_dump(), **override.state}, f"layers {override.match}: state")
+            for name in ("state", "linear_state"):
+                values = {**getattr(self, name).model_dump(), **getattr(override, name)}
+                _build(StateSpec, values, f"layers {override.match}: {name}")
             _build(StorageSpec, {**self.conv.model_dump(), **override.conv}, f"layers {override.match}: conv")
         return self
 
@@ -214,6 +221,11 @@ class Recipe(_Strict):
         """Storage of the recurrent state in one layer."""
         override = self._override(layer)
         return StateSpec(**{**self.state.model_dump(), **(override.state if override else {})})
+
+    def linear_state_of(self, layer: int) -> StateSpec:
+        """Storage of a linear attention's state in one layer."""
+        override = self._override(layer)
+        return StateSpec(**{**self.linear_state.model_dump(), **(override.linear_state if override else {})})
 
     def conv_of(self, layer: int) -> StorageSpec:
         """Storage of the convolution's weight in one layer."""

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 import quamba
 import quamba_kernels
+from quamba.calibrate import Samples
 from quamba.checkpoint import Checkpoint, Writer
 from quamba.errors import UserError
 from quamba.recipe import Recipe
@@ -116,13 +117,13 @@ class FinishedLayers:
         finally:
             release(held)
 
-    def restore(self, writer: Writer, hidden: torch.Tensor) -> int:
-        """Give the finished layers to the writer, set the hidden states [samples, T, D] to those after the last, and
-        return how many they are."""
+    def restore(self, writer: Writer, samples: Samples) -> int:
+        """Give the finished layers to the writer, set the samples to what they are after the last, and return how many
+        layers they are."""
         try:
             for layer in range(self.done):
                 writer.add(self.layer(layer))
-            hidden.copy_(self._read(f"hidden-{self.done}")["hidden"])
+            samples.restore(self._read(f"hidden-{self.done}"))
         except (OSError, SafetensorError, LookupError, TypeError, RuntimeError) as error:
             raise UserError(f"{self.folder} cannot be read: {error}; delete it to start anew") from None
         return self.done
@@ -131,14 +132,14 @@ class FinishedLayers:
         """The tensors of a finished layer, by full name."""
         return self._read(f"layer-{layer}")
 
-    def keep(self, layer: int, tensors: Tensors, hidden: torch.Tensor) -> None:
-        """Keep a finished layer and, where the last time has paid off, the hidden states after it."""
+    def keep(self, layer: int, tensors: Tensors, samples: Samples) -> None:
+        """Keep a finished layer and, where the last time has paid off, the samples' hidden states after it."""
         with self._writing():
             self._write(f"layer-{layer}", tensors)
             start = time.monotonic()
             if (start - self._saved) * SHARE < self._cost:
                 return
-            self._write(f"hidden-{layer + 1}", {"hidden": hidden})
+            self._write(f"hidden-{layer + 1}", samples.tensors())
             for old in self.folder.glob("hidden-*"):
                 if old.name != f"hidden-{layer + 1}":
                     old.unlink()

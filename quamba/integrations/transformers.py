@@ -17,7 +17,7 @@ from quamba.models import ARCHITECTURES, describe
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.borrowed import Borrowed
 from quamba.modules.embedding import Embedding
-from quamba.modules.host import fit, folds, mixer_class, put
+from quamba.modules.host import becomes_delta_rule, fit, folds, mixer_class, put
 from quamba.modules.linear import Linear
 from quamba.modules.lowbit import LowBit
 from quamba.modules.norm import Norm
@@ -124,11 +124,15 @@ def use_operators(model: Any) -> None:
     """Let an unquantised transformers model of a known architecture run on quamba's operators, in floats."""
     if model.config.model_type not in ARCHITECTURES:
         return
+    mixers = [(block, sub.mixer) for block in describe(model.config).blocks for sub in block.sublayers]
+    own = [(block, mixer) for block, mixer in mixers if mixer_class(mixer) is not None]
+    if not own and not any(
+        becomes_delta_rule(model.get_submodule(block.path).get_submodule(mixer.path), mixer) for block, mixer in mixers
+    ):
+        return  # what is hosted whole runs as it is, and keeps a tied head
     weights = model.state_dict()
-    for block in describe(model.config).blocks:
-        for sub in block.sublayers:
-            if mixer_class(sub.mixer) is not None:
-                weights = fold_factors(weights, sub.mixer, f"{block.path}.{sub.mixer.path}.")
+    for block, mixer in own:
+        weights = fold_factors(weights, mixer, f"{block.path}.{mixer.path}.")
     swap(model, FLOAT, model.dtype, model.device)
     for block in describe(model.config).blocks:
         if block.borrows is not None:
