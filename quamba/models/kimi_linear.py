@@ -56,7 +56,7 @@ def _recurrent(config: Any) -> MixerSpec:
         ScanInput("rate", "scan_dt", key, "rate"),
     )
     out = OutSite("z", "rms", 0, "o_norm.weight", role="o_proj")
-    return MixerSpec("self_attn", {a.name: a for a in axes}, tuple(params), projs, inputs, Scan("kda", "diagonal"), out)
+    return MixerSpec("self_attn", {a.name: a for a in axes}, tuple(params), projs, inputs, Scan("delta", "diagonal"), out)
 
 
 def _latent(config: Any) -> MixerSpec:

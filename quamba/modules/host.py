@@ -28,7 +28,7 @@ from quamba.transforms.rotate import output_block
 
 Arguments = dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
 """What a model passes a layer beside the hidden states, by place and by keyword, for each batch size."""
-DELTA_RULES = ("delta", "kda")
+DELTA_RULE = "delta"
 MIXERS: dict[str, type[Mixer]] = {"selective": SelectiveMixer, "ssd": SSDMixer}
 
 
@@ -39,7 +39,7 @@ def mixer_class(spec: MixerSpec) -> type[Mixer] | None:
 
 def becomes_delta_rule(part: nn.Module, spec: MixerSpec) -> bool:
     """Whether DeltaRule takes a mixer's place: that of a gated delta rule in transformers' code."""
-    return spec.scan is not None and spec.scan.family in DELTA_RULES and not isinstance(part, ScanInputs)
+    return spec.scan is not None and spec.scan.family == DELTA_RULE and not isinstance(part, ScanInputs)
 
 
 def folds(recipe: Recipe, norm_kind: str) -> bool:
