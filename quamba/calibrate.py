@@ -15,6 +15,7 @@ from quamba.modules.lowbit import LowBit
 from quamba.modules.mixer import Mixer
 from quamba.modules.site import Site
 from quamba.quantizers import Hessian
+from quamba.ranks import ALONE, Ranks
 from quamba_kernels.ops import Activation, dequantize
 
 Block = RecurrentBlock | HostedBlock
@@ -30,14 +31,60 @@ class _Seen(Exception):
 
 
 class Samples:
-    """Hidden states [samples, T, D] fp32 in host memory, walked in batches on the device that computes."""
+    """Hidden states fp32 [samples, T, D] of this rank's batches in host memory, walked in batches on the device that
+    computes. count: the samples of all ranks, whose batches go round (``share``); None where there is one rank."""
 
-    def __init__(self, hidden: torch.Tensor, batch_size: int, device: torch.device) -> None:
-        self.hidden, self.batch_size, self.device = hidden, batch_size, device
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        batch_size: int,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        count: int | None = None,
+    ) -> None:
+        self.hidden, self.batch_size, self.device, self.ranks = hidden, batch_size, device, ranks
+        self.count = len(hidden) if count is None else count
+
+    @staticmethod
+    def share(tokens: torch.Tensor, batch_size: int, ranks: Ranks) -> torch.Tensor:
+        """Of tokens [samples, T] those in this rank's batches; batches are the same however many ranks there are."""
+        return torch.cat([tokens[:0], *ranks.share(tokens.split(batch_size))])
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         for start in range(0, len(self.hidden), self.batch_size):
             yield self.hidden[start : start + self.batch_size].to(self.device)
+
+    def rounds(self) -> Iterator[torch.Tensor | None]:
+        """Batches in step with the other ranks: None where this one has none left and others have."""
+        own = iter(self)
+        for _ in range(self.ranks.rounds(len(range(0, self.count, self.batch_size)))):
+            yield next(own, None)
+
+    def whole(self) -> torch.Tensor | None:
+        """The hidden states of all ranks [samples, T, D]; None on others than the first. Called by all."""
+        if self.ranks.size == 1:
+            return self.hidden
+        whole = self.hidden.new_empty(self.count, *self.hidden.shape[1:]) if self.ranks.first else None
+        for owner, here, own in self._pieces(whole):
+            if self.ranks.first and owner == 0:
+                here.copy_(own)
+            self.ranks.move(here if self.ranks.first else own, owner, 0)
+        return whole
+
+    def take(self, whole: torch.Tensor | None) -> None:
+        """Set the hidden states of all ranks to what the first has. Called by all."""
+        for owner, here, own in self._pieces(whole):
+            if self.ranks.first and owner == 0:
+                own.copy_(here)
+            self.ranks.move(here if self.ranks.first else own, 0, owner)
+
+    def _pieces(self, whole: torch.Tensor | None) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """For every batch its rank, where it lies in the whole, and where it lies in the owner's hidden states."""
+        size = self.batch_size
+        for batch, start in enumerate(range(0, self.count, size)):
+            at = batch // self.ranks.size * size
+            own = self.hidden[at : at + size]
+            yield self.ranks.owner(batch), own if whole is None else whole[start : start + size], own
 
     def check(self) -> None:
         """Raises FloatingPointError when a hidden state is NaN or Inf."""
@@ -45,8 +92,9 @@ class Samples:
             raise FloatingPointError("NaN or Inf in its activations")
 
     def first(self, samples: int) -> Samples:
-        """The first few of them."""
-        return Samples(self.hidden[:samples], self.batch_size, self.device)
+        """The first few of all ranks' samples."""
+        own = len(self.share(torch.arange(self.count)[:samples], self.batch_size, self.ranks))
+        return Samples(self.hidden[:own], self.batch_size, self.device, self.ranks, min(samples, self.count))
 
 
 def sites(block: Block, sub: Sublayer) -> list[Site]:
@@ -90,8 +138,15 @@ def collect_ranges(block: Block, sub: Sublayer, samples: Samples) -> None:
     for hidden in samples:
         block.run(sub, hidden)
     for site in sites(block, sub):
-        site.settle()
+        settle(site, samples.ranks)
     rebind(block)
+
+
+def settle(site: Site, ranks: Ranks) -> None:
+    """Set a site's scale from what all ranks have seen pass it."""
+    if site.histogram is not None:
+        site.histogram.unite(ranks)
+    site.settle()
 
 
 def value_magnitude(block: Block, sub: Sublayer, samples: Samples) -> torch.Tensor:
@@ -114,6 +169,7 @@ def value_magnitude(block: Block, sub: Sublayer, samples: Samples) -> torch.Tens
         with suppress(_Seen):
             block.run(sub, hidden)
     site.peek = None
+    samples.ranks.largest(peak)
     return peak
 
 
@@ -122,7 +178,7 @@ def collect_inputs(
 ) -> tuple[list[Hessian], list[Activation]]:
     """The Hessian of what each input of a stage holds with everything before it quantised, and those inputs where
     ``keep`` asks (of a stage with one)."""
-    hessians = [Hessian(linears[0].features, samples.device) for linears in stage]
+    hessians = [Hessian(linears[0].features, samples.device, samples.ranks) for linears in stage]
     kept: list[Activation] = []
 
     def watch(linear: Linear, hessian: Hessian) -> None:
@@ -137,12 +193,28 @@ def collect_inputs(
 
     for linears, hessian in zip(stage, hessians, strict=True):
         watch(linears[0], hessian)
-    for hidden in samples:
-        with suppress(_Seen):
-            block.run(sub, hidden)
-    for linears in stage:
+    for hidden in samples.rounds():
+        if hidden is not None:
+            with suppress(_Seen):
+                block.run(sub, hidden)
+        for hessian in hessians:
+            hessian.end_batch()
+    for linears, hessian in zip(stage, hessians, strict=True):
         linears[0].capture = None
+        hessian.unite()
     return hessians, kept
+
+
+def quantise_together(linears: list[tuple[Linear, Hessian]], ranks: Ranks) -> None:
+    """Quantise linears with their Hessians, each rank some slabs of rows, and give all of them to every rank."""
+    slabs = [(linear, hessian, rows) for linear, hessian in linears for rows in linear.slabs()]
+    for linear, hessian, rows in ranks.share(slabs):
+        linear.quantise_rows(rows, hessian)
+    for index, (linear, _, rows) in enumerate(slabs):
+        for tensor in linear.stored_rows(rows):
+            ranks.publish(tensor, ranks.owner(index))
+    for linear, _ in linears:
+        linear.release()
 
 
 def advance(block: HostedBlock, sub: Sublayer, samples: Samples) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from quamba import calibrate, calibration, card, memory
-from quamba.checkpoint import Checkpoint, Writer
+from quamba.checkpoint import Checkpoint, Onlooker, Writer
 from quamba.errors import UserError
 from quamba.loading import pick_device
 from quamba.models import check_recipe
@@ -22,6 +22,7 @@ from quamba.modules.linear import Linear
 from quamba.modules.mixer import Mixer
 from quamba.modules.norm import Norm
 from quamba.quantizers import Hessian
+from quamba.ranks import ALONE, Ranks
 from quamba.recipe import Recipe, load_recipe
 from quamba.report import Report
 from quamba.resume import FinishedLayers, forget, key
@@ -61,17 +62,20 @@ def quantize(
     resume: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Quantise a checkpoint (Hub id, directory or embedded name) as a recipe says, into a Hugging Face directory.
 
     tokenizer: a directory, a Hub id or a SentencePiece file, for a checkpoint that comes without one.
     calibration_text: a text file, a dataset's name, or None for the embedded text; samples windows of seqlen tokens
     (None: as the recipe says) drawn with the seed. resume: keep finished layers beside the output until it is complete,
-    and go on after those that an interrupted run kept; ``say`` is told so in a line. Raises UserError for what the user
-    got wrong; a killed or failed run leaves ``output`` as it was.
+    and go on after those that an interrupted run kept; ``say`` is told so in a line. ranks: the processes that share
+    the work (``quamba.ranks.joined``), all of which call this; the first one writes, and the bytes are those of one
+    process with as many threads. Raises UserError for what the user got wrong; a killed or failed run leaves ``output``
+    as it was.
     """
     start, tell = time.perf_counter(), progress or (lambda phase, done, total: None)
-    recipe, checkpoint, where = load_recipe(recipe), Checkpoint(source, tokenizer), pick_device(device)
+    recipe, checkpoint, where = load_recipe(recipe), Checkpoint(source, tokenizer), ranks.device or pick_device(device)
     if checkpoint.quantised:
         raise UserError(f"{checkpoint.path} is quantised already; give the original checkpoint")
     model, plan = checkpoint.spec, recipe.calibration
@@ -84,9 +88,11 @@ def quantize(
     memory.release()
     obstacle = residual_rotation_obstacle(model) if recipe.rotate.residual else None
     with (
-        Writer(output, overwrite, checkpoint.path) as writer,
+        (Writer(output, overwrite, checkpoint.path) if ranks.first else Onlooker(output)) as writer,
         (
-            FinishedLayers(writer.output, key(checkpoint, recipe, tokens, seed, where)) if resume else nullcontext()
+            FinishedLayers(writer.output, key(checkpoint, recipe, tokens, seed, where), ranks)
+            if resume
+            else nullcontext()
         ) as kept,
         memory.watch(where) as peak,
     ):
@@ -96,11 +102,12 @@ def quantize(
         with naming(model.embedding):
             embedding = embed(writer, model, recipe, table, rotation)
         skeleton = Skeleton(checkpoint.config, model) if model.hosted else None
-        hidden, arguments = enter(embedding, tokens, skeleton, plan.batch_size)
-        stream = calibrate.Samples(hidden, plan.batch_size, where)
+        own = calibrate.Samples.share(tokens, plan.batch_size, ranks)
+        hidden, arguments = enter(embedding, own, skeleton, plan.batch_size)
+        stream = calibrate.Samples(hidden, plan.batch_size, where, ranks, len(tokens))
         largest = done = 0
         if kept is not None and kept.done:
-            done = kept.restore(writer, stream.hidden)
+            done = kept.restore(writer, stream)
             if say is not None:
                 say(f"resuming after {done} of {len(model.blocks)} layers, kept in {kept.folder}")
         for layer, block in enumerate(model.blocks):
@@ -115,7 +122,7 @@ def quantize(
                 made = quantise_block(module, recipe, tensors, kept_type, rotation, stream)
             writer.add(made)
             if kept is not None:
-                kept.keep(layer, made, stream.hidden)
+                kept.keep(layer, made, stream)
             memory.release()
         tell("layers", len(model.blocks), len(model.blocks) + 1)
         head = checkpoint.tensor(f"{model.head}.weight")
@@ -124,10 +131,12 @@ def quantize(
             writer.add(quantise_head(model, recipe, head, norm, gain, rotation, stream))
         tell("layers", len(model.blocks) + 1, len(model.blocks) + 1)
         writer.finish(card.files(checkpoint, recipe, tokens))
-    forget(writer.output)
+    sizes = ranks.tell(writer.sizes)
+    if ranks.first:
+        forget(writer.output)
     notes = [f"residual stream not rotated: {obstacle}"] if obstacle else []
     seconds = time.perf_counter() - start
-    return Report(writer.output, writer.sizes, checkpoint, seconds, peak.bytes, largest, notes)
+    return Report(writer.output, sizes, checkpoint, seconds, peak.bytes, largest, notes)
 
 
 @contextmanager
@@ -160,7 +169,9 @@ def enter(
     embedding: Embedding, tokens: torch.Tensor, skeleton: Skeleton | None, batch_size: int
 ) -> tuple[torch.Tensor, dict[str, Arguments]]:
     """What the samples look like before the first block, fp32 [samples, T, D]; what transformers passes its layers."""
-    return (embedding(tokens), {}) if skeleton is None else skeleton.record(embedding, tokens, batch_size)
+    if skeleton is None or not len(tokens):
+        return embedding(tokens), {}
+    return skeleton.record(embedding, tokens, batch_size)
 
 
 def build(
@@ -175,7 +186,7 @@ def build(
 ) -> calibrate.Block:
     """A block that computes in fp32 and will store what it keeps in ``dtype``."""
     if skeleton is not None and block.hosted:
-        hosted, passed = skeleton.layer(block.path), arguments[block.path]
+        hosted, passed = skeleton.layer(block.path), arguments.get(block.path, {})
         return HostedBlock(hosted, model, block, recipe, layer, passed, dtype=dtype, device=device)
     return RecurrentBlock(model, block, recipe, layer, dtype=dtype, device=device).to(torch.float32)
 
@@ -261,9 +272,8 @@ def quantise_linears(block: calibrate.Block, sub: Sublayer, stream: calibrate.Sa
     stages = calibrate.stages(block, sub)
     for stage in stages:
         hessians, kept = calibrate.collect_inputs(block, sub, stage, stream, keep=apart and stage is stages[-1])
-        for linears, hessian in zip(stage, hessians, strict=True):
-            for linear in linears:
-                linear.quantise(hessian)
+        seen = [(linear, hessian) for linears, hessian in zip(stage, hessians, strict=True) for linear in linears]
+        calibrate.quantise_together(seen, stream.ranks)
     calibrate.rebind(block)
     for start, inputs in zip(range(0, len(stream.hidden), stream.batch_size), kept, strict=True) if apart else ():
         part = stream.hidden[start : start + stream.batch_size]
@@ -305,15 +315,18 @@ def quantise_head(
         model.d_model, model.vocab, bias=False, spec=recipe.linear("lm_head"), dtype=head.dtype, device=stream.device
     ).to(torch.float32)
     linear.hold(weight, None)
-    hessian = Hessian(model.d_model, stream.device)
+    hessian = Hessian(model.d_model, stream.device, stream.ranks)
     linear.input.observe()
     for hidden in stream:
         linear.input.watch(norm(hidden))
-    linear.input.settle()
-    for hidden in stream:
-        codes = linear.input(norm(hidden))
-        hessian.update(calibrate.dequantize(*codes))
-    linear.quantise(hessian)
+    calibrate.settle(linear.input, stream.ranks)
+    for batch in stream.rounds():
+        if batch is not None:
+            codes = linear.input(norm(batch))
+            hessian.update(calibrate.dequantize(*codes))
+        hessian.end_batch()
+    hessian.unite()
+    calibrate.quantise_together([(linear, hessian)], stream.ranks)
     return {**stored(norm, model.final_norm, head.dtype), **stored(linear, model.head, head.dtype)}
 
 

@@ -71,10 +71,12 @@ def run(
     if calibration is not None and means_a_file(calibration) and not Path(calibration).is_file():
         raise UserError(f"There is no calibration file '{calibration}'.")
     console.settle()
+    from quamba.loading import pick_device
     from quamba.pipeline import quantize
+    from quamba.ranks import joined
     from quamba.recipe import load_recipe
 
-    with console.progress() as progress:
+    with joined(pick_device(device)) as ranks, console.progress() as progress:
         report = quantize(
             model,
             load_recipe(recipe),
@@ -89,6 +91,7 @@ def run(
             resume=resume,
             progress=progress,
             say=lambda line: console.err.print(line, markup=False),
+            ranks=ranks,
         )
     show(report)
 
