@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 
 import quamba
 import quamba_kernels
-from quamba.checkpoint import Checkpoint, Writer
 from quamba.calibrate import Samples
+from quamba.checkpoint import Checkpoint, Writer
 from quamba.errors import UserError
 from quamba.ranks import ALONE, Ranks
 from quamba.recipe import Recipe
