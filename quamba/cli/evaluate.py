@@ -76,31 +76,34 @@ def run(
     import torch
 
     from quamba import evaluate
-    from quamba.loading import load
+    from quamba.loading import load, pick_device
+    from quamba.ranks import joined
 
     # Before the model is loaded: a mistake should not cost minutes.
     manager = evaluate.find_tasks(names, tasks_path) if names else None
 
-    network, opened = load(model, tokenizer=tokenizer, device=device, dtype=getattr(torch, dtype))
     results: dict[str, Any] = {"model": model}
-    if perplexity is not None:
-        with console.progress() as progress:
-            results["perplexity"] = evaluate.perplexity(
-                network,
-                opened,
-                perplexity,
-                window=window,
-                max_windows=max_windows,
-                stepwise=stepwise,
-                batch_size=batch_size,
-                progress=progress,
+    with joined(pick_device(device)) as ranks:
+        network, opened = load(model, tokenizer=tokenizer, device=str(ranks.device), dtype=getattr(torch, dtype))
+        if perplexity is not None:
+            with console.progress() as progress:
+                results["perplexity"] = evaluate.perplexity(
+                    network,
+                    opened,
+                    perplexity,
+                    window=window,
+                    max_windows=max_windows,
+                    stepwise=stepwise,
+                    batch_size=batch_size,
+                    progress=progress,
+                    ranks=ranks,
+                )
+        if names:
+            results["tasks"] = evaluate.tasks(
+                network, opened, names, limit=limit, batch_size=batch_size or 16, manager=manager, ranks=ranks
             )
-    if names:
-        results["tasks"] = evaluate.tasks(
-            network, opened, names, limit=limit, batch_size=batch_size or 16, manager=manager
-        )
-    if json_file is not None:
-        files.write_json(json_file, results)
+        if json_file is not None and ranks.first:
+            files.write_json(json_file, results)
     show(results)
 
 
