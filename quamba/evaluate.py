@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quamba.decoding import Decoder
 from quamba.errors import UserError
 from quamba.harness import find_tasks, tasks
+from quamba.placement import entry
 from quamba.ranks import ALONE, Ranks
 from quamba.windows import check_windows, read_text
 
@@ -64,11 +65,11 @@ def perplexity(
         raise UserError(f"'{path}' has {len(ids)} tokens, fewer than one window of {window}.")
     batches = ids[: count * window].view(count, window).split(batch_size or (16 if stepwise else 4))
 
-    own, losses, done = ranks.share(batches), [], 0
+    own, losses, done, device = ranks.share(batches), [], 0, entry(model)
     with torch.inference_mode():
         for batch in own:
             report = _within(progress, done, len(batch), sum(map(len, own)))
-            losses.append((_loss_stepwise if stepwise else _loss_prefill)(model, batch.to(model.device), report))
+            losses.append((_loss_stepwise if stepwise else _loss_prefill)(model, batch.to(device), report))
             done += len(batch)
     total = sum(ranks.gather(losses, len(batches)))
     tokens = count * (window - 1)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quamba.errors import UserError
+from quamba.placement import entry
 from quamba.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def tasks(
 
     # `evaluate` and not `simple_evaluate`: that one describes the machine and asks the Hub about the model.
     adapter = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    adapter._device = entry(model)
     silent = {} if sys.stderr.isatty() and ranks.first else {"disable_tqdm": True}
     for verb in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         setattr(adapter, verb, partial(_answer, partial(getattr(adapter, verb), **silent), ranks))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -207,10 +208,10 @@ def _together() -> Iterator[Any]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = re.sub(r"^\[.*?\] *", "", " ".join(str(error).split()))[:80]  # without the place in gloo's source
         raise UserError(
             f"rank {os.environ['RANK']} has lost another process of this run, or waited {WAIT} for it ({reason}); "
-            "look for what that one said, and for whether it was killed for memory"
+            "look for what that one said, and whether it was killed for memory"
         ) from None
 
 

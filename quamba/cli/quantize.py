@@ -10,6 +10,7 @@ import typer
 from quamba.cli import console
 from quamba.cli.options import Device, Model, Tokenizer
 from quamba.errors import UserError
+from quamba.ranks import joined
 
 if TYPE_CHECKING:
     from quamba.pipeline import Report
@@ -73,7 +74,6 @@ def run(
     console.settle()
     from quamba.loading import pick_device
     from quamba.pipeline import quantize
-    from quamba.ranks import joined
     from quamba.recipe import load_recipe
 
     with joined(pick_device(device)) as ranks, console.progress() as progress:

@@ -55,6 +55,8 @@ class QuambaQuantizer(HfQuantizer):
     ) -> None:
         recipe = parse_recipe(self.quantization_config.recipe, "quantization_config")
         swap(model, recipe, model.config.dtype or torch.float32, "meta")
+        # a device map made by "auto" keeps blocks whole by the names of their classes
+        model._no_split_modules = {*(model._no_split_modules or ()), RecurrentBlock.__name__}
         stored: Index = {}
         for file in checkpoint_files or []:
             stored |= contents(Path(file))
@@ -66,8 +68,13 @@ class QuambaQuantizer(HfQuantizer):
                 raise UserError(f"{wanted}, and is {'missing' if got is None else list(got)}; quantise the model again")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        waiting: tuple[str, ...] = ()
+        if hasattr(model, "hf_device_map"):
+            from quamba.integrations.offload import onload_whole
+
+            waiting = tuple(f"{path}." for path in onload_whole(model, describe(model.config)))
         for name, tensor in model.state_dict().items():
-            if tensor.device.type == "meta":
+            if tensor.device.type == "meta" and not name.startswith(waiting):
                 raise UserError(f"the checkpoint lacks the tensor {name!r}")
         return model
 
