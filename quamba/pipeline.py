@@ -70,11 +70,11 @@ def quantize(
     calibration_text: a text file, a dataset's name, or None for the embedded text; samples windows of seqlen tokens
     (None: as the recipe says) drawn with the seed. resume: keep finished layers beside the output until it is complete,
     and go on after those that an interrupted run kept; ``say`` is told so in a line. ranks: the processes that share
-    the work (``quamba.ranks.joined``), all of which call this; the first one writes, and the bytes are those of one
-    process with as many threads. Raises UserError for what the user got wrong; a killed or failed run leaves ``output``
-    as it was.
+    the work (``quamba.ranks.joined``), all of which call this; the first one writes and speaks, and the bytes are those
+    of one process with as many threads. Raises UserError for what the user got wrong; a killed or failed run leaves
+    ``output`` as it was.
     """
-    start, tell = time.perf_counter(), progress or (lambda phase, done, total: None)
+    start, tell = time.perf_counter(), (ranks.first and progress) or (lambda phase, done, total: None)
     recipe, checkpoint, where = load_recipe(recipe), Checkpoint(source, tokenizer), ranks.device or pick_device(device)
     if checkpoint.quantised:
         raise UserError(f"{checkpoint.path} is quantised already; give the original checkpoint")
@@ -98,9 +98,8 @@ def quantize(
     ):
         rotates_residual = recipe.rotate.residual and obstacle is None
         rotation = residual_rotation(model.d_model, recipe.rotate.seed) if rotates_residual else None
-        table = checkpoint.tensor(f"{model.embedding}.weight")
         with naming(model.embedding):
-            embedding = embed(writer, model, recipe, table, rotation)
+            embedding = embed(writer, model, recipe, checkpoint.tensor(f"{model.embedding}.weight"), rotation)
         skeleton = Skeleton(checkpoint.config, model) if model.hosted else None
         own = calibrate.Samples.share(tokens, plan.batch_size, ranks)
         hidden, arguments = enter(embedding, own, skeleton, plan.batch_size)
@@ -108,7 +107,7 @@ def quantize(
         largest = done = 0
         if kept is not None and kept.done:
             done = kept.restore(writer, stream)
-            if say is not None:
+            if say is not None and ranks.first:
                 say(f"resuming after {done} of {len(model.blocks)} layers, kept in {kept.folder}")
         for layer, block in enumerate(model.blocks):
             tell("layers", layer, len(model.blocks) + 1)
@@ -123,6 +122,7 @@ def quantize(
             writer.add(made)
             if kept is not None:
                 kept.keep(layer, made, stream)
+            del tensors, module, made  # before the next block comes
             memory.release()
         tell("layers", len(model.blocks), len(model.blocks) + 1)
         head = checkpoint.tensor(f"{model.head}.weight")

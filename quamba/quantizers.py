@@ -45,6 +45,7 @@ class Hessian:
     @property
     def mean(self) -> torch.Tensor:
         """E[x^T x], [K, K]. Raises FloatingPointError when an input held NaN or Inf."""
+        assert self._batch is None, "the last batch was not ended"
         if not torch.isfinite(self.total.diagonal()).all():
             raise FloatingPointError("NaN or Inf in its activations")
         return self.total / max(self.tokens, 1)

@@ -29,8 +29,11 @@ T = TypeVar("T")
 
 WAIT = timedelta(minutes=30)
 """How long a rank waits for the others: the longest that one may write a shard or factor a Hessian alone."""
+JOIN = timedelta(minutes=5)
+"""How long the first rank to come waits for the last."""
 SAY = timedelta(seconds=20)
 """How long a rank that failed waits for another one to say why."""
+ALL, FAILED, TOLD = "all", "failed", "told"
 
 
 def launched() -> bool:
@@ -173,7 +176,12 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     signal.signal(signal.SIGTERM, _end)
     with _together():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store, rank, size = _store(WAIT), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store, rank, size = _store(JOIN), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if store.add("here", 1) == size:
+            store.set(ALL, "")
+        store.wait([ALL], JOIN)
+        if store.get(ALL):
+            raise RuntimeError("it failed before it came")
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT)
     yield Ranks(rank, size, device)
     dist.destroy_process_group()
@@ -182,14 +190,14 @@ def joined(device: torch.device) -> Iterator[Ranks]:
 def fail(say: Callable[[], None], status: int) -> NoReturn:
     """End this rank, and by that the run. The first rank that fails says why; those that fail in turn wait until it
     has. Nothing else is waited for: what others still have to send will not come."""
-    told = "told"
     try:
         store = _store(SAY)
-        if store.add("failed", 1) > 1:
-            store.wait([told], SAY)
+        if store.add(FAILED, 1) > 1:
+            store.wait([TOLD], SAY)
         else:
             say()
-            store.set(told, "")
+            store.set(TOLD, "")
+            store.set(ALL, FAILED)  # whoever still waits for this rank need not
     except (RuntimeError, OSError):  # the store went with the rank that kept it, and nobody knows what was said
         say()
     sys.stdout.flush()
