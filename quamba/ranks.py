@@ -158,7 +158,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     """This process among those that a launcher started, with gloo for what lies on a CPU and NCCL on GPUs.
 
     A rank computes on the GPU of its number on this machine (LOCAL_RANK). Raises UserError when there are fewer GPUs
-    than processes, and when the others do not come. SIGTERM, by which a launcher ends the others of a failed rank,
+    than processes, when torch.distributed is in use already, and when the others do not come. SIGTERM, by which a launcher ends the others of a failed rank,
     unwinds like an exception, so that nothing half-written stays.
     """
     if not launched():
@@ -167,13 +167,15 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     import torch
     import torch.distributed as dist
 
+    if dist.is_initialized():
+        raise UserError("torch.distributed is in use already in this process; join the ranks before anything else does")
     if device.type == "cuda":
         local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= there:
             raise UserError(f"process {local} of this machine has no GPU among {there}; start one process for each")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    signal.signal(signal.SIGTERM, _end)
+    before = signal.signal(signal.SIGTERM, _end)
     with _together():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, rank, size = _store(JOIN), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -185,6 +187,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT)
     yield Ranks(rank, size, device)
     dist.destroy_process_group()
+    signal.signal(signal.SIGTERM, before)
 
 
 def fail(say: Callable[[], None], status: int) -> NoReturn:

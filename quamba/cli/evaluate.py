@@ -61,7 +61,8 @@ def run(
 ) -> None:
     """Measure a model: perplexity on a text, accuracy on lm-eval tasks, or both.
 
-    Perplexity is over windows that do not overlap, without special tokens; the incomplete last window is dropped.
+    Perplexity is over windows that do not overlap, without special tokens; the incomplete last window is dropped. Under
+    torchrun or accelerate launch several processes share windows and documents.
 
     Example: quamba eval mamba2-tiny --perplexity book.txt --window 512 --max-windows 20
     """

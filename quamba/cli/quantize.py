@@ -65,7 +65,8 @@ def run(
 ) -> None:
     """Quantise a model and write it as a Hugging Face directory.
 
-    Prints the sizes before and after, the time, and the peak memory above the start.
+    Prints the sizes before and after, the time, and the peak memory above the start. Under torchrun several processes
+    share the work, and write the same bytes.
 
     Example: quamba quantize mamba2-tiny --recipe w4a8 --output mamba2-tiny-w4a8
     """
