@@ -157,9 +157,9 @@ ALONE = Ranks()
 def joined(device: torch.device) -> Iterator[Ranks]:
     """This process among those that a launcher started, with gloo for what lies on a CPU and NCCL on GPUs.
 
-    A rank computes on the GPU of its number on this machine (LOCAL_RANK). Raises UserError when there are fewer GPUs
-    than processes, when torch.distributed is in use already, and when the others do not come. SIGTERM, by which a launcher ends the others of a failed rank,
-    unwinds like an exception, so that nothing half-written stays.
+    A rank computes on the GPU of its number on this machine (LOCAL_RANK). SIGTERM, by which a launcher ends the others
+    of a failed rank, unwinds like an exception, so that nothing half-written stays. Raises UserError when there are
+    fewer GPUs than processes, when torch.distributed is in use already, and when the others do not come.
     """
     if not launched():
         yield Ranks(device=device)
