@@ -251,6 +251,20 @@ class Writer:
         return self.output
 
 
+class Onlooker(Writer):
+    """Stands where another rank has the Writer: takes the same calls, and writes nothing."""
+
+    def __init__(self, output: str | Path) -> None:
+        self.output, self.sizes = Path(output).absolute(), {}
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def add(self, tensors: dict[str, torch.Tensor]) -> None: ...
+
+    def finish(self, files: dict[str, str]) -> Path:
+        return self.output
+
+
 def generation_config(checkpoint: Checkpoint) -> str:
     """The text of generation_config.json: the checkpoint's own, or what its config implies.
 

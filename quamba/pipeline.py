@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from quamba import calibrate, calibration, card, memory
-from quamba.checkpoint import Checkpoint, Writer
+from quamba.checkpoint import Checkpoint, Onlooker, Writer
 from quamba.errors import UserError
 from quamba.lending import Lent, Uses, later_uses, reaching
 from quamba.linears_only import quantize as quantize_linears
@@ -24,6 +24,7 @@ from quamba.modules.linear import Linear
 from quamba.modules.mixer import Mixer
 from quamba.modules.norm import Norm
 from quamba.quantizers import Hessian
+from quamba.ranks import ALONE, Ranks
 from quamba.recipe import FLOAT, Recipe, load_recipe
 from quamba.report import Report
 from quamba.resume import FinishedLayers, forget, key
@@ -65,6 +66,7 @@ def quantize(
     linears_only: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Quantise a checkpoint (Hub id, directory or embedded name) as a recipe says, into a Hugging Face directory.
 
@@ -72,16 +74,19 @@ def quantize(
     calibration_text: a text file, a dataset's name, or None for the embedded text; samples windows of seqlen tokens
     (None: as the recipe says) drawn with the seed. resume: keep finished layers beside the output until it is complete,
     and go on after those that an interrupted run kept; ``say`` is told so in a line. linears_only: quantise the linears
-    of a model of any type, and nothing else. Raises UserError for what the user got wrong; a killed or failed run
-    leaves ``output`` as it was.
+    of a model of any type, and nothing else. ranks: the processes that share the work (``quamba.ranks.joined``), all of
+    which call this; the first one writes and speaks, and the bytes are those of one process with as many threads.
+    Raises UserError for what the user got wrong; a killed or failed run leaves ``output`` as it was.
     """
-    start, tell = time.perf_counter(), progress or (lambda phase, done, total: None)
-    recipe, where = load_recipe(recipe), pick_device(device)
+    start, tell = time.perf_counter(), (ranks.first and progress) or (lambda phase, done, total: None)
+    recipe, where = load_recipe(recipe), ranks.device or pick_device(device)
     checkpoint = Checkpoint(source, tokenizer, linears_only=linears_only)
     if checkpoint.quantised:
         raise UserError(f"{checkpoint.path} is quantised already; give the original checkpoint")
     model, plan = checkpoint.spec, recipe.calibration
     if linears_only:
+        if ranks.size > 1:
+            raise UserError("--linears-only holds the whole model in one process; start it without a launcher")
         if resume:
             raise UserError("--resume keeps finished layers, and --linears-only holds the whole model; leave one out")
         return quantize_linears(
@@ -97,30 +102,32 @@ def quantize(
     memory.release()
     obstacle = residual_rotation_obstacle(model) if recipe.rotate.residual else None
     with (
-        Writer(output, overwrite, checkpoint.path) as writer,
+        (Writer(output, overwrite, checkpoint.path) if ranks.first else Onlooker(output)) as writer,
         (
-            FinishedLayers(writer.output, key(checkpoint, recipe, tokens, seed, where)) if resume else nullcontext()
+            FinishedLayers(writer.output, key(checkpoint, recipe, tokens, seed, where), ranks)
+            if resume
+            else nullcontext()
         ) as kept,
         memory.watch(where) as peak,
     ):
         rotates_residual = recipe.rotate.residual and obstacle is None
         rotation = residual_rotation(model.d_model, recipe.rotate.seed) if rotates_residual else None
-        table = checkpoint.tensor(f"{model.embedding}.weight")
         with naming(model.embedding):
-            embedding = embed(writer, model, recipe, table, rotation)
+            embedding = embed(writer, model, recipe, checkpoint.tensor(f"{model.embedding}.weight"), rotation)
         skeleton = Skeleton(checkpoint.config, model) if model.hosted else None
         for name in model.params:
             writer.add({name: checkpoint.tensor(name)})
             if skeleton is not None:
                 skeleton.take(name, checkpoint.tensor(name))
-        hidden, arguments = enter(embedding, tokens, skeleton, plan.batch_size)
-        stream = calibrate.Samples(hidden, plan.batch_size, where)
+        own = calibrate.Samples.share(tokens, plan.batch_size, ranks)
+        hidden, arguments = enter(embedding, own, skeleton, plan.batch_size)
+        stream = calibrate.Samples(hidden, plan.batch_size, where, ranks, len(tokens))
         largest, done = 0, 0 if kept is None else kept.done
         floats = in_floats(checkpoint, recipe, rotation, skeleton, arguments, where)
         uses, lent = later_uses(model, arguments, stream, done, floats), Lent()
         if kept is not None and done:
             kept.restore(writer, stream)
-            if say is not None:
+            if say is not None and ranks.first:
                 say(f"resuming after {done} of {len(model.blocks)} layers, kept in {kept.folder}")
         for layer, block in enumerate(model.blocks):
             tell("layers", layer, len(model.blocks) + 1)
@@ -142,6 +149,7 @@ def quantize(
                 lent |= module.lend(model.lent(block))
             if kept is not None:
                 kept.keep(layer, made, stream)
+            del tensors, module, made  # before the next block comes
             memory.release()
         tell("layers", len(model.blocks), len(model.blocks) + 1)
         head = checkpoint.tensor(f"{model.head}.weight")
@@ -150,10 +158,12 @@ def quantize(
             writer.add(quantise_head(model, recipe, head, norm, gain, rotation, stream))
         tell("layers", len(model.blocks) + 1, len(model.blocks) + 1)
         writer.finish(card.files(checkpoint, recipe, tokens))
-    forget(writer.output)
+    sizes = ranks.tell(writer.sizes)
+    if ranks.first:
+        forget(writer.output)
     notes = [f"residual stream not rotated: {obstacle}"] if obstacle else []
     seconds = time.perf_counter() - start
-    return Report(writer.output, writer.sizes, checkpoint, seconds, peak.bytes, largest, notes)
+    return Report(writer.output, sizes, checkpoint, seconds, peak.bytes, largest, notes)
 
 
 @contextmanager
@@ -186,7 +196,9 @@ def enter(
     embedding: Embedding, tokens: torch.Tensor, skeleton: Skeleton | None, batch_size: int
 ) -> tuple[torch.Tensor, dict[str, Arguments]]:
     """What the samples look like before the first block, fp32 [samples, T, D]; what transformers passes its layers."""
-    return (embedding(tokens), {}) if skeleton is None else skeleton.record(embedding, tokens, batch_size)
+    if skeleton is None or not len(tokens):
+        return embedding(tokens), {}
+    return skeleton.record(embedding, tokens, batch_size)
 
 
 def build(
@@ -202,7 +214,7 @@ def build(
 ) -> calibrate.Block:
     """A block that computes in fp32 and will store what it keeps in ``dtype``."""
     if skeleton is not None and block.hosted:
-        hosted, passed = skeleton.copy(block.path), arguments[block.path]
+        hosted, passed = skeleton.copy(block.path), arguments.get(block.path, {})
         return HostedBlock(hosted, model, block, recipe, layer, passed, lent=lent, dtype=dtype, device=device)
     return RecurrentBlock(model, block, recipe, layer, dtype=dtype, device=device).to(torch.float32)
 
@@ -319,9 +331,8 @@ def quantise_linears(block: calibrate.Block, sub: Sublayer, stream: calibrate.Sa
     stages = calibrate.stages(block, sub)
     for stage in stages:
         hessians, kept = calibrate.collect_inputs(block, sub, stage, stream, keep=apart and stage is stages[-1])
-        for linears, hessian in zip(stage, hessians, strict=True):
-            for linear in linears:
-                linear.quantise(hessian)
+        seen = [(linear, hessian) for linears, hessian in zip(stage, hessians, strict=True) for linear in linears]
+        calibrate.quantise_together(seen, stream.ranks)
     calibrate.rebind(block)
     for start, inputs in zip(range(0, len(stream.hidden), stream.batch_size), kept, strict=True) if apart else ():
         part = stream.hidden[start : start + stream.batch_size]
@@ -363,15 +374,18 @@ def quantise_head(
         model.d_model, model.vocab, bias=False, spec=recipe.linear("lm_head"), dtype=head.dtype, device=stream.device
     ).to(torch.float32)
     linear.hold(weight, None)
-    hessian = Hessian(model.d_model, stream.device)
+    hessian = Hessian(model.d_model, stream.device, stream.ranks)
     linear.input.observe()
     for hidden in stream:
         linear.input.watch(norm(hidden[..., : model.d_model]))
-    linear.input.settle()
-    for hidden in stream:
-        codes = linear.input(norm(hidden[..., : model.d_model]))
-        hessian.update(calibrate.dequantize(*codes))
-    linear.quantise(hessian)
+    calibrate.settle(linear.input, stream.ranks)
+    for batch in stream.rounds():
+        if batch is not None:
+            codes = linear.input(norm(batch[0][..., : model.d_model]))
+            hessian.update(calibrate.dequantize(*codes))
+        hessian.end_batch()
+    hessian.unite()
+    calibrate.quantise_together([(linear, hessian)], stream.ranks)
     return {**stored(norm, model.final_norm, head.dtype), **stored(linear, model.head, head.dtype)}
 
 

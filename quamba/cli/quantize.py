@@ -10,6 +10,7 @@ import typer
 from quamba.cli import console
 from quamba.cli.options import Device, Model, Tokenizer
 from quamba.errors import UserError
+from quamba.ranks import joined
 
 if TYPE_CHECKING:
     from quamba.pipeline import Report
@@ -72,17 +73,19 @@ def run(
 ) -> None:
     """Quantise a model and write it as a Hugging Face directory.
 
-    Prints the sizes before and after, the time, and the peak memory above the start.
+    Prints the sizes before and after, the time, and the peak memory above the start. Under torchrun several processes
+    share the work, and write the same bytes.
 
     Example: quamba quantize mamba2-tiny --recipe w4a8 --output mamba2-tiny-w4a8
     """
     if calibration is not None and means_a_file(calibration) and not Path(calibration).is_file():
         raise UserError(f"There is no calibration file '{calibration}'.")
     console.settle()
+    from quamba.loading import pick_device
     from quamba.pipeline import quantize
     from quamba.recipe import load_recipe
 
-    with console.progress() as progress:
+    with joined(pick_device(device)) as ranks, console.progress() as progress:
         report = quantize(
             model,
             load_recipe(recipe),
@@ -98,6 +101,7 @@ def run(
             linears_only=linears_only,
             progress=progress,
             say=lambda line: console.err.print(line, markup=False),
+            ranks=ranks,
         )
     show(report)
 

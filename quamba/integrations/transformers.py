@@ -68,6 +68,8 @@ class QuambaQuantizer(HfQuantizer):
         undescribed = getattr(self.quantization_config, "linears_only", None)
         if undescribed is None:
             swap(model, recipe, dtype, "meta")
+            # a device map made by "auto" keeps blocks whole by the names of their classes
+            model._no_split_modules = {*(model._no_split_modules or ()), RecurrentBlock.__name__}
         else:
             kept, tied = undescribed.get("kept", []), undescribed.get("tied", {})
             for linear in replace(model, recipe, kept, tied, dtype, "meta").values():
@@ -83,8 +85,18 @@ class QuambaQuantizer(HfQuantizer):
                 raise UserError(f"{wanted}, and is {'missing' if got is None else list(got)}; quantise the model again")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        waiting: tuple[str, ...] = ()
+        if hasattr(model, "hf_device_map"):
+            from quamba.integrations.offload import mapped_parts, onload_whole, whole_parts
+
+            undescribed = getattr(self.quantization_config, "linears_only", None)
+            parts = (
+                whole_parts(describe(model.config)) if undescribed is None
+                else mapped_parts(model, undescribed.get("tied", {}))
+            )  # fmt: skip
+            waiting = tuple(f"{path}." if path else "" for path in onload_whole(model, parts))
         for name, tensor in model.state_dict().items():
-            if tensor.device.type == "meta":
+            if tensor.device.type == "meta" and not name.startswith(waiting):
                 raise UserError(f"the checkpoint lacks the tensor {name!r}")
         return model
 
