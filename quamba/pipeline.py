@@ -147,13 +147,19 @@ def embed(
     rotation: ResidualRotation | None,
 ) -> Embedding:
     """Store the rotated, quantised embedding, and return it."""
+    module = filled(model, recipe, table, rotation)
+    writer.add(stored(module, model.embedding, table.dtype))
+    embedding: Embedding = module.to(torch.float32)
+    return embedding
+
+
+def filled(model: ModelSpec, recipe: Recipe, table: torch.Tensor, rotation: ResidualRotation | None) -> Embedding:
+    """The rotated, quantised embedding of a table [V, D]."""
     module = Embedding(model.vocab, model.d_model, recipe.embedding, dtype=table.dtype)
     for start in range(0, model.vocab, ROWS):
         part = table[start : start + ROWS]
         module.fill(rotation.columns(part) if rotation else part, start)
-    writer.add(stored(module, model.embedding, table.dtype))
-    embedding: Embedding = module.to(torch.float32)
-    return embedding
+    return module
 
 
 def enter(
@@ -287,6 +293,17 @@ def last_norm(
     return own.to(device), torch.ones_like(gain).double()
 
 
+def fold_head(
+    head: torch.Tensor, gain: torch.Tensor, rotation: ResidualRotation | None, device: torch.device
+) -> torch.Tensor:
+    """The head's weight, fp32 [V, D], with the last norm's gain [D] folded in and rotated."""
+    weight = torch.empty(head.shape, device=device)
+    for start in range(0, len(head), ROWS):
+        part = head[start : start + ROWS].double() * gain
+        weight[start : start + ROWS] = rotation.columns(part) if rotation is not None else part
+    return weight
+
+
 def quantise_head(
     model: ModelSpec,
     recipe: Recipe,
@@ -297,10 +314,7 @@ def quantise_head(
     stream: calibrate.Samples,
 ) -> Tensors:
     """Fold the last norm's gain into the head, rotate it, and quantise it on what the quantised model gives."""
-    weight = torch.empty(head.shape, device=stream.device)
-    for start in range(0, model.vocab, ROWS):
-        part = head[start : start + ROWS].double() * gain
-        weight[start : start + ROWS] = rotation.columns(part) if rotation is not None else part
+    weight = fold_head(head, gain, rotation, stream.device)
     linear = Linear(
         model.d_model, model.vocab, bias=False, spec=recipe.linear("lm_head"), dtype=head.dtype, device=stream.device
     ).to(torch.float32)
@@ -324,10 +338,12 @@ def stored(module: torch.nn.Module | HostedBlock, prefix: str, kept_type: torch.
     """
     tensors = {}
     for name, tensor in module.state_dict().items():
-        plain = tensor.is_floating_point() and not name.endswith("scale")
-        tensors[f"{prefix}.{name}"] = kept = tensor.to(kept_type) if plain else tensor
+        tensors[f"{prefix}.{name}"] = kept = tensor.to(kept_type) if plain(name, tensor) else tensor
         if not torch.isfinite(kept).all():
             raise FloatingPointError(f"NaN or Inf in its {name}")
     return tensors
 
 
+def plain(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a module's tensor is neither code nor scale."""
+    return tensor.is_floating_point() and not name.endswith("scale")

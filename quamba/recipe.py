@@ -78,6 +78,12 @@ class LinearSpec(_Strict):
         return self
 
 
+    def changed(self, changes: dict[str, Any]) -> LinearSpec:
+        """This spec with what ``changes`` names laid over it. Raises ValueError for what does not fit."""
+        spec: LinearSpec = _build(LinearSpec, _update(self.model_dump(), changes), self.format)
+        return spec
+
+
 class StateSpec(_Strict):
     """Storage of the recurrent state between tokens; int8 keeps one dynamic scale per row over d_state."""
 
@@ -261,11 +267,15 @@ def load_recipe(source: str | Path | Recipe) -> Recipe:
     path = stock.get(str(source), Path(source))
     if not path.is_file():
         raise UserError(f"recipe {str(source)!r} is neither a stock recipe ({', '.join(stock)}) nor a YAML file")
+    return parse_recipe(read_yaml(path, "recipe"), str(path))
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """The data of a YAML file; ``what`` it is meant to be names it in errors. Raises UserError where it is none."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers raise errors of their own
-        raise UserError(f"recipe {path} is not readable YAML: {' '.join(str(error).split())}") from None
-    return parse_recipe(data, str(path))
+        raise UserError(f"{what} {path} is not readable YAML: {' '.join(str(error).split())}") from None
 
 
 def parse_recipe(data: Any, origin: str) -> Recipe:

@@ -1,0 +1,298 @@
+"""What each scheme costs each linear, alone in a model that is otherwise in floats: KL divergence of the next token.
+
+The blocks are walked once, as the pipeline walks them: what the samples look like before a block is there when its
+linears come to their turn, so a candidate runs from its own block on. All candidates of earlier blocks wait in host
+memory and move on together, so a block is read once however many candidates pass it; where they take more than a
+share of the memory, the walk begins anew at the first block that has not had its turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from quamba import calibrate, formats, memory, pipeline
+from quamba.budget.parts import HEAD, Option, Part
+from quamba.checkpoint import Checkpoint
+from quamba.models.spec import Sublayer
+from quamba.modules.host import HostedBlock
+from quamba.modules.linear import Linear
+from quamba.modules.site import Site
+from quamba.quantizers import Hessian
+from quamba.recipe import ActivationSpec, LinearSpec, Recipe
+from quamba.skeleton import Skeleton
+from quamba.transforms import residual_rotation, residual_rotation_obstacle
+from quamba_kernels.ops import dequantize
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+Losses = dict[tuple[int | None, str], tuple[float, ...]]
+"""By layer and role: the loss of each option of that part, in nats per token."""
+
+SHARE = 4
+"""Candidates may take one part in so many of the machine's memory."""
+FLOATS = ActivationSpec(bits=16)
+
+
+@dataclass
+class Candidate:
+    """One option of one part, and what the samples look like with it where the walk has come to, [samples, T, D]."""
+
+    part: Part
+    option: int
+    hidden: torch.Tensor
+
+
+@dataclass
+class Measurement:
+    """One walk over a checkpoint: what to run, on what, and whom to tell (done, total)."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    parts: Sequence[Part]
+    tokens: torch.Tensor
+    device: torch.device
+    tell: Callable[[int, int], None]
+
+    def __post_init__(self) -> None:
+        model = self.checkpoint.spec
+        rotates = self.recipe.rotate.residual and residual_rotation_obstacle(model) is None
+        self.rotation = residual_rotation(model.d_model, self.recipe.rotate.seed) if rotates else None
+        self.losses: dict[tuple[int | None, str], list[float]] = {
+            (part.layer, part.role): [0.0] * len(part.options) for part in self.parts
+        }
+        self.done = 0
+
+    def run(self) -> Losses:
+        """Raises FloatingPointError when a number that is met is not finite."""
+        model = self.checkpoint.spec
+        skeleton = Skeleton(self.checkpoint.config, model) if model.hosted else None
+        table = self.checkpoint.tensor(f"{model.embedding}.weight")
+        embedding = pipeline.filled(model, self.recipe, table, self.rotation).to(torch.float32)
+        hidden, arguments = pipeline.enter(embedding, self.tokens, skeleton, self.recipe.calibration.batch_size)
+        start = 0
+        for end in self._turns(hidden.nbytes):
+            if start and model.hosted:
+                skeleton = Skeleton(self.checkpoint.config, model)
+            hidden = self._walk(start, end, hidden, skeleton, arguments)
+            start = end
+        return {key: tuple(found) for key, found in self.losses.items()}
+
+    def _turns(self, size: int) -> list[int]:
+        """The blocks before which a walk ends its turn: so many candidates fit the memory, one of so many bytes."""
+        room, ends, waiting = max(1, memory.installed() // SHARE // size), [], 0
+        for layer in range(len(self.checkpoint.spec.blocks)):
+            count = sum(len(part.options) for part in self.parts if part.layer == layer and len(part.options) > 1)
+            if waiting and waiting + count > room:
+                ends.append(layer)
+                waiting = 0
+            waiting += count
+        return [*ends, len(self.checkpoint.spec.blocks)]
+
+    def _walk(
+        self, start: int, end: int, hidden: torch.Tensor, skeleton: Skeleton | None, arguments: dict[str, Any]
+    ) -> torch.Tensor:
+        """From block ``start``, before which the samples are ``hidden``, to the head; candidates are made in the blocks
+        before ``end``. Returns what the samples look like there."""
+        model, batch_size = self.checkpoint.spec, self.recipe.calibration.batch_size
+        stream = calibrate.Samples(hidden.clone(), batch_size, self.device)
+        waiting: list[Candidate] = []
+        for layer in range(start, len(model.blocks)):
+            if layer == end:
+                hidden = stream.hidden.clone()
+            block = model.blocks[layer]
+            tensors = self.checkpoint.block(block)
+            dtype = next(iter(tensors.values())).dtype
+            module = pipeline.build(model, block, self.recipe, layer, dtype, self.device, skeleton, arguments)
+            with pipeline.naming(f"layer {layer} ({block.path})"):
+                for subs in self._floats(module, tensors, dtype, stream):
+                    run = _runner(module, subs)
+                    fresh = list(self._candidates(module, layer, subs, run, stream)) if layer < end else []
+                    for candidate in waiting:
+                        _advance(run, candidate.hidden, stream)
+                    _advance(run, stream.hidden, stream)
+                    waiting += fresh
+                stream.check()
+            memory.release()
+        with pipeline.naming(model.head):
+            self._judge(waiting, stream, skeleton, last=end == len(model.blocks))
+        return hidden
+
+    def _floats(
+        self, module: calibrate.Block, tensors: pipeline.Tensors, dtype: torch.dtype, stream: calibrate.Samples
+    ) -> Iterator[list[Sublayer]]:
+        """Let a block hold its transformed floats, and yield the sublayers that run next, together."""
+        subs, recipe, hosted = module.block_spec.sublayers, self.recipe, isinstance(module, HostedBlock)
+        module.keep(tensors, dtype)
+        for sub in subs if hosted else ():
+            exact = pipeline.transform(tensors, sub, recipe, self.rotation)
+            module.hold(sub, pipeline.rotated(exact, sub, recipe, module.layer_idx), dtype)
+        for sub in subs:
+            exact = pipeline.transform(tensors, sub, recipe, self.rotation)
+            exact = pipeline.cluster(module, sub, recipe, exact, dtype, stream)
+            module.hold(sub, pipeline.rotated(exact, sub, recipe, module.layer_idx), dtype)
+            for site in calibrate.sites(module, sub):
+                site.histogram, site.spec = None, FLOATS
+            calibrate.rebind(module)
+            if not hosted:
+                yield [sub]
+        if hosted:
+            yield list(subs)
+
+    def _candidates(
+        self, module: calibrate.Block, layer: int, subs: list[Sublayer], run: Run, stream: calibrate.Samples
+    ) -> Iterator[Candidate]:
+        """Every option of every part of some sublayers, on what they see in floats."""
+        for sub in subs:
+            for proj in sub.mixer.projs:
+                linears = module.linears(sub, proj)
+                for part in self.parts:
+                    if (part.layer, part.role) == (layer, proj.role) and len(part.options) > 1 and linears:
+                        sites = _sites(part, linears, run, stream)
+                        hessians = _hessians(module, sub, linears, stream)
+                        for index, option in enumerate(part.options):
+                            hidden = stream.hidden.clone()
+                            with _Instead(linears, option.spec, hessians, sites[_key(option)]):
+                                _advance(run, hidden, stream)
+                            yield Candidate(part, index, hidden)
+
+    def _judge(
+        self, waiting: list[Candidate], stream: calibrate.Samples, skeleton: Skeleton | None, last: bool
+    ) -> None:
+        """The loss of the candidates that have come to the head, and in the last walk of those of the head itself."""
+        model = self.checkpoint.spec
+        norm, gain = pipeline.last_norm(model, self.recipe, self.checkpoint, skeleton, self.device)
+        weight = self.checkpoint.tensor(f"{model.head}.weight")
+        linear = Linear(
+            model.d_model, model.vocab, bias=False, spec=self.recipe.linear(HEAD), dtype=weight.dtype,
+            device=self.device,
+        ).to(torch.float32)  # fmt: skip
+        linear.hold(pipeline.fold_head(weight, gain, self.rotation, self.device), None)
+        linear.input.spec = FLOATS
+        # one batch at a time: the reference's distribution is made once for all candidates
+        tokens = self.tokens.numel()
+        for start in range(0, len(stream.hidden), stream.batch_size):
+            span = slice(start, start + stream.batch_size)
+            wanted = linear(norm(stream.hidden[span].to(self.device)))
+            for candidate in waiting:
+                found = linear(norm(candidate.hidden[span].to(self.device)))
+                self._add(candidate.part, candidate.option, wanted, found, tokens)
+        for part in self.parts if last else ():
+            if part.layer is None and len(part.options) > 1:
+                self._judge_head(part, linear, norm, stream)
+        self.done += len(waiting)
+
+    def _judge_head(self, part: Part, linear: Linear, norm: Any, stream: calibrate.Samples) -> None:
+        def see(hidden: torch.Tensor) -> torch.Tensor:
+            linear(norm(hidden))
+            return hidden
+
+        sites = _sites(part, [linear], see, stream)
+        hessian = Hessian(linear.features, self.device)
+        for hidden in stream:
+            hessian.update(norm(hidden))
+        for index, option in enumerate(part.options):
+            for hidden in stream:
+                wanted = linear(norm(hidden))
+                with _Instead([linear], option.spec, [hessian], sites[_key(option)]):
+                    found = linear(norm(hidden))
+                self._add(part, index, wanted, found, self.tokens.numel())
+
+    def _add(self, part: Part, option: int, wanted: torch.Tensor, found: torch.Tensor, tokens: int) -> None:
+        """Add the KL divergence of a batch's distributions, logits [B, T, V], in nats per token."""
+        total = 0.0
+        for a, b in zip(wanted.flatten(0, -2).split(ROWS), found.flatten(0, -2).split(ROWS), strict=True):
+            a, b = a.log_softmax(-1), b.log_softmax(-1)
+            total += float(F.kl_div(b, a, reduction="sum", log_target=True))
+        self.losses[part.layer, part.role][option] += total / tokens
+
+
+ROWS = 1024
+"""Tokens whose distributions are compared at once."""
+
+
+def _runner(module: calibrate.Block, subs: list[Sublayer]) -> Run:
+    return lambda hidden: module.run(subs[-1], hidden)
+
+
+def _advance(run: Run, hidden: torch.Tensor, like: calibrate.Samples) -> None:
+    """Move hidden states on in place, in the batches of the samples."""
+    for start in range(0, len(hidden), like.batch_size):
+        part = hidden[start : start + like.batch_size]
+        part.copy_(run(part.to(like.device)))
+
+
+def _key(option: Option) -> str:
+    return repr((formats.get(option.spec.format).int8_input, option.spec.input))
+
+
+def _sites(part: Part, linears: list[Linear], run: Run, stream: calibrate.Samples) -> dict[str, list[Site]]:
+    """For each kind of input that the options ask for, a calibrated site in the place of each linear's."""
+    made: dict[str, list[Site]] = {}
+    for option in part.options:
+        if _key(option) in made:
+            continue
+        sites = made[_key(option)] = [_site(linear, option.spec) for linear in linears]
+        if sites[0].static:
+            before = [linear.input for linear in linears]
+            for linear, site in zip(linears, sites, strict=True):
+                site.observe()
+                linear.input = site
+            for hidden in stream:
+                run(hidden)
+            for linear, site, old in zip(linears, sites, before, strict=True):
+                site.settle()
+                linear.input = old
+    return made
+
+
+def _site(linear: Linear, spec: LinearSpec) -> Site:
+    scratch = Linear(
+        linear.features, 8, bias=False, spec=spec, block=linear.input.block, dtype=linear.dtype,
+        device=linear._any_device(),
+    )  # fmt: skip
+    return scratch.input
+
+
+def _hessians(
+    module: calibrate.Block, sub: Sublayer, linears: list[Linear], stream: calibrate.Samples
+) -> list[Hessian]:
+    """What each linear sees in floats."""
+    found: dict[int, Hessian] = {}
+    for stage in calibrate.stages(module, sub):
+        if any(linear is known for group in stage for known in group for linear in linears):
+            hessians, _ = calibrate.collect_inputs(module, sub, stage, stream, keep=False)
+            for group, hessian in zip(stage, hessians, strict=True):
+                found |= {id(linear): hessian for linear in group}
+    return [found[id(linear)] for linear in linears]
+
+
+class _Instead:
+    """While entered, linears that hold floats run on what a spec would make of them, inputs included."""
+
+    def __init__(self, linears: list[Linear], spec: LinearSpec, hessians: list[Hessian], sites: list[Site]) -> None:
+        self.linears, self.sites = linears, sites
+        self.before = [(linear.held, linear.input) for linear in linears]
+        self.weights = [_rounded(linear, spec, hessian) for linear, hessian in zip(linears, hessians, strict=True)]
+
+    def __enter__(self) -> None:
+        for linear, weight, site in zip(self.linears, self.weights, self.sites, strict=True):
+            linear.held, linear.input = weight, site
+
+    def __exit__(self, *error: object) -> None:
+        for linear, (weight, site) in zip(self.linears, self.before, strict=True):
+            linear.held, linear.input = weight, site
+
+
+def _rounded(linear: Linear, spec: LinearSpec, hessian: Hessian) -> torch.Tensor:
+    """The fp32 weight [O, K] that is left of a linear's floats in a spec."""
+    assert linear.held is not None
+    scratch = Linear(
+        linear.features, linear.outputs, bias=False, spec=spec, dtype=linear.dtype, device=linear.held.device
+    )
+    scratch.hold(linear.held, None)
+    scratch.quantise(hessian)
+    return scratch.format.dequantize({name: getattr(scratch, name) for name in scratch.names})
