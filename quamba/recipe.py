@@ -80,7 +80,7 @@ class LinearSpec(_Strict):
 
     def changed(self, changes: dict[str, Any]) -> LinearSpec:
         """This spec with what ``changes`` names laid over it. Raises ValueError for what does not fit."""
-        spec: LinearSpec = _build(LinearSpec, _update(self.model_dump(), changes), self.format)
+        spec: LinearSpec = _build(LinearSpec, laid_over(self.model_dump(), changes), self.format)
         return spec
 
 
@@ -188,7 +188,7 @@ class Recipe(_Strict):
         for source in (self, override) if override is not self else (self,):
             table = getattr(source, field) if source is not None else {}
             for key in ("default", role):
-                chosen = _update(chosen, table.get(key, {}))
+                chosen = laid_over(chosen, table.get(key, {}))
         where = f"layers {override.match}: " if isinstance(override, LayerOverride) else ""
         return _build(spec, chosen, f"{where}{field}.{role}")
 
@@ -222,6 +222,11 @@ class Recipe(_Strict):
         return StorageSpec(**{**self.conv.model_dump(), **(override.conv if override else {})})
 
 
+    def as_yaml(self) -> str:
+        """The text of a file that load_recipe reads back as this recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
 FLOAT = Recipe(
     name="float", summary="Nothing is changed.", fold_norms=False, rotate=RotationSpec(residual=False, output=False)
 )
@@ -241,12 +246,12 @@ def _build(spec: type[_Strict], values: dict[str, Any], where: str) -> Any:
         raise ValueError(f"{where}: {_sentence(error)}") from None
 
 
-def _update(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """``old`` with the keys of ``new`` laid over it, nested mappings key by key."""
+def laid_over(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """``old`` with the keys of ``new`` over it, nested mappings key by key."""
     merged = dict(old)
     for key, value in new.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _update(merged[key], value) if both else value
+        merged[key] = laid_over(merged[key], value) if both else value
     return merged
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from quamba.errors import UserError
@@ -24,12 +25,17 @@ class Budget:
 
     def for_linears(self, weights: int, fixed: int) -> int:
         """The bytes that the linears may take: they have so many weights, and everything else takes ``fixed`` bytes."""
-        return math.floor(self.amount * weights / 8) if self.unit is None else math.floor(self.amount * self.unit) - fixed
-
-    def told(self, linears: int, weights: int, fixed: int) -> str:
-        """What linears of so many bytes come to, in what this budget counts, rounded up."""
         if self.unit is None:
-            return f"{math.ceil(8e4 * linears / weights) / 1e4:g} bits per weight"
+            return math.floor(self.amount * weights / 8)
+        return math.floor(self.amount * self.unit) - fixed
+
+    def __str__(self) -> str:
+        return self.text if self.unit is not None else f"{self.text} bits per weight of the linears"
+
+    def told(self, linears: int, weights: int, fixed: int, rounding: Callable[[float], int]) -> str:
+        """What linears of so many bytes come to in what this budget counts; bits per weight rounded to 4 digits."""
+        if self.unit is None:
+            return f"{rounding(8e4 * linears / weights) / 1e4:g} bits per weight"
         return f"{linears + fixed}B"
 
 

@@ -26,7 +26,6 @@ from quamba.quantizers import Hessian
 from quamba.recipe import ActivationSpec, LinearSpec, Recipe
 from quamba.skeleton import Skeleton
 from quamba.transforms import residual_rotation, residual_rotation_obstacle
-from quamba_kernels.ops import dequantize
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 Losses = dict[tuple[int | None, str], tuple[float, ...]]

@@ -25,10 +25,11 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Option:
-    """A scheme for one part: its name ("" for what the recipe says), the spec that it comes to, bytes of everything
-    stored but biases."""
+    """A scheme for one part: its name ("" for what the recipe says), what it lays over the recipe's spec, the spec
+    that this comes to, and the bytes of everything stored but biases."""
 
     scheme: str
+    changes: dict[str, Any]
     spec: LinearSpec
     bytes: int
 
@@ -93,16 +94,17 @@ def _part(
         return []
     count, outputs, features = shape
     options: dict[str, Option] = {}
-    for name, offered in schemes.offered(spec).items():
+    for name, (changes, offered) in schemes.offered(spec).items():
         try:
             stored = formats.get(offered.format).tensors(features, outputs, offered)
         except UserError:  # a size that the format cannot hold
             continue
         # group sizes that do not divide the input fall back on one that does, so some schemes may be the same
         same = repr((offered.model_copy(update={"group_size": 8}), stored))
-        options.setdefault(same, Option(name, offered, count * linear_bytes(features, outputs, offered, dtype)))
+        size = count * linear_bytes(features, outputs, offered, dtype)
+        options.setdefault(same, Option(name, changes, offered, size))
     base = count * linear_bytes(features, outputs, spec, dtype)
-    return [Part(layer, role, prod(shape), base, tuple(options.values()) or (Option("", spec, base),))]
+    return [Part(layer, role, prod(shape), base, tuple(options.values()) or (Option("", {}, spec, base),))]
 
 
 def linear_bytes(features: int, outputs: int, spec: LinearSpec, dtype: torch.dtype) -> int:

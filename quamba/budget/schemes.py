@@ -28,11 +28,11 @@ class Schemes:
     same_inputs: bool = True
     samples: int = 8
 
-    def offered(self, spec: LinearSpec) -> dict[str, LinearSpec]:
-        """Scheme -> how it would store a linear whose spec by the recipe is given."""
+    def offered(self, spec: LinearSpec) -> dict[str, tuple[dict[str, Any], LinearSpec]]:
+        """Scheme -> its changes, and how it would store a linear whose spec by the recipe is given."""
         kind = FORMATS[spec.format].int8_input
-        made = {name: spec.changed(changes) for name, changes in self.known.items()}
-        return {n: s for n, s in made.items() if not self.same_inputs or FORMATS[s.format].int8_input == kind}
+        made = {name: (changes, spec.changed(changes)) for name, changes in self.known.items()}
+        return {n: m for n, m in made.items() if not self.same_inputs or FORMATS[m[1].format].int8_input == kind}
 
 
 def stock_schemes() -> dict[str, Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from quamba.checkpoint import Checkpoint
 from quamba.errors import UserError
 from quamba.loading import pick_device
 from quamba.models import check_recipe
-from quamba.recipe import Recipe, load_recipe, parse_recipe
+from quamba.recipe import Recipe, laid_over, load_recipe, parse_recipe
 
 Progress = Callable[[str, int, int], None]
 
@@ -44,6 +44,11 @@ class Found:
     def bits(self) -> float:
         """Bits per weight of the parts."""
         return 8 * self.linears / sum(part.weights for part in self.parts)
+
+    @property
+    def schemes(self) -> list[str]:
+        """Names of the schemes that were offered, in the order of their list."""
+        return list(dict.fromkeys(option.scheme for part in self.parts for option in part.options))
 
     @property
     def expected(self) -> float:
@@ -104,15 +109,15 @@ def check(budget: Budget, found: Sequence[Part], fixed: int) -> int:
     least, most = (sum(pick(option.bytes for option in part.options) for part in found) for pick in (min, max))
     room = budget.for_linears(weights, fixed)
     if room < least:
+        enough = budget.told(least, weights, fixed, math.ceil)
         raise UserError(
-            f"budget {budget.text} is less than the smallest schemes need: give {budget.told(least, weights, fixed)} or "
-            "more, or schemes that take less"
+            f"budget {budget.text} is less than the smallest schemes need; give {enough} or more, "
+            "or schemes that take less"
         )
     if room > most:
+        largest = budget.told(most, weights, fixed, math.floor)
         hint = "; bytes need a unit, as in 30MB" if budget.unit is None and budget.amount > 1000 else ""
-        raise UserError(
-            f"budget {budget.text} is more than the largest schemes use, {budget.told(most, weights, fixed)}{hint}"
-        )
+        raise UserError(f"budget {budget.text} is more than the largest schemes can use, {largest}{hint}")
     return room
 
 
@@ -129,34 +134,25 @@ def choose(recipe: Recipe, budget: Budget, found: Sequence[Part], losses: Losses
 
 
 def compose(recipe: Recipe, budget: Budget, found: Sequence[Part], choice: Sequence[Option]) -> Recipe:
-    """The recipe that stores each part as chosen: what most layers have by role, the others by layer."""
+    """The recipe that stores each part as chosen: its schemes laid over the recipe's own words, layer by layer."""
     data = recipe.model_dump(mode="json")
-    by_role: dict[str, list[Option]] = {}
+    layers: dict[int, dict[str, dict[str, Any]]] = {}
     for part, option in zip(found, choice, strict=True):
-        by_role.setdefault(part.role, []).append(option)
-    for role, taken in by_role.items():
-        usual = Counter(option.scheme for option in taken).most_common(1)[0][0]
-        data["linears"][role] = _told(next(option for option in taken if option.scheme == usual))
-    layers: dict[int, dict[str, Any]] = {}
-    for part, option in zip(found, choice, strict=True):
-        if part.layer is not None:
-            layers.setdefault(part.layer, {})[part.role] = _told(option)
+        if part.layer is None:
+            data["linears"][part.role] = laid_over(data["linears"].get(part.role, {}), option.changes)
+        elif option.spec != recipe.linear(part.role, part.layer):
+            layers.setdefault(part.layer, {})[part.role] = option.changes
     overrides: dict[str, tuple[dict[str, Any], list[int]]] = {}
-    for layer, roles in layers.items():
-        own = next((o for o in reversed(recipe.layers) if o.covers(layer)), None)
-        rest = {} if own is None else {k: v for k, v in own.model_dump(mode="json").items() if k != "match"}
-        kept = {role: told for role, told in roles.items() if own is not None or told != data["linears"][role]}
-        override = {**rest, "linears": {**rest.get("linears", {}), **kept}}
-        if override["linears"] or rest:
-            overrides.setdefault(repr(override), (override, []))[1].append(layer)
-    data["layers"] = [{"match": _spans(where), **override} for override, where in overrides.values()]
+    for layer, changes in layers.items():
+        # of several overrides of a layer the last one counts alone, so it takes over what the recipe's own says
+        last = next((o for o in reversed(recipe.layers) if o.covers(layer)), None)
+        own = {} if last is None else last.model_dump(mode="json", exclude={"match"})
+        override = laid_over(own, {"linears": changes})
+        overrides.setdefault(repr(override), (override, []))[1].append(layer)
+    data["layers"] += [{"match": _spans(where), **override} for override, where in overrides.values()]
     data["name"] = f"{recipe.name}-{budget.text.replace(' ', '')}"
-    data["summary"] = f"{recipe.name} with a scheme for each linear, chosen by measured loss within {budget.text}."
+    data["summary"] = f"{recipe.name} with a scheme for each linear, chosen by measured loss within {budget}."
     return parse_recipe(data, "searched")
-
-
-def _told(option: Option) -> dict[str, Any]:
-    return option.spec.model_dump(mode="json")
 
 
 def _spans(layers: list[int]) -> str:
