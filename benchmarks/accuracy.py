@@ -2,8 +2,9 @@
 
     python benchmarks/accuracy.py PLAN.yaml --text validation.txt --calibration calibration.txt --output results.json
 
-A plan lists runs {model, recipe, name, set: {dotted.key: value}, evaluate: [...]}; recipe "original" is the checkpoint
-in fp32, and an evaluation is {windows, window, stepwise, state: {dtype, rounding}} or {tasks: [...]}.
+A plan lists runs {model, recipe, name, set: {dotted.key: value}, evaluate: [...]}; recipe is a stock recipe's name, a
+whole recipe as a mapping, or "original" for the checkpoint in fp32, and an evaluation is
+{windows, window, stepwise, state: {dtype, rounding}} or {tasks: [...]}.
 Runs go in parallel processes (--jobs); finished ones are kept when the file exists.
 """
 
@@ -23,11 +24,11 @@ from typing import Any
 import yaml
 
 
-def variant(stock: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """The stock recipe's data with dotted keys replaced ("linears.default.method": "rtn")."""
+def variant(stock: str | dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's data with dotted keys replaced ("linears.default.method": "rtn")."""
     from quamba.recipe import stock_recipes
 
-    data = yaml.safe_load(stock_recipes()[stock].read_text())
+    data = stock if isinstance(stock, dict) else yaml.safe_load(stock_recipes()[stock].read_text())
     for key, value in changes.items():
         *path, last = key.split(".")
         place = data

@@ -63,7 +63,7 @@ class Measurement:
         self.losses: dict[tuple[int | None, str], list[float]] = {
             (part.layer, part.role): [0.0] * len(part.options) for part in self.parts
         }
-        self.done = 0
+        self.steps = (0, 0)
 
     def run(self) -> Losses:
         """Raises FloatingPointError when a number that is met is not finite."""
@@ -72,8 +72,9 @@ class Measurement:
         table = self.checkpoint.tensor(f"{model.embedding}.weight")
         embedding = pipeline.filled(model, self.recipe, table, self.rotation).to(torch.float32)
         hidden, arguments = pipeline.enter(embedding, self.tokens, skeleton, self.recipe.calibration.batch_size)
-        start = 0
-        for end in self._turns(hidden.nbytes):
+        start, turns, blocks = 0, self._turns(hidden.nbytes), len(model.blocks)
+        self.steps = 0, sum(blocks - begun for begun in (0, *turns[:-1])) + len(turns)
+        for end in turns:
             if start and model.hosted:
                 skeleton = Skeleton(self.checkpoint.config, model)
             hidden = self._walk(start, end, hidden, skeleton, arguments)
@@ -116,6 +117,7 @@ class Measurement:
                     waiting += fresh
                 stream.check()
             memory.release()
+            self._step()
         with pipeline.naming(model.head):
             self._judge(waiting, stream, skeleton, last=end == len(model.blocks))
         return hidden
@@ -182,7 +184,11 @@ class Measurement:
         for part in self.parts if last else ():
             if part.layer is None and len(part.options) > 1:
                 self._judge_head(part, linear, norm, stream)
-        self.done += len(waiting)
+        self._step()
+
+    def _step(self) -> None:
+        self.steps = self.steps[0] + 1, self.steps[1]
+        self.tell(*self.steps)
 
     def _judge_head(self, part: Part, linear: Linear, norm: Any, stream: calibrate.Samples) -> None:
         def see(hidden: torch.Tensor) -> torch.Tensor:
