@@ -10,29 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from quamba import calibrate, formats, memory, pipeline
-from quamba.budget.parts import HEAD, Option, Part
+from quamba import calibrate, memory, pipeline
+from quamba.budget.instead import Instead, Run, input_kind, input_sites
+from quamba.budget.parts import HEAD, Part
 from quamba.checkpoint import Checkpoint
 from quamba.models.spec import Sublayer
 from quamba.modules.host import HostedBlock
 from quamba.modules.linear import Linear
-from quamba.modules.site import Site
 from quamba.quantizers import Hessian
-from quamba.recipe import ActivationSpec, LinearSpec, Recipe
+from quamba.recipe import ActivationSpec, Recipe
 from quamba.skeleton import Skeleton
 from quamba.transforms import residual_rotation, residual_rotation_obstacle
 
-Run = Callable[[torch.Tensor], torch.Tensor]
 Losses = dict[tuple[int | None, str], tuple[float, ...]]
 """By layer and role: the loss of each option of that part, in nats per token."""
 
 SHARE = 4
 """Candidates may take one part in so many of the machine's memory."""
+ROWS = 512
+"""Tokens whose distributions are held at once."""
 FLOATS = ActivationSpec(bits=16)
 
 
@@ -109,11 +111,10 @@ class Measurement:
             module = pipeline.build(model, block, self.recipe, layer, dtype, self.device, skeleton, arguments)
             with pipeline.naming(f"layer {layer} ({block.path})"):
                 for subs in self._floats(module, tensors, dtype, stream):
-                    run = _runner(module, subs)
+                    run = partial(module.run, subs[-1])
                     fresh = list(self._candidates(module, layer, subs, run, stream)) if layer < end else []
-                    for candidate in waiting:
-                        _advance(run, candidate.hidden, stream)
-                    _advance(run, stream.hidden, stream)
+                    for hidden_states in (stream.hidden, *(candidate.hidden for candidate in waiting)):
+                        _advance(run, hidden_states, stream)
                     waiting += fresh
                 stream.check()
             memory.release()
@@ -151,14 +152,14 @@ class Measurement:
             for proj in sub.mixer.projs:
                 linears = module.linears(sub, proj)
                 for part in self.parts:
-                    if (part.layer, part.role) == (layer, proj.role) and len(part.options) > 1 and linears:
-                        sites = _sites(part, linears, run, stream)
-                        hessians = _hessians(module, sub, linears, stream)
-                        for index, option in enumerate(part.options):
-                            hidden = stream.hidden.clone()
-                            with _Instead(linears, option.spec, hessians, sites[_key(option)]):
-                                _advance(run, hidden, stream)
-                            yield Candidate(part, index, hidden)
+                    if (part.layer, part.role) != (layer, proj.role) or len(part.options) == 1:
+                        continue
+                    sites, hessians = input_sites(part, linears, run, stream), _hessians(module, sub, linears, stream)
+                    for index, option in enumerate(part.options):
+                        hidden = stream.hidden.clone()
+                        with Instead(linears, option.spec, hessians, sites[input_kind(option)]):
+                            _advance(run, hidden, stream)
+                        yield Candidate(part, index, hidden)
 
     def _judge(
         self, waiting: list[Candidate], stream: calibrate.Samples, skeleton: Skeleton | None, last: bool
@@ -173,54 +174,47 @@ class Measurement:
         ).to(torch.float32)  # fmt: skip
         linear.hold(pipeline.fold_head(weight, gain, self.rotation, self.device), None)
         linear.input.spec = FLOATS
-        # one batch at a time: the reference's distribution is made once for all candidates
-        tokens = self.tokens.numel()
-        for start in range(0, len(stream.hidden), stream.batch_size):
-            span = slice(start, start + stream.batch_size)
-            wanted = linear(norm(stream.hidden[span].to(self.device)))
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            return linear(norm(hidden.to(self.device)))
+
+        for start in range(0, self.tokens.numel(), ROWS):
+            wanted = logits(_rows(stream.hidden, start))
             for candidate in waiting:
-                found = linear(norm(candidate.hidden[span].to(self.device)))
-                self._add(candidate.part, candidate.option, wanted, found, tokens)
+                found = logits(_rows(candidate.hidden, start))
+                self._add(candidate.part, candidate.option, wanted, found)
         for part in self.parts if last else ():
             if part.layer is None and len(part.options) > 1:
-                self._judge_head(part, linear, norm, stream)
+                self._judge_head(part, linear, logits, stream)
         self._step()
+
+    def _judge_head(self, part: Part, linear: Linear, logits: Run, stream: calibrate.Samples) -> None:
+        sites, hessian = input_sites(part, [linear], logits, stream), Hessian(linear.features, self.device)
+        linear.capture = lambda x: hessian.update(x.data)
+        for hidden in stream:
+            logits(hidden)
+        linear.capture = None
+        for index, option in enumerate(part.options):
+            instead = Instead([linear], option.spec, [hessian], sites[input_kind(option)])
+            for start in range(0, self.tokens.numel(), ROWS):
+                wanted = logits(_rows(stream.hidden, start))
+                with instead:
+                    found = logits(_rows(stream.hidden, start))
+                self._add(part, index, wanted, found)
+
+    def _add(self, part: Part, option: int, wanted: torch.Tensor, found: torch.Tensor) -> None:
+        """Add the KL divergence of the distributions of some tokens, logits [1, T, V]."""
+        apart = F.kl_div(found.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        self.losses[part.layer, part.role][option] += float(apart.double().sum()) / self.tokens.numel()
 
     def _step(self) -> None:
         self.steps = self.steps[0] + 1, self.steps[1]
         self.tell(*self.steps)
 
-    def _judge_head(self, part: Part, linear: Linear, norm: Any, stream: calibrate.Samples) -> None:
-        def see(hidden: torch.Tensor) -> torch.Tensor:
-            linear(norm(hidden))
-            return hidden
 
-        sites = _sites(part, [linear], see, stream)
-        hessian = Hessian(linear.features, self.device)
-        for hidden in stream:
-            hessian.update(norm(hidden))
-        for index, option in enumerate(part.options):
-            for hidden in stream:
-                wanted = linear(norm(hidden))
-                with _Instead([linear], option.spec, [hessian], sites[_key(option)]):
-                    found = linear(norm(hidden))
-                self._add(part, index, wanted, found, self.tokens.numel())
-
-    def _add(self, part: Part, option: int, wanted: torch.Tensor, found: torch.Tensor, tokens: int) -> None:
-        """Add the KL divergence of a batch's distributions, logits [B, T, V], in nats per token."""
-        total = 0.0
-        for a, b in zip(wanted.flatten(0, -2).split(ROWS), found.flatten(0, -2).split(ROWS), strict=True):
-            a, b = a.log_softmax(-1), b.log_softmax(-1)
-            total += float(F.kl_div(b, a, reduction="sum", log_target=True))
-        self.losses[part.layer, part.role][option] += total / tokens
-
-
-ROWS = 1024
-"""Tokens whose distributions are compared at once."""
-
-
-def _runner(module: calibrate.Block, subs: list[Sublayer]) -> Run:
-    return lambda hidden: module.run(subs[-1], hidden)
+def _rows(hidden: torch.Tensor, start: int) -> torch.Tensor:
+    """Some tokens of hidden states [samples, T, D], as [1, ROWS, D]."""
+    return hidden.flatten(0, 1)[start : start + ROWS].unsqueeze(0)
 
 
 def _advance(run: Run, hidden: torch.Tensor, like: calibrate.Samples) -> None:
@@ -228,38 +222,6 @@ def _advance(run: Run, hidden: torch.Tensor, like: calibrate.Samples) -> None:
     for start in range(0, len(hidden), like.batch_size):
         part = hidden[start : start + like.batch_size]
         part.copy_(run(part.to(like.device)))
-
-
-def _key(option: Option) -> str:
-    return repr((formats.get(option.spec.format).int8_input, option.spec.input))
-
-
-def _sites(part: Part, linears: list[Linear], run: Run, stream: calibrate.Samples) -> dict[str, list[Site]]:
-    """For each kind of input that the options ask for, a calibrated site in the place of each linear's."""
-    made: dict[str, list[Site]] = {}
-    for option in part.options:
-        if _key(option) in made:
-            continue
-        sites = made[_key(option)] = [_site(linear, option.spec) for linear in linears]
-        if sites[0].static:
-            before = [linear.input for linear in linears]
-            for linear, site in zip(linears, sites, strict=True):
-                site.observe()
-                linear.input = site
-            for hidden in stream:
-                run(hidden)
-            for linear, site, old in zip(linears, sites, before, strict=True):
-                site.settle()
-                linear.input = old
-    return made
-
-
-def _site(linear: Linear, spec: LinearSpec) -> Site:
-    scratch = Linear(
-        linear.features, 8, bias=False, spec=spec, block=linear.input.block, dtype=linear.dtype,
-        device=linear._any_device(),
-    )  # fmt: skip
-    return scratch.input
 
 
 def _hessians(
@@ -273,31 +235,3 @@ def _hessians(
             for group, hessian in zip(stage, hessians, strict=True):
                 found |= {id(linear): hessian for linear in group}
     return [found[id(linear)] for linear in linears]
-
-
-class _Instead:
-    """While entered, linears that hold floats run on what a spec would make of them, inputs included."""
-
-    def __init__(self, linears: list[Linear], spec: LinearSpec, hessians: list[Hessian], sites: list[Site]) -> None:
-        self.linears, self.sites = linears, sites
-        self.before = [(linear.held, linear.input) for linear in linears]
-        self.weights = [_rounded(linear, spec, hessian) for linear, hessian in zip(linears, hessians, strict=True)]
-
-    def __enter__(self) -> None:
-        for linear, weight, site in zip(self.linears, self.weights, self.sites, strict=True):
-            linear.held, linear.input = weight, site
-
-    def __exit__(self, *error: object) -> None:
-        for linear, (weight, site) in zip(self.linears, self.before, strict=True):
-            linear.held, linear.input = weight, site
-
-
-def _rounded(linear: Linear, spec: LinearSpec, hessian: Hessian) -> torch.Tensor:
-    """The fp32 weight [O, K] that is left of a linear's floats in a spec."""
-    assert linear.held is not None
-    scratch = Linear(
-        linear.features, linear.outputs, bias=False, spec=spec, dtype=linear.dtype, device=linear.held.device
-    )
-    scratch.hold(linear.held, None)
-    scratch.quantise(hessian)
-    return scratch.format.dequantize({name: getattr(scratch, name) for name in scratch.names})
