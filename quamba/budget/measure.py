@@ -49,17 +49,23 @@ class Candidate:
 
 @dataclass
 class Measurement:
-    """One walk over a checkpoint: what to run, on what, and whom to tell (done, total)."""
+    """What to measure, on what, and whom to tell (done, total).
+
+    tokens [samples, T]: the first ``judged`` windows (rounded up to whole batches) are what candidates read; the rest,
+    where there is one, is what scales and Hessians are taken from, so that a loss is one on a text not yet seen.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
     parts: Sequence[Part]
     tokens: torch.Tensor
+    judged: int
     device: torch.device
     tell: Callable[[int, int], None]
 
     def __post_init__(self) -> None:
-        model = self.checkpoint.spec
+        model, batch_size = self.checkpoint.spec, self.recipe.calibration.batch_size
+        self.judged = min(len(self.tokens), -(-self.judged // batch_size) * batch_size)
         rotates = self.recipe.rotate.residual and residual_rotation_obstacle(model) is None
         self.rotation = residual_rotation(model.d_model, self.recipe.rotate.seed) if rotates else None
         self.losses: dict[tuple[int | None, str], list[float]] = {
@@ -74,7 +80,7 @@ class Measurement:
         table = self.checkpoint.tensor(f"{model.embedding}.weight")
         embedding = pipeline.filled(model, self.recipe, table, self.rotation).to(torch.float32)
         hidden, arguments = pipeline.enter(embedding, self.tokens, skeleton, self.recipe.calibration.batch_size)
-        start, turns, blocks = 0, self._turns(hidden.nbytes), len(model.blocks)
+        start, turns, blocks = 0, self._turns(hidden[: self.judged].nbytes), len(model.blocks)
         self.steps = 0, sum(blocks - begun for begun in (0, *turns[:-1])) + len(turns)
         for end in turns:
             if start and model.hosted:
@@ -101,6 +107,10 @@ class Measurement:
         before ``end``. Returns what the samples look like there."""
         model, batch_size = self.checkpoint.spec, self.recipe.calibration.batch_size
         stream = calibrate.Samples(hidden.clone(), batch_size, self.device)
+        seen = stream
+        if self.judged < len(hidden):
+            seen = calibrate.Samples(stream.hidden[self.judged :], batch_size, self.device)
+        judged = stream.first(self.judged)
         waiting: list[Candidate] = []
         for layer in range(start, len(model.blocks)):
             if layer == end:
@@ -110,9 +120,9 @@ class Measurement:
             dtype = next(iter(tensors.values())).dtype
             module = pipeline.build(model, block, self.recipe, layer, dtype, self.device, skeleton, arguments)
             with pipeline.naming(f"layer {layer} ({block.path})"):
-                for subs in self._floats(module, tensors, dtype, stream):
+                for subs in self._floats(module, tensors, dtype, seen):
                     run = partial(module.run, subs[-1])
-                    fresh = list(self._candidates(module, layer, subs, run, stream)) if layer < end else []
+                    fresh = list(self._candidates(module, layer, subs, run, seen, judged)) if layer < end else []
                     for hidden_states in (stream.hidden, *(candidate.hidden for candidate in waiting)):
                         _advance(run, hidden_states, stream)
                     waiting += fresh
@@ -120,11 +130,11 @@ class Measurement:
             memory.release()
             self._step()
         with pipeline.naming(model.head):
-            self._judge(waiting, stream, skeleton, last=end == len(model.blocks))
+            self._judge(waiting, seen, judged, skeleton, last=end == len(model.blocks))
         return hidden
 
     def _floats(
-        self, module: calibrate.Block, tensors: pipeline.Tensors, dtype: torch.dtype, stream: calibrate.Samples
+        self, module: calibrate.Block, tensors: pipeline.Tensors, dtype: torch.dtype, seen: calibrate.Samples
     ) -> Iterator[list[Sublayer]]:
         """Let a block hold its transformed floats, and yield the sublayers that run next, together."""
         subs, recipe, hosted = module.block_spec.sublayers, self.recipe, isinstance(module, HostedBlock)
@@ -134,7 +144,7 @@ class Measurement:
             module.hold(sub, pipeline.rotated(exact, sub, recipe, module.layer_idx), dtype)
         for sub in subs:
             exact = pipeline.transform(tensors, sub, recipe, self.rotation)
-            exact = pipeline.cluster(module, sub, recipe, exact, dtype, stream)
+            exact = pipeline.cluster(module, sub, recipe, exact, dtype, seen)
             module.hold(sub, pipeline.rotated(exact, sub, recipe, module.layer_idx), dtype)
             for site in calibrate.sites(module, sub):
                 site.histogram, site.spec = None, FLOATS
@@ -145,24 +155,35 @@ class Measurement:
             yield list(subs)
 
     def _candidates(
-        self, module: calibrate.Block, layer: int, subs: list[Sublayer], run: Run, stream: calibrate.Samples
+        self,
+        module: calibrate.Block,
+        layer: int,
+        subs: list[Sublayer],
+        run: Run,
+        seen: calibrate.Samples,
+        judged: calibrate.Samples,
     ) -> Iterator[Candidate]:
-        """Every option of every part of some sublayers, on what they see in floats."""
+        """Every option of every part of some sublayers, made on what these see in floats."""
         for sub in subs:
             for proj in sub.mixer.projs:
                 linears = module.linears(sub, proj)
                 for part in self.parts:
                     if (part.layer, part.role) != (layer, proj.role) or len(part.options) == 1:
                         continue
-                    sites, hessians = input_sites(part, linears, run, stream), _hessians(module, sub, linears, stream)
+                    sites, hessians = input_sites(part, linears, run, seen), _hessians(module, sub, linears, seen)
                     for index, option in enumerate(part.options):
-                        hidden = stream.hidden.clone()
+                        hidden = judged.hidden.clone()
                         with Instead(linears, option.spec, hessians, sites[input_kind(option)]):
-                            _advance(run, hidden, stream)
+                            _advance(run, hidden, judged)
                         yield Candidate(part, index, hidden)
 
     def _judge(
-        self, waiting: list[Candidate], stream: calibrate.Samples, skeleton: Skeleton | None, last: bool
+        self,
+        waiting: list[Candidate],
+        seen: calibrate.Samples,
+        judged: calibrate.Samples,
+        skeleton: Skeleton | None,
+        last: bool,
     ) -> None:
         """The loss of the candidates that have come to the head, and in the last walk of those of the head itself."""
         model = self.checkpoint.spec
@@ -178,34 +199,40 @@ class Measurement:
         def logits(hidden: torch.Tensor) -> torch.Tensor:
             return linear(norm(hidden.to(self.device)))
 
-        for start in range(0, self.tokens.numel(), ROWS):
-            wanted = logits(_rows(stream.hidden, start))
+        for start in range(0, self._tokens, ROWS):
+            wanted = logits(_rows(judged.hidden, start))
             for candidate in waiting:
                 found = logits(_rows(candidate.hidden, start))
                 self._add(candidate.part, candidate.option, wanted, found)
         for part in self.parts if last else ():
             if part.layer is None and len(part.options) > 1:
-                self._judge_head(part, linear, logits, stream)
+                self._judge_head(part, linear, logits, seen, judged)
         self._step()
 
-    def _judge_head(self, part: Part, linear: Linear, logits: Run, stream: calibrate.Samples) -> None:
-        sites, hessian = input_sites(part, [linear], logits, stream), Hessian(linear.features, self.device)
+    def _judge_head(
+        self, part: Part, linear: Linear, logits: Run, seen: calibrate.Samples, judged: calibrate.Samples
+    ) -> None:
+        sites, hessian = input_sites(part, [linear], logits, seen), Hessian(linear.features, self.device)
         linear.capture = lambda x: hessian.update(x.data)
-        for hidden in stream:
+        for hidden in seen:
             logits(hidden)
         linear.capture = None
         for index, option in enumerate(part.options):
             instead = Instead([linear], option.spec, [hessian], sites[input_kind(option)])
-            for start in range(0, self.tokens.numel(), ROWS):
-                wanted = logits(_rows(stream.hidden, start))
+            for start in range(0, self._tokens, ROWS):
+                wanted = logits(_rows(judged.hidden, start))
                 with instead:
-                    found = logits(_rows(stream.hidden, start))
+                    found = logits(_rows(judged.hidden, start))
                 self._add(part, index, wanted, found)
 
     def _add(self, part: Part, option: int, wanted: torch.Tensor, found: torch.Tensor) -> None:
         """Add the KL divergence of the distributions of some tokens, logits [1, T, V]."""
         apart = F.kl_div(found.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-        self.losses[part.layer, part.role][option] += float(apart.double().sum()) / self.tokens.numel()
+        self.losses[part.layer, part.role][option] += float(apart.double().sum()) / self._tokens
+
+    @property
+    def _tokens(self) -> int:
+        return self.judged * self.tokens.shape[1]
 
     def _step(self) -> None:
         self.steps = self.steps[0] + 1, self.steps[1]

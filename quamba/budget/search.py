@@ -98,7 +98,7 @@ def search(
         seqlen or recipe.calibration.seqlen, seed, checkpoint.spec,
     )  # fmt: skip
     measurement = Measurement(
-        checkpoint, recipe, found, tokens[: offered.samples], where, lambda done, total: tell("search", done, total)
+        checkpoint, recipe, found, tokens, offered.samples, where, lambda done, total: tell("search", done, total)
     )
     return choose(recipe, amount, found, measurement.run(), room, fixed)
 

@@ -48,8 +48,8 @@ def run(
         str,
         typer.Option(
             metavar="SCHEMES",
-            help="The schemes that --budget chooses from: same-inputs (the recipe's 8- or 16-bit inputs stay), "
-            "any-inputs, or a FILE.yaml.",
+            help="The schemes that --budget chooses from: same-inputs (the recipe's 8- or 16-bit inputs stay), cuda "
+            "(of these what the CUDA kernels take: no groups below 32), any-inputs, or a FILE.yaml.",
         ),
     ] = "same-inputs",
     search_only: Annotated[
