@@ -327,7 +327,7 @@ MISTAKES = [
     (["--budget", "4.5"], "give --output DIR"),
     (["--search-only", "found.yaml"], "give --budget too"),
     (["--budget", "4.5", "--search-only", "no/such/found.yaml"], "no directory"),
-    (["--budget", "4.5", "--output", "out", "--schemes", "mine"], "neither a stock list (any-inputs, cuda, same-inputs)"),
+    (["--budget", "4.5", "--output", "out", "--schemes", "mine"], "a stock list (any-inputs, cuda, same-inputs)"),
     (["--budget", "4.5bpw", "--output", "out"], "unknown unit 'bpw'"),
 ]
 
