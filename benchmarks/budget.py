@@ -42,7 +42,7 @@ def plan(model: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
     from quamba.budget import amount, search
-    from quamba.budget.search import choose, compose
+    from quamba.budget.found import choose, compose
     from quamba.recipe import load_recipe
 
     torch.set_num_threads(arguments.threads)

@@ -16,9 +16,9 @@ from architectures import HOSTED, OWN
 from quamba import calibration, memory
 from quamba.budget import amount, search
 from quamba.budget.allocate import allocate
+from quamba.budget.found import compose
 from quamba.budget.parts import kept_types, model_bytes, parts
 from quamba.budget.schemes import Schemes, load_schemes, stock_schemes
-from quamba.budget.search import compose
 from quamba.checkpoint import Checkpoint
 from quamba.cli import app
 from quamba.errors import UserError
