@@ -127,6 +127,11 @@ class Samples:
             mine = own[at : at + size]
             yield self.ranks.owner(batch), mine if whole is None else whole[start : start + size], mine
 
+    def copy(self) -> Samples:
+        """The same once more, to go another way from here."""
+        carry = {name: tensor.clone() for name, tensor in self.carry.items()}
+        return Samples(self.hidden.clone(), self.batch_size, self.device, self.ranks, self.count, carry)
+
     def check(self) -> None:
         """Raises FloatingPointError when a hidden state is NaN or Inf."""
         if not all(torch.isfinite(sample).all() for sample in self.hidden):
@@ -307,7 +312,7 @@ def quantise_together(linears: list[tuple[Linear, Hessian]], ranks: Ranks) -> No
         linear.release()
 
 
-def advance(block: HostedBlock, sub: Sublayer, samples: Samples) -> None:
+def advance(block: Block, sub: Sublayer, samples: Samples) -> None:
     """Move the samples on to what the finished block gives."""
     starts = range(0, len(samples.hidden), samples.batch_size)
     for start, (hidden, carry) in zip(starts, samples.batches(), strict=True):

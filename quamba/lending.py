@@ -30,9 +30,7 @@ def later_uses(
     if not any(model.lent(block) for block in model.blocks[done:]):
         return uses
     last = max(i for i, block in enumerate(model.blocks) if block.borrows is not None)
-    samples = calibrate.Samples(
-        stream.hidden.clone(), stream.batch_size, stream.device, stream.ranks, stream.count, dict(stream.carry)
-    )
+    samples = stream.copy()
     for layer, block in enumerate(model.blocks[: last + 1]):
         if block.borrows is not None:
             reached = samples.hidden[..., : model.d_model].clone()
