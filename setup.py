@@ -10,7 +10,7 @@ setup(
     packages=find_packages(include=["quamba", "quamba.*"]) + find_packages("kernels"),
     package_dir={"quamba_kernels": "kernels/quamba_kernels"},
     package_data={
-        "quamba": ["recipes/*.yaml"],
+        "quamba": ["recipes/*.yaml", "recipes/schemes/*.yaml"],
         "quamba.bench": ["*.yaml", "devices/*.yaml"],
         "quamba.embedded": ["*.md", "*.txt", "*/*.json", "*/*.safetensors"],
         "quamba_kernels": ["csrc/**/*"],

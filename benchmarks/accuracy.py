@@ -2,8 +2,10 @@
 
     python benchmarks/accuracy.py PLAN.yaml --text validation.txt --calibration calibration.txt --output results.json
 
-A plan lists runs {model, recipe, name, set: {dotted.key: value}, evaluate: [...]}; recipe "original" is the checkpoint
-in fp32, and an evaluation is {windows, window, stepwise, state: {dtype, rounding}} or {tasks: [...]}.
+A plan lists runs {model, recipe, name, set: {dotted.key: value}, evaluate: [...]}; recipe is a stock recipe's name, a
+whole recipe as a mapping, or "original" for the checkpoint in fp32, and an evaluation is
+{windows, window, stepwise, state: {dtype, rounding}}, {tasks: [...]}, or {compare: tokens}, the KL divergence from the
+checkpoint in fp32.
 Runs go in parallel processes (--jobs); finished ones are kept when the file exists.
 """
 
@@ -23,11 +25,11 @@ from typing import Any
 import yaml
 
 
-def variant(stock: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """The stock recipe's data with dotted keys replaced ("linears.default.method": "rtn")."""
+def variant(stock: str | dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's data with dotted keys replaced ("linears.default.method": "rtn")."""
     from quamba.recipe import stock_recipes
 
-    data = yaml.safe_load(stock_recipes()[stock].read_text())
+    data = stock if isinstance(stock, dict) else yaml.safe_load(stock_recipes()[stock].read_text())
     for key, value in changes.items():
         *path, last = key.split(".")
         place = data
@@ -37,8 +39,12 @@ def variant(stock: str, changes: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-def measure(model: Any, tokenizer: Any, what: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """One evaluation: perplexity with the recurrent state stored as ``state`` says, or lm-eval tasks."""
+def measure(
+    model: Any, tokenizer: Any, what: dict[str, Any], pair: tuple[Any, Any], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """One evaluation: perplexity with the recurrent state stored as ``state`` says, lm-eval tasks, or the divergence
+    of ``pair``, the checkpoint's directory and the quantised one's."""
+    import quamba
     from quamba import evaluate
     from quamba.recipe import StateSpec
 
@@ -47,6 +53,10 @@ def measure(model: Any, tokenizer: Any, what: dict[str, Any], arguments: argpars
         batch_size = what.get("batch_size", 64)
         found = evaluate.tasks(model, tokenizer, what["tasks"], tasks_path=arguments.tasks_path, batch_size=batch_size)
         result: dict[str, Any] = {"tasks": {name: found[name] for name in what["tasks"]}}
+    elif "compare" in what:
+        apart = quamba.compare(*pair, text=arguments.text, tokens=what["compare"], max_new_tokens=0,
+                               device=arguments.device)  # fmt: skip
+        result = {"kl_mean": apart.kl_mean, "kl_p99": apart.kl_p99, "top1_agreement": apart.top1_agreement}
     else:
         for module in model.modules():
             if "state" in what and hasattr(module, "state_spec"):
@@ -78,7 +88,9 @@ def run_one(run: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any
             )
             result = {"seconds": round(report.seconds, 1), "peak_memory": report.peak_memory, "sizes": report.sizes}
         model, tokenizer = quamba.load(source, device=arguments.device, dtype=torch.float32)
-        result["evaluations"] = [measure(model, tokenizer, what, arguments) for what in run["evaluate"]]
+        result["evaluations"] = [
+            measure(model, tokenizer, what, (run["model"], source), arguments) for what in run["evaluate"]
+        ]
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
     return {**run, "model": Path(run["model"]).name, **result, "device": device, "date": date.today().isoformat()}
 
@@ -117,9 +129,10 @@ def main() -> None:
         done.append(result)
         arguments.output.write_text(json.dumps(done, indent=1))
         shown = [
-            f"{found['perplexity']['value']:.4f}" if "perplexity" in found else json.dumps(found["tasks"])
+            f"{found['perplexity']['value']:.4f}" if "perplexity" in found
+            else f"KL {found['kl_mean']:.6f}" if "kl_mean" in found else json.dumps(found["tasks"])
             for found in result["evaluations"]
-        ]
+        ]  # fmt: skip
         print(run["model"], run["name"], *shown, f"{result.get('seconds')} s", flush=True)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:

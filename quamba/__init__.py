@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 from quamba.integrations import on_import
 
 if TYPE_CHECKING:
+    from quamba.budget import search
     from quamba.inspection import compare, inspect
     from quamba.loading import load
     from quamba.pipeline import quantize
     from quamba.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "compare", "inspect", "load", "quantize"]
+__all__ = ["Recipe", "compare", "inspect", "load", "quantize", "search"]
 
 _HOME = {
     "Recipe": "quamba.recipe",
@@ -20,6 +21,7 @@ _HOME = {
     "inspect": "quamba.inspection",
     "load": "quamba.loading",
     "quantize": "quamba.pipeline",
+    "search": "quamba.budget",
 }
 
 

@@ -32,7 +32,7 @@ def files(
     return {
         "config.json": json.dumps(config, indent=2) + "\n",
         "generation_config.json": generation_config(checkpoint),
-        "recipe.yaml": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+        "recipe.yaml": recipe.as_yaml(),
         "README.md": model_card(checkpoint, recipe, tokens),
         **tokenizer_texts(checkpoint.path, tokenizer),
     }

@@ -184,8 +184,7 @@ def _shapes(block: BlockSpec) -> dict[str, tuple[int, ...]]:
     """Path below the block -> shape of every tensor that its sublayers read."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path, sub in block.norms.items():
-        leaves = ("weight",) if sub.norm_kind == "rms" else ("weight", "bias")
-        shapes |= {f"{path}.{leaf}": (sub.width,) for leaf in leaves}
+        shapes |= {f"{path}.{leaf}": (sub.width,) for leaf in sub.norm_tensors}
     for sub in block.sublayers:
         shapes |= {sub.mixer.name(param.path): sub.mixer.shape(param) for param in sub.mixer.params}
     return shapes
@@ -249,6 +248,20 @@ class Writer:
             for name, text in files.items():
                 (self.folder / name).write_text(text, encoding="utf-8")
             self.staging.commit()
+        return self.output
+
+
+class Onlooker(Writer):
+    """Stands where another rank has the Writer: takes the same calls, and writes nothing."""
+
+    def __init__(self, output: str | Path) -> None:
+        self.output, self.sizes = Path(output).absolute(), {}
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def add(self, tensors: dict[str, torch.Tensor]) -> None: ...
+
+    def finish(self, files: dict[str, str]) -> Path:
         return self.output
 
 

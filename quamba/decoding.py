@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from quamba.errors import UserError
+from quamba.placement import entry, together
 from quamba.sampling import Sampler
 
 CACHE_NAMES = ("cache", "cache_params", "past_key_values", "state")
@@ -73,7 +74,7 @@ class Decoder:
         # not every model counts its tokens where its first layer is recurrent
         self._counts = "position_ids" in inspect.signature(model.forward).parameters
         self._position: torch.Tensor | None = None
-        self.captured = Captured(self._step, capture=capture and model.device.type == "cuda")
+        self.captured = Captured(self._step, capture=capture and together(model) and model.device.type == "cuda")
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """ids int64 [B, T], mask [B, T] (0 for padding on the left) -> logits [B, V] of the last token.
@@ -158,7 +159,7 @@ class Continuation:
         pad: int = 0,
         capture: bool = True,
     ) -> None:
-        device = model.device
+        device = entry(model)
         self.decoder, self.room, self.pad = Decoder(model, capture=False), room, pad
         self.sampler = sampler or Sampler(device=device)
         self.tokens = torch.zeros(batch, room, dtype=torch.int64, device=device)
@@ -166,7 +167,7 @@ class Continuation:
         self._stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
         self._next = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.captured = Captured(self._step, capture=capture and device.type == "cuda")
+        self.captured = Captured(self._step, capture=capture and together(model) and device.type == "cuda")
         self.count = 0
 
     def begin(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quamba.decoding import Decoder
 from quamba.errors import UserError
 from quamba.harness import find_tasks, tasks
+from quamba.placement import entry
+from quamba.ranks import ALONE, Ranks
 from quamba.windows import check_windows, read_text
 
 __all__ = ["check_windows", "find_tasks", "perplexity", "read_text", "tasks"]
@@ -37,6 +39,7 @@ def perplexity(
     stepwise: bool = False,
     batch_size: int | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Return the perplexity of `model` on the text file `path`.
 
@@ -47,7 +50,8 @@ def perplexity(
 
     `stepwise` reads the same windows through the decode path, one token per forward with the cache that the model
     returns. `batch_size` windows go together (4, or 16 if stepwise); prefill holds float32 logits
-    [batch_size, window, V] while a batch runs, stepwise only [batch_size, V].
+    [batch_size, window, V] while a batch runs, stepwise only [batch_size, V]. `ranks` share the batches: each has the
+    whole model, all call this, and all return the same number, that of one process.
 
     Returns file, windows, tokens (the number predicted) and value (inf where float64 has no room for it).
     Raises UserError for a text that is missing, empty or shorter than a window, for counts out of range, and for a
@@ -61,12 +65,13 @@ def perplexity(
         raise UserError(f"'{path}' has {len(ids)} tokens, fewer than one window of {window}.")
     batches = ids[: count * window].view(count, window).split(batch_size or (16 if stepwise else 4))
 
-    total, done = 0.0, 0
+    own, losses, done, device = ranks.share(batches), [], 0, entry(model)
     with torch.inference_mode():
-        for batch in batches:
-            report = _within(progress, done, len(batch), count)
-            total += (_loss_stepwise if stepwise else _loss_prefill)(model, batch.to(model.device), report)
+        for batch in own:
+            report = _within(progress, done, len(batch), sum(map(len, own)))
+            losses.append((_loss_stepwise if stepwise else _loss_prefill)(model, batch.to(device), report))
             done += len(batch)
+    total = sum(ranks.gather(losses, len(batches)))
     tokens = count * (window - 1)
     return {"file": str(path), "windows": count, "tokens": tokens, "value": _exponential(total / tokens)}
 

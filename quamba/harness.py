@@ -6,12 +6,15 @@ import difflib
 import math
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quamba.errors import UserError
+from quamba.placement import entry
+from quamba.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -71,13 +74,15 @@ def tasks(
     limit: int | None = None,
     batch_size: int = 16,
     manager: TaskManager | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, dict[str, float]]:
     """Return {name: {metric: value}} for lm-eval tasks, and for the groups and their members.
 
     `limit` is the number of documents of each task, all by default. `manager` comes from `find_tasks`, where the names
     were checked before the model was loaded. A metric is called as in lm-eval without the ",none" of the default
     filter ("acc", "acc_stderr"); other filters are kept ("exact_match@strict-match"). A value that is not a number,
-    such as the standard error of one document, is left out.
+    such as the standard error of one document, is left out. `ranks` share the documents: each has the whole model, all
+    call this, and all return the metrics of all documents.
     Raises UserError for unknown names, a task named twice, counts below 1 and data sets that cannot be had.
     """
     import torch
@@ -104,13 +109,27 @@ def tasks(
 
     # `evaluate` and not `simple_evaluate`: that one describes the machine and asks the Hub about the model.
     adapter = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-    if not sys.stderr.isatty():
-        for verb in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-            setattr(adapter, verb, partial(getattr(adapter, verb), disable_tqdm=True))
+    adapter._device = entry(model)
+    silent = {} if sys.stderr.isatty() and ranks.first else {"disable_tqdm": True}
+    for verb in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(adapter, verb, partial(_answer, partial(getattr(adapter, verb), **silent), ranks))
     random.seed(0)
     with torch.inference_mode():
         results = evaluate(lm=adapter, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
     return {name: _clean(metrics) for name, metrics in results["results"].items()}
+
+
+def _answer(ask: Callable[[list[Any]], list[Any]], ranks: Ranks, requests: list[Any], **options: Any) -> list[Any]:
+    """What `ask` gives for lm-eval's requests, each rank those of some documents.
+
+    lm-eval itself sees one process: shared out there, the documents would come back in another order, and with it other
+    sums and resamples.
+    """
+    documents = [list(group) for _, group in groupby(requests, lambda r: (r.task_name, r.doc_id))]
+    own = ranks.share(documents)
+    flat = iter(ask([request for document in own for request in document], **options) if own else ())
+    answers = ranks.gather([list(islice(flat, len(document))) for document in own], len(documents))
+    return [tuple(a) if isinstance(a, list) else a for document in answers for a in document]
 
 
 def _clean(metrics: dict[str, Any]) -> dict[str, float]:

@@ -30,11 +30,11 @@ def later_uses(
     if not any(model.lent(block) for block in model.blocks[done:]):
         return uses
     last = max(i for i, block in enumerate(model.blocks) if block.borrows is not None)
-    samples = calibrate.Samples(stream.hidden.clone(), stream.batch_size, stream.device)
+    samples = stream.copy()
     for layer, block in enumerate(model.blocks[: last + 1]):
         if block.borrows is not None:
             reached = samples.hidden[..., : model.d_model].clone()
-            uses.setdefault(block.borrows[1], []).append((arguments[block.path], reached))
+            uses.setdefault(block.borrows[1], []).append((arguments.get(block.path, {}), reached))
         if layer < last:
             module = floats(layer, block, lent)
             calibrate.advance(module, block.sublayers[-1], samples)

@@ -20,7 +20,7 @@ from quamba import calibrate, calibration, card, memory
 from quamba.checkpoint import Checkpoint, Writer
 from quamba.errors import UserError
 from quamba.loading import native, pick_device
-from quamba.models import roles
+from quamba.models import every, roles
 from quamba.models.spec import BlockSpec, MixerSpec, Output, Proj, Sublayer
 from quamba.modules.host import HostedBlock
 from quamba.modules.linear import Linear
@@ -46,7 +46,9 @@ class Part(HostedBlock):
     def linears(self, sub: Sublayer, proj: Proj) -> list[Linear]:
         return [self.own[proj.path]]
 
-    def run(self, sub: Sublayer, hidden: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, sub: Sublayer, hidden: torch.Tensor, carry: dict[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
         args, kwargs = self.arguments.get(len(hidden), ((), {"use_cache": False}))
         return first(self.layer(hidden, *args, **kwargs))
 
@@ -123,7 +125,7 @@ def quantize(
 def check_roles(recipe: Recipe, paths: Iterable[str]) -> None:
     """Raises UserError for a role of linears that neither this model nor any architecture has."""
     own = {"default", "lm_head", *(path.rpartition(".")[2] for path in paths)}
-    known = roles()[0] | own
+    known = roles(every())["linears"] | own
     for role in [*recipe.linears, *(role for override in recipe.layers for role in override.linears)]:
         if role not in known:
             raise UserError(f"recipe {recipe.name}: unknown role {role!r} in linears; known: {sorted(own)}")

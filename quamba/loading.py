@@ -38,12 +38,21 @@ def load(
     tokenizer: str | Path | None = None,
     device: str = "auto",
     dtype: torch.dtype | None = None,
+    device_map: Any = None,
+    offload_folder: str | Path | None = None,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of a Hub id, a directory (original or quantised) or an embedded checkpoint, in eval mode.
 
     tokenizer: a directory, a Hub id or a SentencePiece file; None takes the checkpoint's own.
     dtype: of activations and of unquantised weights; None takes the checkpoint's. An original checkpoint of a known
-    architecture runs on the same operators, in floats. Raises UserError for what cannot be opened.
+    architecture runs on the same operators, in floats.
+
+    device_map: in the place of device, as transformers takes it ("auto", or a device or "disk" for every part), for a
+    model larger than one device; an original then keeps transformers' own modules, and a part on "disk" stays in the
+    checkpoint's files until it runs, or in ``offload_folder`` where transformers must convert it first. accelerate
+    comes with quamba[eval].
+
+    Raises UserError for what cannot be opened.
     """
     path, where = resolve(source), pick_device(device)
     layout = layouts.find(path)
@@ -54,17 +63,21 @@ def load(
     if original and config.model_type in ARCHITECTURES:
         Checkpoint(source).check()
     opened = open_tokenizer(path, layout, tokenizer)
+    if device_map is not None:
+        if not layout.native:
+            raise UserError(f"{path} is not in Hugging Face's layout, which a device map needs; load it without one")
+        return native(path, config, dtype, device_map=device_map, offload_folder=offload_folder).eval(), opened
     model = native(path, config, dtype) if layout.native else converted(path, index, config, opened, dtype)
     if original:
         integration.use_operators(model)
     return model.to(where).eval(), opened
 
 
-def native(path: Path, config: Any, dtype: torch.dtype | None) -> Any:
+def native(path: Path, config: Any, dtype: torch.dtype | None, **options: Any) -> Any:
     """A directory that transformers opens itself. Raises UserError when it does not, or lacks a tensor."""
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True
+            path, config=config, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **options
         )
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be opened: {sentence(error)}") from error

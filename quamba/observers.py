@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from quamba.ranks import Ranks
+
 BINS_PER_OCTAVE = 16
 OCTAVES = 40
 BINS = BINS_PER_OCTAVE * OCTAVES
@@ -36,6 +38,12 @@ class Histogram:
             index = (octave * BINS_PER_OCTAVE).long().clamp_(0, BINS - 1)
             index += torch.arange(x.shape[1], device=x.device) * BINS
             self.counts.view(-1).add_(torch.bincount(index.flatten(), minlength=self.counts.numel()))
+
+    def unite(self, ranks: Ranks) -> None:
+        """Take in what the other ranks have seen: counts are whole numbers, so exact to 2^24 tokens."""
+        ranks.largest(self.peak)
+        if self.counts is not None:
+            ranks.count(self.counts)
 
     def grouped(self, label: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Merge channels by label [C] into ``groups``: (peak [groups], counts [groups, BINS] or None)."""

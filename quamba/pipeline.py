@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from quamba import calibrate, calibration, card, memory
-from quamba.checkpoint import Checkpoint, Writer
+from quamba.checkpoint import Checkpoint, Onlooker, Writer
+from quamba.ends import embed, last_norm, quantise_head, stored
 from quamba.errors import UserError
 from quamba.lending import Lent, Uses, later_uses, reaching
 from quamba.linears_only import quantize as quantize_linears
@@ -19,11 +20,9 @@ from quamba.models import check_recipe
 from quamba.models.spec import BlockSpec, ModelSpec, Sublayer
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.embedding import Embedding
-from quamba.modules.host import HostedBlock, folds, mixer_class, rotates
-from quamba.modules.linear import Linear
+from quamba.modules.host import HostedBlock, mixer_class, rotates, turns_values
 from quamba.modules.mixer import Mixer
-from quamba.modules.norm import Norm
-from quamba.quantizers import Hessian
+from quamba.ranks import ALONE, Ranks
 from quamba.recipe import FLOAT, Recipe, load_recipe
 from quamba.report import Report
 from quamba.resume import FinishedLayers, forget, key
@@ -37,14 +36,13 @@ from quamba.transforms import (
     residual_rotation_obstacle,
     rotate_output,
     rotate_residual,
+    rotate_values,
     sort_and_cluster,
 )
 from quamba.transforms.rotate import ResidualRotation
 
 Tensors = dict[str, torch.Tensor]
 Progress = Callable[[str, int, int], None]
-ROWS = 4096
-"""Rows of the embedding and the head that are rotated at once in fp64."""
 
 
 @torch.inference_mode()
@@ -64,6 +62,7 @@ def quantize(
     linears_only: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Quantise a checkpoint (Hub id, directory or embedded name) as a recipe says, into a Hugging Face directory.
 
@@ -71,16 +70,19 @@ def quantize(
     calibration_text: a text file, a dataset's name, or None for the embedded text; samples windows of seqlen tokens
     (None: as the recipe says) drawn with the seed. resume: keep finished layers beside the output until it is complete,
     and go on after those that an interrupted run kept; ``say`` is told so in a line. linears_only: quantise the linears
-    of a model of any type, and nothing else. Raises UserError for what the user got wrong; a killed or failed run
-    leaves ``output`` as it was.
+    of a model of any type, and nothing else. ranks: the processes that share the work (``quamba.ranks.joined``), all of
+    which call this; the first one writes and speaks, and the bytes are those of one process with as many threads.
+    Raises UserError for what the user got wrong; a killed or failed run leaves ``output`` as it was.
     """
-    start, tell = time.perf_counter(), progress or (lambda phase, done, total: None)
-    recipe, where = load_recipe(recipe), pick_device(device)
+    start, tell = time.perf_counter(), (ranks.first and progress) or (lambda phase, done, total: None)
+    recipe, where = load_recipe(recipe), ranks.device or pick_device(device)
     checkpoint = Checkpoint(source, tokenizer, linears_only=linears_only)
     if checkpoint.quantised:
         raise UserError(f"{checkpoint.path} is quantised already; give the original checkpoint")
     model, plan = checkpoint.spec, recipe.calibration
     if linears_only:
+        if ranks.size > 1:
+            raise UserError("--linears-only holds the whole model in one process; start it without a launcher")
         if resume:
             raise UserError("--resume keeps finished layers, and --linears-only holds the whole model; leave one out")
         return quantize_linears(
@@ -96,26 +98,32 @@ def quantize(
     memory.release()
     obstacle = residual_rotation_obstacle(model) if recipe.rotate.residual else None
     with (
-        Writer(output, overwrite, checkpoint.path) as writer,
+        (Writer(output, overwrite, checkpoint.path) if ranks.first else Onlooker(output)) as writer,
         (
-            FinishedLayers(writer.output, key(checkpoint, recipe, tokens, seed, where)) if resume else nullcontext()
+            FinishedLayers(writer.output, key(checkpoint, recipe, tokens, seed, where), ranks)
+            if resume
+            else nullcontext()
         ) as kept,
         memory.watch(where) as peak,
     ):
         rotates_residual = recipe.rotate.residual and obstacle is None
         rotation = residual_rotation(model.d_model, recipe.rotate.seed) if rotates_residual else None
-        table = checkpoint.tensor(f"{model.embedding}.weight")
         with naming(model.embedding):
-            embedding = embed(writer, model, recipe, table, rotation)
+            embedding = embed(writer, model, recipe, checkpoint.tensor(f"{model.embedding}.weight"), rotation)
         skeleton = Skeleton(checkpoint.config, model) if model.hosted else None
-        hidden, arguments = enter(embedding, tokens, skeleton, plan.batch_size)
-        stream = calibrate.Samples(hidden, plan.batch_size, where)
+        for name in model.params:
+            writer.add({name: checkpoint.tensor(name)})
+            if skeleton is not None:
+                skeleton.take(name, checkpoint.tensor(name))
+        own = calibrate.Samples.share(tokens, plan.batch_size, ranks)
+        hidden, arguments = enter(embedding, own, skeleton, plan.batch_size)
+        stream = calibrate.Samples(hidden, plan.batch_size, where, ranks, len(tokens))
         largest, done = 0, 0 if kept is None else kept.done
         floats = in_floats(checkpoint, recipe, rotation, skeleton, arguments, where)
         uses, lent = later_uses(model, arguments, stream, done, floats), Lent()
         if kept is not None and done:
-            kept.restore(writer, stream.hidden)
-            if say is not None:
+            kept.restore(writer, stream)
+            if say is not None and ranks.first:
                 say(f"resuming after {done} of {len(model.blocks)} layers, kept in {kept.folder}")
         for layer, block in enumerate(model.blocks):
             tell("layers", layer, len(model.blocks) + 1)
@@ -136,7 +144,8 @@ def quantize(
             if isinstance(module, HostedBlock):
                 lent |= module.lend(model.lent(block))
             if kept is not None:
-                kept.keep(layer, made, stream.hidden)
+                kept.keep(layer, made, stream)
+            del tensors, module, made  # before the next block comes
             memory.release()
         tell("layers", len(model.blocks), len(model.blocks) + 1)
         head = checkpoint.tensor(f"{model.head}.weight")
@@ -145,10 +154,12 @@ def quantize(
             writer.add(quantise_head(model, recipe, head, norm, gain, rotation, stream))
         tell("layers", len(model.blocks) + 1, len(model.blocks) + 1)
         writer.finish(card.files(checkpoint, recipe, tokens))
-    forget(writer.output)
+    sizes = ranks.tell(writer.sizes)
+    if ranks.first:
+        forget(writer.output)
     notes = [f"residual stream not rotated: {obstacle}"] if obstacle else []
     seconds = time.perf_counter() - start
-    return Report(writer.output, writer.sizes, checkpoint, seconds, peak.bytes, largest, notes)
+    return Report(writer.output, sizes, checkpoint, seconds, peak.bytes, largest, notes)
 
 
 @contextmanager
@@ -160,28 +171,13 @@ def naming(part: str) -> Iterator[None]:
         raise UserError(f"{part}: {error}; look at the original's weights, or give another calibration text") from None
 
 
-def embed(
-    writer: Writer,
-    model: ModelSpec,
-    recipe: Recipe,
-    table: torch.Tensor,
-    rotation: ResidualRotation | None,
-) -> Embedding:
-    """Store the rotated, quantised embedding, and return it."""
-    module = Embedding(model.vocab, model.d_model, recipe.embedding, dtype=table.dtype)
-    for start in range(0, model.vocab, ROWS):
-        part = table[start : start + ROWS]
-        module.fill(rotation.columns(part) if rotation else part, start)
-    writer.add(stored(module, model.embedding, table.dtype))
-    embedding: Embedding = module.to(torch.float32)
-    return embedding
-
-
 def enter(
     embedding: Embedding, tokens: torch.Tensor, skeleton: Skeleton | None, batch_size: int
 ) -> tuple[torch.Tensor, dict[str, Arguments]]:
     """What the samples look like before the first block, fp32 [samples, T, D]; what transformers passes its layers."""
-    return (embedding(tokens), {}) if skeleton is None else skeleton.record(embedding, tokens, batch_size)
+    if skeleton is None or not len(tokens):
+        return embedding(tokens), {}
+    return skeleton.record(embedding, tokens, batch_size)
 
 
 def build(
@@ -197,7 +193,7 @@ def build(
 ) -> calibrate.Block:
     """A block that computes in fp32 and will store what it keeps in ``dtype``."""
     if skeleton is not None and block.hosted:
-        hosted, passed = skeleton.copy(block.path), arguments[block.path]
+        hosted, passed = skeleton.copy(block.path), arguments.get(block.path, {})
         return HostedBlock(hosted, model, block, recipe, layer, passed, lent=lent, dtype=dtype, device=device)
     return RecurrentBlock(model, block, recipe, layer, dtype=dtype, device=device).to(torch.float32)
 
@@ -273,7 +269,10 @@ def quantise_block(
 
 
 def rotated(tensors: Tensors, sub: Sublayer, recipe: Recipe, layer: int) -> Tensors:
-    """Fold the inverse of the online rotation into out_proj where there is one."""
+    """Fold the inverse of the online rotation into out_proj where there is one; rotate values offline where they may
+    be."""
+    if recipe.rotate.output and turns_values(sub.mixer):
+        return rotate_values(tensors, sub)
     if not rotates(sub.mixer, recipe, layer):
         return tensors
     return rotate_output(tensors, sub, output_block(sub.mixer, recipe.rotate.block))
@@ -311,73 +310,9 @@ def quantise_linears(block: calibrate.Block, sub: Sublayer, stream: calibrate.Sa
     stages = calibrate.stages(block, sub)
     for stage in stages:
         hessians, kept = calibrate.collect_inputs(block, sub, stage, stream, keep=apart and stage is stages[-1])
-        for linears, hessian in zip(stage, hessians, strict=True):
-            for linear in linears:
-                linear.quantise(hessian)
+        seen = [(linear, hessian) for linears, hessian in zip(stage, hessians, strict=True) for linear in linears]
+        calibrate.quantise_together(seen, stream.ranks)
     calibrate.rebind(block)
     for start, inputs in zip(range(0, len(stream.hidden), stream.batch_size), kept, strict=True) if apart else ():
         part = stream.hidden[start : start + stream.batch_size]
         part.copy_(stages[-1][0][0](inputs, part.to(stream.device), out_dtype=torch.float32))
-
-
-def last_norm(
-    model: ModelSpec, recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton | None, device: torch.device
-) -> tuple[torch.nn.Module, torch.Tensor]:
-    """The norm before the head, and the gain [D] that goes into the head: ones where the norm keeps its own."""
-    gain = checkpoint.tensor(f"{model.final_norm}.weight")
-    folded = folds(recipe, model.final_norm_kind)
-    if folded or skeleton is None:
-        norm = Norm(model.d_model, model.eps, folded=folded, dtype=gain.dtype, device=device).to(torch.float32)
-        if not folded:
-            norm.weight.copy_(gain)
-        return norm, gain.double() + model.final_gain_offset if folded else torch.ones_like(gain).double()
-    own = skeleton.layer(model.final_norm)
-    tensors = {name: checkpoint.tensor(f"{model.final_norm}.{name}") for name in own.state_dict()}
-    own.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-    return own.to(device), torch.ones_like(gain).double()
-
-
-def quantise_head(
-    model: ModelSpec,
-    recipe: Recipe,
-    head: torch.Tensor,
-    norm: torch.nn.Module,
-    gain: torch.Tensor,
-    rotation: ResidualRotation | None,
-    stream: calibrate.Samples,
-) -> Tensors:
-    """Fold the last norm's gain into the head, rotate it, and quantise it on what the quantised model gives."""
-    weight = torch.empty(head.shape, device=stream.device)
-    for start in range(0, model.vocab, ROWS):
-        part = head[start : start + ROWS].double() * gain
-        weight[start : start + ROWS] = rotation.columns(part) if rotation is not None else part
-    linear = Linear(
-        model.d_model, model.vocab, bias=False, spec=recipe.linear("lm_head"), dtype=head.dtype, device=stream.device
-    ).to(torch.float32)
-    linear.hold(weight, None)
-    hessian = Hessian(model.d_model, stream.device)
-    linear.input.observe()
-    for hidden in stream:
-        linear.input.watch(norm(hidden[..., : model.d_model]))
-    linear.input.settle()
-    for hidden in stream:
-        codes = linear.input(norm(hidden[..., : model.d_model]))
-        hessian.update(calibrate.dequantize(*codes))
-    linear.quantise(hessian)
-    return {**stored(norm, model.final_norm, head.dtype), **stored(linear, model.head, head.dtype)}
-
-
-def stored(module: torch.nn.Module | HostedBlock, prefix: str, kept_type: torch.dtype) -> Tensors:
-    """A module's tensors under their full names; whatever is neither code nor scale keeps the checkpoint's type.
-
-    Raises FloatingPointError for NaN or Inf: what was finite may leave a type's range once gains are folded in.
-    """
-    tensors = {}
-    for name, tensor in module.state_dict().items():
-        plain = tensor.is_floating_point() and not name.endswith("scale")
-        tensors[f"{prefix}.{name}"] = kept = tensor.to(kept_type) if plain else tensor
-        if not torch.isfinite(kept).all():
-            raise FloatingPointError(f"NaN or Inf in its {name}")
-    return tensors
-
-

@@ -5,28 +5,47 @@ from __future__ import annotations
 import torch
 
 from quamba.formats.format import Grid
+from quamba.ranks import ALONE, Ranks
 
 BLOCK = 128
 
 
 class Hessian:
-    """Sum of x^T x over what a linear really sees, fp32 [K, K], and the number of tokens."""
+    """Sum of x^T x over what a linear really sees, fp32 [K, K], and the number of tokens.
 
-    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+    ``update`` adds to the running batch, ``end_batch`` that to the total, in the order of the batches over all ranks;
+    ``unite`` gives every rank the whole. So the sum is the same however many ranks there are.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu", ranks: Ranks = ALONE) -> None:
         self.total = torch.zeros(features, features, device=device)
-        self.tokens = 0
+        self.tokens, self.ranks = 0, ranks
+        self._batch: torch.Tensor | None = None
         self._factors: dict[tuple[float, bool], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(self, x: torch.Tensor) -> None:
         """Add inputs x [..., K]."""
         rows = x.detach().float().flatten(0, -2)
-        self._factors.clear()
-        self.total.addmm_(rows.T, rows)
+        self._batch = rows.T @ rows if self._batch is None else self._batch.addmm_(rows.T, rows)
         self.tokens += rows.shape[0]
+
+    def end_batch(self) -> None:
+        """Called by all ranks after each of their batches, and by one that had none while the others had."""
+        self._factors.clear()
+        self.ranks.add_in_order(self.total, self._batch)
+        self._batch = None
+
+    def unite(self) -> None:
+        """Called by all ranks after the last batch."""
+        self.ranks.complete(self.total)
+        tokens = torch.tensor([self.tokens])
+        self.ranks.count(tokens)
+        self.tokens = int(tokens)
 
     @property
     def mean(self) -> torch.Tensor:
         """E[x^T x], [K, K]. Raises FloatingPointError when an input held NaN or Inf."""
+        assert self._batch is None, "the last batch was not ended"
         if not torch.isfinite(self.total.diagonal()).all():
             raise FloatingPointError("NaN or Inf in its activations")
         return self.total / max(self.tokens, 1)

@@ -78,6 +78,12 @@ class LinearSpec(_Strict):
         return self
 
 
+    def changed(self, changes: dict[str, Any]) -> LinearSpec:
+        """This spec with what ``changes`` names laid over it. Raises ValueError for what does not fit."""
+        spec: LinearSpec = _build(LinearSpec, laid_over(self.model_dump(), changes), self.format)
+        return spec
+
+
 class StateSpec(_Strict):
     """Storage of the recurrent state between tokens; int8 keeps one dynamic scale per row over d_state.
 
@@ -130,6 +136,7 @@ class LayerOverride(_Strict):
     linears: dict[str, dict[str, Any]] = {}
     activations: dict[str, dict[str, Any]] = {}
     state: dict[str, Any] = {}
+    linear_state: dict[str, Any] = {}
     conv: dict[str, Any] = {}
 
     @field_validator("match", mode="before")
@@ -152,7 +159,10 @@ class LayerOverride(_Strict):
 
 
 class Recipe(_Strict):
-    """A whole policy. ``linears`` and ``activations`` map a role, or "default", to what differs from the class."""
+    """A whole policy. ``linears`` and ``activations`` map a role, or "default", to what differs from the class.
+
+    state: of Mamba's mixers; linear_state: of linear attention, which may read its state before it writes.
+    """
 
     name: str
     summary: str = ""
@@ -163,6 +173,7 @@ class Recipe(_Strict):
     activations: dict[str, dict[str, Any]] = {}
     conv: StorageSpec = StorageSpec()
     state: StateSpec = StateSpec()
+    linear_state: StateSpec = StateSpec()
     embedding: StorageSpec = StorageSpec()
     calibration: CalibrationSpec = CalibrationSpec()
     layers: tuple[LayerOverride, ...] = ()
@@ -178,7 +189,9 @@ class Recipe(_Strict):
             for role in where.activations:
                 self._merge(ActivationSpec, "activations", role, where)
         for override in self.layers:
-            _build(StateSpec, {**self.state.model_dump(), **override.state}, f"layers {override.match}: state")
+            for name in ("state", "linear_state"):
+                values = {**getattr(self, name).model_dump(), **getattr(override, name)}
+                _build(StateSpec, values, f"layers {override.match}: {name}")
             _build(StorageSpec, {**self.conv.model_dump(), **override.conv}, f"layers {override.match}: conv")
         return self
 
@@ -187,7 +200,7 @@ class Recipe(_Strict):
         for source in (self, override) if override is not self else (self,):
             table = getattr(source, field) if source is not None else {}
             for key in ("default", role):
-                chosen = _update(chosen, table.get(key, {}))
+                chosen = laid_over(chosen, table.get(key, {}))
         where = f"layers {override.match}: " if isinstance(override, LayerOverride) else ""
         return _build(spec, chosen, f"{where}{field}.{role}")
 
@@ -215,10 +228,20 @@ class Recipe(_Strict):
         override = self._override(layer)
         return StateSpec(**{**self.state.model_dump(), **(override.state if override else {})})
 
+    def linear_state_of(self, layer: int) -> StateSpec:
+        """Storage of a linear attention's state in one layer."""
+        override = self._override(layer)
+        return StateSpec(**{**self.linear_state.model_dump(), **(override.linear_state if override else {})})
+
     def conv_of(self, layer: int) -> StorageSpec:
         """Storage of the convolution's weight in one layer."""
         override = self._override(layer)
         return StorageSpec(**{**self.conv.model_dump(), **(override.conv if override else {})})
+
+
+    def as_yaml(self) -> str:
+        """The text of a file that load_recipe reads back as this recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 FLOAT = Recipe(
@@ -240,12 +263,12 @@ def _build(spec: type[_Strict], values: dict[str, Any], where: str) -> Any:
         raise ValueError(f"{where}: {_sentence(error)}") from None
 
 
-def _update(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """``old`` with the keys of ``new`` laid over it, nested mappings key by key."""
+def laid_over(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """``old`` with the keys of ``new`` over it, nested mappings key by key."""
     merged = dict(old)
     for key, value in new.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _update(merged[key], value) if both else value
+        merged[key] = laid_over(merged[key], value) if both else value
     return merged
 
 
@@ -266,11 +289,15 @@ def load_recipe(source: str | Path | Recipe) -> Recipe:
     path = stock.get(str(source), Path(source))
     if not path.is_file():
         raise UserError(f"recipe {str(source)!r} is neither a stock recipe ({', '.join(stock)}) nor a YAML file")
+    return parse_recipe(read_yaml(path, "recipe"), str(path))
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """The data of a YAML file; ``what`` it is meant to be names it in errors. Raises UserError where it is none."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers raise errors of their own
-        raise UserError(f"recipe {path} is not readable YAML: {' '.join(str(error).split())}") from None
-    return parse_recipe(data, str(path))
+        raise UserError(f"{what} {path} is not readable YAML: {' '.join(str(error).split())}") from None
 
 
 def parse_recipe(data: Any, origin: str) -> Recipe:

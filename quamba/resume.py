@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,8 +22,10 @@ from safetensors.torch import save_file
 
 import quamba
 import quamba_kernels
+from quamba.calibrate import HIDDEN, Samples
 from quamba.checkpoint import Checkpoint, Writer
 from quamba.errors import UserError
+from quamba.ranks import ALONE, Ranks
 from quamba.recipe import Recipe
 from quamba.staging import claim, lock, release, sync
 
@@ -70,9 +71,14 @@ class FinishedLayers:
     was made with another key, belongs to a run that still goes on, or cannot be written.
     """
 
-    def __init__(self, output: Path, wanted: dict[str, str]) -> None:
-        self.output, self.folder, self._lock = output, place(output), -1
+    def __init__(self, output: Path, wanted: dict[str, str], ranks: Ranks = ALONE) -> None:
+        self.output, self.folder, self.ranks = output, place(output), ranks
+        self._lock: int | None = None
         self._cost, self._saved = 0.0, -float("inf")
+        self.done: int = ranks.tell(self._open(wanted) if ranks.first else 0)
+
+    def _open(self, wanted: dict[str, str]) -> int:
+        """Take the directory, making it where there is none; the number of layers in it."""
         with self._writing():
             if not self.folder.exists():
                 self._begin(wanted)
@@ -86,13 +92,14 @@ class FinishedLayers:
             self.__exit__()
             raise
         kept = [path.name.partition("-")[2] for path in self.folder.glob("hidden-*")]
-        self.done = max((int(layers) for layers in kept if layers.isdigit()), default=0)
+        return max((int(layers) for layers in kept if layers.isdigit()), default=0)
 
     def __enter__(self) -> FinishedLayers:
         return self
 
     def __exit__(self, *error: object) -> None:
-        os.close(self._lock)
+        release(self._lock)
+        self._lock = None
 
     def _compare(self, wanted: dict[str, str]) -> None:
         try:
@@ -116,34 +123,53 @@ class FinishedLayers:
         finally:
             release(held)
 
-    def restore(self, writer: Writer, hidden: torch.Tensor) -> int:
-        """Give the finished layers to the writer, set the hidden states [samples, T, D] to those after the last, and
-        return how many they are."""
-        try:
-            for layer in range(self.done):
-                writer.add(self.layer(layer))
-            hidden.copy_(self._read(f"hidden-{self.done}")["hidden"])
-        except (OSError, SafetensorError, LookupError, TypeError, RuntimeError) as error:
-            raise UserError(f"{self.folder} cannot be read: {error}; delete it to start anew") from None
+    def restore(self, writer: Writer, samples: Samples) -> int:
+        """Give the finished layers to the writer, set the samples to what they are after the last, and return how many
+        layers they are. Called by all ranks."""
+        samples.take(self._after(writer, samples) if self.ranks.first else None)
         return self.done
 
-    def layer(self, layer: int) -> Tensors:
-        """The tensors of a finished layer, by full name."""
-        return self._read(f"layer-{layer}")
+    def _after(self, writer: Writer, samples: Samples) -> Tensors:
+        """What was kept of the samples after the finished layers, which the writer takes."""
+        try:
+            for layer in range(self.done):
+                writer.add(self._read(f"layer-{layer}"))
+            found = self._read(f"hidden-{self.done}")
+            got = tuple(found[HIDDEN].shape)
+        except (OSError, SafetensorError, LookupError, TypeError, RuntimeError) as error:
+            raise UserError(f"{self.folder} cannot be read: {error}; delete it to start anew") from None
+        wanted = (samples.count, *samples.hidden.shape[1:])
+        if got != wanted:
+            raise UserError(f"{self.folder} holds hidden states {list(got)}, not {list(wanted)}; delete it")
+        return found
 
-    def keep(self, layer: int, tensors: Tensors, hidden: torch.Tensor) -> None:
-        """Keep a finished layer and, where the last time has paid off, the hidden states after it."""
-        with self._writing():
-            self._write(f"layer-{layer}", tensors)
+    def layer(self, layer: int) -> Tensors:
+        """The tensors of a finished layer, by full name. Called by all ranks."""
+        found = self._read(f"layer-{layer}") if self.ranks.first else None
+        tensors = {}
+        for name, (shape, dtype) in self.ranks.outline(found).items():
+            tensors[name] = torch.empty(shape, dtype=dtype) if found is None else found[name]
+            self.ranks.publish(tensors[name], 0)
+        return tensors
+
+    def keep(self, layer: int, tensors: Tensors, samples: Samples) -> None:
+        """Keep a finished layer and, where the last time has paid off, the samples' hidden states after it."""
+        start = time.monotonic()
+        if self.ranks.first:
+            with self._writing():
+                self._write(f"layer-{layer}", tensors)
             start = time.monotonic()
-            if (start - self._saved) * SHARE < self._cost:
-                return
-            self._write(f"hidden-{layer + 1}", {"hidden": hidden})
-            for old in self.folder.glob("hidden-*"):
-                if old.name != f"hidden-{layer + 1}":
-                    old.unlink()
-            self._saved = time.monotonic()
-            self._cost = self._saved - start
+        if not self.ranks.tell(not (start - self._saved) * SHARE < self._cost):
+            return
+        whole = samples.whole()
+        if whole is not None:
+            with self._writing():
+                self._write(f"hidden-{layer + 1}", whole)
+                for old in self.folder.glob("hidden-*"):
+                    if old.name != f"hidden-{layer + 1}":
+                        old.unlink()
+        self._saved = time.monotonic()
+        self._cost = self._saved - start
 
     def _write(self, name: str, tensors: Tensors) -> None:
         partial = self.folder / f"{name}.partial"

@@ -10,10 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from quamba.models.spec import ModelSpec
-from quamba.modules.host import put
-
-Arguments = dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
-"""What a model passes a layer beside the hidden states, by place and by keyword, for each batch size."""
+from quamba.modules.host import Arguments, put
 
 
 class Skeleton:
@@ -30,6 +27,11 @@ class Skeleton:
             if computed:
                 with torch.no_grad():
                     self.model._init_weights(module)
+
+    def take(self, name: str, tensor: torch.Tensor) -> None:
+        """A tensor outside the layers and the ends, which what the model passes its layers is computed from."""
+        owner, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(owner), leaf, nn.Parameter(tensor.float(), requires_grad=False))
 
     def layer(self, path: str) -> nn.Module:
         """A layer by its path, given away: the skeleton forgets it."""

@@ -69,7 +69,8 @@ def test_published_sizes_have_the_parameters_of_their_names(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize(
-    ("model_type", "which"), [(name, i) for name in OWN + PLAIN for i in range(len(ARCHITECTURES[name].tiny))]
+    ("model_type", "which"),
+    [(name, i) for name in [*OWN, *PLAIN, "gla", "rwkv7"] for i in range(len(ARCHITECTURES[name].tiny))],
 )
 def test_drawn_weights_give_sane_logits(model_type, which, name):
     model = materialise.build(config_of(model_type, which), recipe_of(name), torch.float32, CPU)

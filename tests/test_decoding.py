@@ -29,7 +29,7 @@ def prompts():
     return torch.randint(0, 96, (2, 5), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module", params=OWN)
+@pytest.fixture(scope="module", params=[*OWN, "gated_deltaproduct", "rwkv7"])
 def quantised(request, stock, prompts):
     """On the torch bodies, which run on every device; a backend of the CPU may read values on the host."""
     model = quamba.load(stock("w4a8", request.param), device="cpu")[0]

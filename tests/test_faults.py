@@ -184,7 +184,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
 RECIPES = {
     "unknown key": ("linear: {}", "unknown key 'linear'; known keys are activations, "),
     "unknown inner key": ("rotate: {angle: 3}", "unknown key 'rotate.angle'; known keys are block, "),
-    "unknown role": ("linears: {q_proj2: {format: w8a8}}", "unknown role 'q_proj2' in linears; known: "),
+    "unknown role": ("linears: {q_proj2: {format: w8a8}}", "unknown role 'q_proj2' in linears; this model has "),
     "unknown format": ("linears: {default: {format: w2a2}}", "linears.default: format: should be one of float, w4a16"),
     "group of 100": ("linears: {default: {format: w4a16, group_size: 100}}", "multiple of 8, got 100"),
     "group of 48": ("linears: {default: {format: w4a16, group_size: 48}}", "group_size 48 divides none of the input"),

@@ -10,6 +10,7 @@ from quamba import calibration
 from quamba.inspection import activations, plot
 from quamba.inspection.opened import Opened
 from quamba.models import describe
+from quamba.modules.host import turns_values
 from quamba.recipe import parse_recipe
 from quamba_kernels.hadamard import block_size, hadamard_matrix
 
@@ -17,7 +18,7 @@ LITTLE = {"samples": 2, "seqlen": 24, "device": "cpu"}
 ROTATED = parse_recipe({"name": "rotated"}, "rotated")
 
 
-@pytest.fixture(scope="module", params=PLAIN)
+@pytest.fixture(scope="module", params=[*PLAIN, "gla", "hgrn2", "rwkv7"])
 def name(request):
     return request.param
 
@@ -58,11 +59,14 @@ def test_every_projection_has_its_row(name, original, recipe, stock, text):
     found = quamba.inspect(source, None if recipe is None else folder, text=text, **LITTLE)
     assert {(r.layer, r.role) for r in found.rows if r.layer is not None and r.role != "rest"} == roles(model)
     assert found.bytes == sum(t.nbytes for t in load_file(source / "model.safetensors").values())
-    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "conv" not in name
-                  and not name.endswith("A_log"))  # fmt: skip
-    biases = sum(p.numel() for name, p in model.named_parameters() if name.endswith("proj.bias"))
+    spec, parameters = describe(model.config), dict(model.named_parameters())
+    linears = {spec.embedding, spec.head} | {
+        f"{block.path}.{sub.mixer.name(proj.path)}"
+        for block in spec.blocks for sub in block.sublayers for proj in sub.mixer.projs
+    }  # fmt: skip
+    own = {name for path in linears for name in (path, f"{path}.weight", f"{path}.bias")} & set(parameters)
     head = model.get_output_embeddings().weight.numel() if recipe and model.config.tie_word_embeddings else 0
-    assert found.parameters == weights + biases + head
+    assert found.parameters == sum(parameters[name].numel() for name in own) + head
     kept = {(r.layer, r.role) for r in found.rows if r.layer is not None and r.parameters and r.rounding is None}
     wanted = {
         (layer, proj.role) for layer, block in enumerate(describe(model.config).blocks) for sub in block.sublayers
@@ -91,7 +95,7 @@ def test_inputs_are_those_of_transformers_linears(original, moved, text):
     for layer, block in enumerate(describe(model.config).blocks):
         for sub in block.sublayers:
             proj = sub.mixer.out_proj
-            if proj is None or proj.stack:
+            if proj is None or proj.stack or turns_values(sub.mixer):
                 continue
             seen, path = [], f"{block.path}.{sub.mixer.name(proj.path)}"
             handles = [

@@ -68,6 +68,8 @@ def test_only_modules_and_formats_call_ops(path: Path) -> None:
 def test_only_descriptions_name_model_types(path: Path) -> None:
     if path.is_relative_to(MODELS) or path.is_relative_to(ROOT / "quamba" / "cli"):
         return  # a command's help may name an example
+    if path == ROOT / "quamba" / "linear_attention" / "configs.py":
+        return  # transformers learns these types from there
     assert not strings(path) & set(ARCHITECTURES)
     assert not imports(path) & {f"quamba.models.{name}" for name in ARCHITECTURES}
 
@@ -113,5 +115,5 @@ def test_every_backend_file_serves_something() -> None:
 
 
 def test_every_description_is_found() -> None:
-    files = {p.stem for p in MODELS.glob("*.py")} - {"__init__", "parts", "spec"}
+    files = {p.stem for p in MODELS.glob("*.py")} - {"__init__", "linear_attention", "parts", "spec"}
     assert len(ARCHITECTURES) == len(files) and all(arch.tiny for arch in ARCHITECTURES.values())

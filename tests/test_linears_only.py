@@ -160,3 +160,14 @@ def test_the_command(build, text, tmp_path):
     with pytest.raises(UserError, match="unknown role 'nowhere' in linears; known: .*'o_proj'"):
         quamba.quantize(folder, parse_recipe({"linears": {"nowhere": {"format": "w8a8"}}}, "strange"), tmp_path / "r",
                         linears_only=True, calibration_text=text, device="cpu", samples=2, seqlen=16)  # fmt: skip
+
+
+def test_parts_on_disk_come_and_go(original, tmp_path):
+    """The directory opens with a device map like others; what is tied comes for each of its uses."""
+    quamba.quantize(original[0], "w8a8", tmp_path / "q", device="cpu", samples=2, seqlen=16, linears_only=True)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "q").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "q", device_map={name: "disk" for name, _ in whole.named_children()}
+    ).eval()
+    assert torch.equal(logits(model), logits(whole))
+    assert all(tensor.is_meta for tensor in model.state_dict().values())

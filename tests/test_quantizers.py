@@ -25,6 +25,7 @@ def problem(features: int, outputs: int = 24, seed: int = 0) -> tuple[torch.Tens
     hessian = Hessian(features)
     for _ in range(2):
         hessian.update((torch.randn(features, features, generator=rng) @ mixing) * torch.rand(features, generator=rng))
+        hessian.end_batch()
     return weight, hessian
 
 
@@ -105,6 +106,7 @@ def test_dead_columns_and_zero_rows(fmt: Format, method: str) -> None:
     x[:, [0, 17, 130, 255]] = 0
     hessian = Hessian(256)
     hessian.update(x)
+    hessian.end_batch()
     for act_order in (False, True):
         got = quantised(fmt, weight, hessian, method=method, act_order=act_order)
         assert torch.isfinite(got).all()
@@ -120,6 +122,7 @@ def test_a_singular_hessian_is_damped(fmt: Format) -> None:
     weight, _ = problem(256)
     hessian = Hessian(256)
     hessian.update(torch.randn(3, 256, generator=torch.Generator().manual_seed(2)))
+    hessian.end_batch()
     got = quantised(fmt, weight, hessian)
     assert torch.isfinite(got).all() and (got - weight).norm() < weight.norm()
     with pytest.raises(FloatingPointError, match="not positive definite"):

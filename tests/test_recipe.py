@@ -164,8 +164,8 @@ def test_recipes_are_frozen() -> None:
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
-        ({"linears": {"in_prjo": {"format": "w8a8"}}}, r"unknown role 'in_prjo' in linears; known: \[.*'in_proj', "),
-        ({"activations": {"scan_y": {}}}, r"unknown role 'scan_y' in activations; known: \[.*'scan_x'"),
+        ({"linears": {"in_prjo": {}}}, r"unknown role 'in_prjo' in linears; this model has \[.*'in_proj', "),
+        ({"activations": {"scan_y": {}}}, r"unknown role 'scan_y' in activations; this model has \[.*'scan_x'"),
         ({"layers": [{"match": "0", "linears": {"in_prjo": {}}}]}, "unknown role 'in_prjo' in linears"),
         ({"layers": [{"match": "40"}]}, "layers '40' covers none of the 6 layers"),
         ({"layers": [{"match": "0"}, {"match": "6-9"}]}, "layers '6-9' covers none of the 6 layers"),

@@ -62,12 +62,13 @@ def test_a_run_goes_on_where_another_ended_even_across_shards(job, tmp_path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["q", "whole"]
 
 
-def test_a_hybrid_goes_on_too(job, tmp_path):
-    """Its layers are transformers' own, and are passed more than hidden states."""
-    job(name="whole", model_type="jamba")
-    assert job(until=3, resume=True, model_type="jamba") == ([], [0, 1, 2])
-    said, computed = job(resume=True, model_type="jamba")
-    assert said[0].startswith("resuming after 3 of ") and computed[0] == 3
+@pytest.mark.parametrize("model_type, until", [("jamba", 3), ("rwkv7", 2), ("hgrn", 1)])
+def test_a_hybrid_goes_on_too(model_type, until, job, tmp_path):
+    """Its layers are no blocks of ours, and are passed more than hidden states, some of it by earlier layers."""
+    job(name="whole", model_type=model_type)
+    assert job(until=until, resume=True, model_type=model_type) == ([], list(range(until)))
+    said, computed = job(resume=True, model_type=model_type)
+    assert said[0].startswith(f"resuming after {until} of ") and computed[0] == until
     assert contents(tmp_path / "q") == contents(tmp_path / "whole")
 
 

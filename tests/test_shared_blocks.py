@@ -49,9 +49,9 @@ def test_every_use_is_calibrated_on(tiny_checkpoint, quantise, text, monkeypatch
     folder, model = tiny_checkpoint("zamba2")
     tokens, uses, blocks = {}, {}, {}
 
-    def count(linear, hessian, original=Linear.quantise):
+    def count(linear, rows, hessian, original=Linear.quantise_rows):
         tokens[id(linear)] = hessian.tokens
-        original(linear, hessian)
+        original(linear, rows, hessian)
 
     def keep(*args, original=pipeline.later_uses):
         uses.update(original(*args))
@@ -61,7 +61,7 @@ def test_every_use_is_calibrated_on(tiny_checkpoint, quantise, text, monkeypatch
         blocks[prefix] = block
         return original(block, prefix, kept_type)
 
-    monkeypatch.setattr(Linear, "quantise", count)
+    monkeypatch.setattr(Linear, "quantise_rows", count)
     monkeypatch.setattr(pipeline, "later_uses", keep)
     monkeypatch.setattr(pipeline, "stored", store)
     recipe = parse_recipe({"linears": {"default": {"format": "w8a8"}}, "rotate": {"residual": False}}, "plain")

@@ -82,14 +82,15 @@ def test_every_parameter_is_described(name: str, i: int, build) -> None:
     spec = describe(model.config)
     known = {f"{spec.embedding}.weight", f"{spec.final_norm}.weight", f"{spec.head}.weight"}
     for block in spec.blocks:
-        known |= {f"{block.path}.{path}.weight" for path in block.norms} | {f"{block.path}.{p}" for p in block.params}
+        known |= {f"{block.path}.{path}.{name}" for path, sub in block.norms.items() for name in sub.norm_tensors}
+        known |= {f"{block.path}.{p}" for p in block.params}
         for sub in block.sublayers:
             known |= {f"{block.path}.{sub.mixer.name(p.path)}" for p in sub.mixer.params}
         if block.borrows is not None:
             here, lender = f"{block.path}.{block.borrows[0]}.", f"{block.borrows[1]}."
             known |= {here + name.removeprefix(lender) for name in known if name.startswith(lender)}
-        known |= {f"{block.path}.{path}.bias" for path, sub in block.norms.items() if sub.norm_kind == "layer"}
-    known |= {f"{spec.final_norm}.bias"} if spec.final_norm_kind == "layer" else set()
+    known |= {f"{spec.final_norm}.bias"} if spec.final_norm_kind == "layer" and spec.final_norm_bias else set()
+    known |= set(spec.params)
     assert known == set(model.state_dict())
 
 
@@ -109,8 +110,8 @@ def test_legal_means_exact(name: str, i: int, block: BlockSpec, sub: Sublayer, b
         usable += reason is None
         assert moved < 1e-5 if reason is None else moved > 1e-4, f"{transform}: {reason}: changed by {moved:.1e}"
         assert any(not torch.equal(v, weights[k]) for k, v in original.state_dict().items())
-    assert usable or sub.mixer.axes.keys() == {"resid"}
-    assert reasons["permute_one_tensor"] is not None
+    free = [axis for axis in sub.mixer.axes.values() if not axis.fixed and axis.name != "resid"]
+    assert bool(usable) == bool(free) and reasons["permute_one_tensor"] is not None
 
 
 @pytest.mark.parametrize("name, i", CONFIGS)

@@ -56,7 +56,7 @@ def _matrix_state(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterat
             if kind == "dplr":
                 a = torch.nn.functional.normalize(_normal(rng, batch, *T, H, N), dim=-1)
                 given |= {"a": -a, "b": a * torch.rand(batch, *T, H, N, generator=rng)}
-            if kind == "gla":
+            if kind not in ("delta", "dplr"):
                 fixed = (_normal(rng, H, N) if j % 3 == 0 else None,)
             label = f"{batch}x{tokens if T else 1} H={H} P={P} G={heads} N={N} M={M} int8={j > 1}"
             shape = {"H": H, "P": P, "G": heads, "N": N, "M": M}

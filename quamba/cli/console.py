@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from quamba import ranks
+
 # Off a terminal there is no width to keep to, and rich would assume 80 columns and cut long task names.
 PIPE_WIDTH = 160
 
@@ -25,12 +27,16 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 def fail(sentence: str) -> NoReturn:
     """Print one sentence to stderr and exit with status 2: the user has something to change."""
     sentence = " ".join(sentence.split())
-    print(f"Error: {sentence}" + ("" if sentence.endswith((".", "?", "!", ")")) else "."), file=sys.stderr)
+    line = f"Error: {sentence}" + ("" if sentence.endswith((".", "?", "!", ")")) else ".")
+    if ranks.launched():
+        ranks.fail(lambda: print(line, file=sys.stderr), 2)
+    print(line, file=sys.stderr)
     sys.exit(2)
 
 
 def settle() -> None:
     """Settle the libraries below: no load reports, hints about kernels, progress bars of their own or busy waiting.
+    Of several processes one prints.
 
     Call it first in a command: some of them read the environment when they are imported.
     """
@@ -46,6 +52,9 @@ def settle() -> None:
     if not sys.warnoptions:  # python -W ... asked to see them
         warnings.simplefilter("ignore")
 
+    if not ranks.speaks():
+        out.quiet = err.quiet = True
+
     from transformers.utils import logging as transformers_logging
 
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
@@ -59,7 +68,7 @@ def settle() -> None:
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """Yield a callback (phase, done, total) that draws one bar per phase on stderr, and nothing off a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+    with Progress(*columns, console=err, transient=True, disable=err.quiet or not err.is_terminal) as bars:
         known = {}
 
         def report(phase: str, done: int, total: int) -> None:

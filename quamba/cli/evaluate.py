@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from quamba.cli import console, files
-from quamba.cli.options import Device, Dtype, Model, Tokenizer
+from quamba.cli.options import Device, DeviceMap, Dtype, Model, OffloadFolder, Tokenizer
 from quamba.errors import UserError
+from quamba.ranks import joined, launched
 from quamba.windows import check_windows, read_text
 
 
@@ -51,6 +52,8 @@ def run(
     tokenizer: Tokenizer = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
+    device_map: DeviceMap = None,
+    offload_folder: OffloadFolder = None,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Also write the results to this file; by default only printed."),
@@ -58,7 +61,8 @@ def run(
 ) -> None:
     """Measure a model: perplexity on a text, accuracy on lm-eval tasks, or both.
 
-    Perplexity is over windows that do not overlap, without special tokens; the incomplete last window is dropped.
+    Perplexity is over windows that do not overlap, without special tokens; the incomplete last window is dropped. Under
+    torchrun or accelerate launch several processes share windows and documents.
 
     Example: quamba eval mamba2-tiny --perplexity book.txt --window 512 --max-windows 20
     """
@@ -71,36 +75,43 @@ def run(
         raise UserError(f"The limit of documents is at least 1, and {limit} was given.")
     if perplexity is not None:
         read_text(perplexity)
+    if device_map is not None and launched():
+        raise UserError("--device-map spreads the model of one process over the devices; here are several.")
 
     console.settle()
     import torch
 
     from quamba import evaluate
-    from quamba.loading import load
+    from quamba.loading import load, pick_device
 
     # Before the model is loaded: a mistake should not cost minutes.
     manager = evaluate.find_tasks(names, tasks_path) if names else None
 
-    network, opened = load(model, tokenizer=tokenizer, device=device, dtype=getattr(torch, dtype))
     results: dict[str, Any] = {"model": model}
-    if perplexity is not None:
-        with console.progress() as progress:
-            results["perplexity"] = evaluate.perplexity(
-                network,
-                opened,
-                perplexity,
-                window=window,
-                max_windows=max_windows,
-                stepwise=stepwise,
-                batch_size=batch_size,
-                progress=progress,
+    with joined(pick_device(device)) as ranks:
+        network, opened = load(
+            model, tokenizer=tokenizer, device=str(ranks.device), dtype=getattr(torch, dtype), device_map=device_map,
+            offload_folder=offload_folder,
+        )  # fmt: skip
+        if perplexity is not None:
+            with console.progress() as progress:
+                results["perplexity"] = evaluate.perplexity(
+                    network,
+                    opened,
+                    perplexity,
+                    window=window,
+                    max_windows=max_windows,
+                    stepwise=stepwise,
+                    batch_size=batch_size,
+                    progress=progress,
+                    ranks=ranks,
+                )
+        if names:
+            results["tasks"] = evaluate.tasks(
+                network, opened, names, limit=limit, batch_size=batch_size or 16, manager=manager, ranks=ranks
             )
-    if names:
-        results["tasks"] = evaluate.tasks(
-            network, opened, names, limit=limit, batch_size=batch_size or 16, manager=manager
-        )
-    if json_file is not None:
-        files.write_json(json_file, results)
+        if json_file is not None and ranks.first:
+            files.write_json(json_file, results)
     show(results)
 
 

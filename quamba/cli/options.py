@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -31,4 +32,20 @@ Dtype = Annotated[
 Device = Annotated[
     Literal["auto", "cpu", "cuda"],
     typer.Option("--device", help="Where to run; auto takes the GPU if there is one."),
+]
+DeviceMap = Annotated[
+    Literal["auto", "balanced", "balanced_low_0", "sequential"] | None,
+    typer.Option(
+        "--device-map",
+        help="Spread a model larger than one device over the GPUs, the memory of the host and the disk, in "
+        "accelerate's way; by default it lies on one device.",
+    ),
+]
+OffloadFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--offload-folder",
+        metavar="DIR",
+        help="Where --device-map puts weights that must be converted before they wait on disk; by default nowhere.",
+    ),
 ]

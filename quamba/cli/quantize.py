@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quamba.cli import console
+from quamba.cli import console, files
 from quamba.cli.options import Device, Model, Tokenizer
 from quamba.errors import UserError
+from quamba.ranks import joined
 
 if TYPE_CHECKING:
+    from quamba.budget import Found
     from quamba.pipeline import Report
 
 
@@ -26,9 +29,36 @@ def run(
         ),
     ],
     output: Annotated[
-        Path,
-        typer.Option(metavar="DIR", help="The directory to write; it appears only when complete.", show_default=False),
-    ],
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The directory to write; it appears only when complete. Needed unless --search-only is given.",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BITS|BYTES",
+            help="Give each linear of each layer the scheme that serves it best within this size: bits per weight of "
+            "the linears (4.5: codes and scales, the head included), or bytes of the whole model (30MB, 28MiB). By "
+            "default the recipe decides.",
+        ),
+    ] = None,
+    schemes: Annotated[
+        str,
+        typer.Option(
+            metavar="SCHEMES",
+            help="The schemes that --budget chooses from: same-inputs (the recipe's 8- or 16-bit inputs stay), cuda "
+            "(of these what the CUDA kernels take: no groups below 32), any-inputs, or a FILE.yaml.",
+        ),
+    ] = "same-inputs",
+    search_only: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml", help="Write the recipe that --budget finds to this file, and quantise nothing."
+        ),
+    ] = None,
     tokenizer: Tokenizer = None,
     calibration: Annotated[
         str | None,
@@ -72,39 +102,73 @@ def run(
 ) -> None:
     """Quantise a model and write it as a Hugging Face directory.
 
-    Prints the sizes before and after, the time, and the peak memory above the start.
+    Prints the sizes before and after, the time, and the peak memory above the start; with --budget first what was
+    chosen. The recipe that was found lies in the output as recipe.yaml, and --recipe takes it again, as it is or
+    edited. Under torchrun several processes share the work, and write the same bytes.
 
     Example: quamba quantize mamba2-tiny --recipe w4a8 --output mamba2-tiny-w4a8
+
+    Example: quamba quantize mamba2-tiny --recipe w4a8 --budget 4.5 --output mamba2-tiny-4.5
     """
     if calibration is not None and means_a_file(calibration) and not Path(calibration).is_file():
         raise UserError(f"There is no calibration file '{calibration}'.")
+    if output is None and search_only is None:
+        raise UserError("Nothing is to be written; give --output DIR.")
+    if budget is None and search_only is not None:
+        raise UserError("--search-only writes what --budget finds; give --budget too, as in --budget 4.5.")
+    if budget is not None and linears_only:
+        raise UserError("--budget chooses among the linears of a described model; leave --linears-only out.")
+    files.check_place(search_only)
     console.settle()
+    from quamba.loading import pick_device
     from quamba.pipeline import quantize
-    from quamba.recipe import load_recipe
+    from quamba.recipe import load_recipe, parse_recipe
 
-    with console.progress() as progress:
-        report = quantize(
-            model,
-            load_recipe(recipe),
-            output,
-            tokenizer=tokenizer,
-            calibration_text=calibration,
-            samples=samples,
-            seqlen=seqlen,
-            seed=seed,
-            device=device,
-            overwrite=overwrite,
-            resume=resume,
-            linears_only=linears_only,
-            progress=progress,
-            say=lambda line: console.err.print(line, markup=False),
-        )
+    with joined(pick_device(device)) as ranks:
+        chosen = load_recipe(recipe)
+        given: dict[str, Any] = {
+            "tokenizer": tokenizer, "calibration_text": calibration, "samples": samples, "seqlen": seqlen,
+            "seed": seed, "device": str(ranks.device),
+        }  # fmt: skip
+        if budget is not None:
+            from quamba.budget import search
+
+            with console.progress() as progress:
+                found = search(model, chosen, budget, schemes=schemes, progress=progress, **given)
+            # every process has searched; where rounding let them find others, they take what the first one found
+            chosen = parse_recipe(ranks.tell(found.recipe.model_dump(mode="json")), "searched")
+            show_found(found)
+        if search_only is not None:
+            if ranks.first:
+                files.write(search_only, chosen.as_yaml().encode())
+            console.out.print(f"recipe written to {search_only}")
+            return
+        assert output is not None
+        with console.progress() as progress:
+            report = quantize(
+                model, chosen, output, overwrite=overwrite, resume=resume, linears_only=linears_only,
+                progress=progress, say=lambda line: console.err.print(line, markup=False), ranks=ranks, **given,
+            )  # fmt: skip
     show(report)
 
 
 def means_a_file(calibration: str) -> bool:
     """Tell `text.txt` and `./text` from `owner/dataset`."""
     return calibration.endswith(".txt") or calibration.startswith((".", "/", "~"))
+
+
+def show_found(found: Found) -> None:
+    """Print how many linears of each role got which scheme, the bits per weight and the bytes that it comes to."""
+    counts = Counter((part.role, option.scheme) for part, option in zip(found.parts, found.choice, strict=True))
+    schemes = [name for name in found.schemes if any(scheme == name for _, scheme in counts)]
+    table = console.table("linears", *(name or "(recipe)" for name in schemes))
+    for role in dict.fromkeys(part.role for part in found.parts):
+        table.add_row(role, *(str(counts[role, name] or "-") for name in schemes))
+    console.out.print(table)
+    console.out.print(
+        f"linears: {found.bits:.4f} bits per weight; model: {console.megabytes(found.linears + found.fixed)} MB; "
+        f"sum of the measured losses: {found.expected:.3g} nats per token"
+    )
 
 
 def show(report: Report) -> None:

@@ -18,6 +18,7 @@ from quamba.integrations import transformers as integration
 from quamba.loading import load
 from quamba.models.spec import BlockSpec, MixerSpec, ModelSpec, Proj
 from quamba.modules.experts import Experts
+from quamba.modules.host import turns_values
 from quamba.modules.linear import Linear
 from quamba.recipe import FLOAT, Recipe, parse_recipe
 from quamba.transforms import residual_rotation, residual_rotation_obstacle
@@ -30,7 +31,7 @@ class Place:
 
     layer: index of its block, None for the head; path: its full name in the model; weight: that of the weight in an
     original checkpoint, expert: its index there where the weight is a stack. module: None for a stack of floats, which
-    transformers' own code reads. mixer: set where a recipe may rotate what it reads.
+    transformers' own code reads. mixer: set where a recipe may rotate what it reads while it runs.
     """
 
     layer: int | None
@@ -124,7 +125,7 @@ def _of_projection(model: Any, block: BlockSpec, mixer: MixerSpec, proj: Proj, l
     """One place, or one for each expert whose linear is quamba's."""
     path, weight = (f"{block.path}.{mixer.name(name)}" for name in (proj.path, proj.weight))
     outputs, features = sum(mixer.size(output.segment) for output in proj.outputs), mixer.size(proj.input)
-    turned = mixer if proj is mixer.out_proj else None
+    turned = mixer if proj is mixer.out_proj and not turns_values(mixer) else None
     if proj.stack is None:
         module = model.get_submodule(path)
         yield Place(layer, proj.role, path, module, outputs, features, proj.bias, weight, mixer=turned)

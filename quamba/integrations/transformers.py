@@ -17,7 +17,7 @@ from quamba.models import ARCHITECTURES, describe
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.borrowed import Borrowed
 from quamba.modules.embedding import Embedding
-from quamba.modules.host import fit, folds, mixer_class, put
+from quamba.modules.host import becomes_delta_rule, fit, folds, mixer_class, put
 from quamba.modules.linear import Linear
 from quamba.modules.lowbit import LowBit
 from quamba.modules.norm import Norm
@@ -68,6 +68,8 @@ class QuambaQuantizer(HfQuantizer):
         undescribed = getattr(self.quantization_config, "linears_only", None)
         if undescribed is None:
             swap(model, recipe, dtype, "meta")
+            # a device map made by "auto" keeps blocks whole by the names of their classes
+            model._no_split_modules = {*(model._no_split_modules or ()), RecurrentBlock.__name__}
         else:
             kept, tied = undescribed.get("kept", []), undescribed.get("tied", {})
             for linear in replace(model, recipe, kept, tied, dtype, "meta").values():
@@ -83,8 +85,18 @@ class QuambaQuantizer(HfQuantizer):
                 raise UserError(f"{wanted}, and is {'missing' if got is None else list(got)}; quantise the model again")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        waiting: tuple[str, ...] = ()
+        if hasattr(model, "hf_device_map"):
+            from quamba.integrations.offload import mapped_parts, onload_whole, whole_parts
+
+            undescribed = getattr(self.quantization_config, "linears_only", None)
+            parts = (
+                whole_parts(describe(model.config)) if undescribed is None
+                else mapped_parts(model, undescribed.get("tied", {}))
+            )  # fmt: skip
+            waiting = tuple(f"{path}." if path else "" for path in onload_whole(model, parts))
         for name, tensor in model.state_dict().items():
-            if tensor.device.type == "meta":
+            if tensor.device.type == "meta" and not name.startswith(waiting):
                 raise UserError(f"the checkpoint lacks the tensor {name!r}")
         return model
 
@@ -124,11 +136,15 @@ def use_operators(model: Any) -> None:
     """Let an unquantised transformers model of a known architecture run on quamba's operators, in floats."""
     if model.config.model_type not in ARCHITECTURES:
         return
+    mixers = [(block, sub.mixer) for block in describe(model.config).blocks for sub in block.sublayers]
+    own = [(block, mixer) for block, mixer in mixers if mixer_class(mixer) is not None]
+    if not own and not any(
+        becomes_delta_rule(model.get_submodule(block.path).get_submodule(mixer.path), mixer) for block, mixer in mixers
+    ):
+        return  # what is hosted whole runs as it is, and keeps a tied head
     weights = model.state_dict()
-    for block in describe(model.config).blocks:
-        for sub in block.sublayers:
-            if mixer_class(sub.mixer) is not None:
-                weights = fold_factors(weights, sub.mixer, f"{block.path}.{sub.mixer.path}.")
+    for block, mixer in own:
+        weights = fold_factors(weights, mixer, f"{block.path}.{mixer.path}.")
     swap(model, FLOAT, model.dtype, model.device)
     for block in describe(model.config).blocks:
         if block.borrows is not None:

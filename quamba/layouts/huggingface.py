@@ -80,7 +80,7 @@ def _safetensors(file: Path) -> Index:
 def _read(file: Path, name: str) -> torch.Tensor:
     with safe_open(file, "pt") as opened:
         tensor: torch.Tensor = opened.get_tensor(name)
-    return tensor
+        return tensor.clone()  # what is mapped keeps the address space of its whole file, which may be 5 GB
 
 
 LAYOUT = Layout(

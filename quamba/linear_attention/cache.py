@@ -44,9 +44,10 @@ class NamedTensors:
 
 
 class LayerState(NamedTensors, LinearAttentionLayer):
-    """A recurrent layer: its tensors, and how many tokens it has seen."""
+    """A recurrent layer: its tensors, and how many tokens it has seen. rng: int64 [2], of stochastic rounding."""
 
     seen = 0
+    rng: torch.Tensor | None = None
 
     def advance(self, tokens: int) -> None:
         """Note that tokens have been seen."""
@@ -58,6 +59,8 @@ class LayerState(NamedTensors, LinearAttentionLayer):
 
     def reset(self) -> None:
         self.clear()
+        if self.rng is not None:
+            self.rng[1:].zero_()
         self.seen = 0
         self.has_previous_state[0] = False
 

@@ -108,6 +108,25 @@ class LinearAttentionConfig(PreTrainedConfig):
         """The shape of the table of least forget gates, where the family has one."""
         return None
 
+    @property
+    def mlp_size(self) -> int:
+        """Channels between the projections of an MLP."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        ratio = 4 if self.hidden_ratio is None else self.hidden_ratio
+        return -(-int(self.hidden_size * ratio * 2 / 3) // 256) * 256
+
+    def whole(self, name: str) -> int:
+        """hidden_size times the ratio of that name, to be split over the heads. Raises UserError where it cannot be."""
+        ratio, heads = getattr(self, name), getattr(self, "num_heads", 1)
+        size = self.hidden_size * ratio
+        if abs(size - round(size)) > 1e-6 or round(size) % heads:
+            raise UserError(
+                f"{self.model_type} config has hidden_size={self.hidden_size} and {name}={ratio}; expected is a "
+                f"product that num_heads={heads} divides"
+            )
+        return round(size)
+
 
 class GatedDeltaNetConfig(LinearAttentionConfig):
     """Gated DeltaNet."""
@@ -145,6 +164,7 @@ class GLAConfig(LinearAttentionConfig):
     """Gated linear attention."""
 
     model_type = "gla"
+    gate_rank: ClassVar[int] = 16
     num_heads: int = 4
     num_kv_heads: int | None = None
     expand_k: float = 0.5
@@ -238,30 +258,43 @@ class GatedDeltaProductConfig(LinearAttentionConfig):
     num_householder: int = 1
 
 
-class RWKV6Config(LinearAttentionConfig):
+class RWKVConfig(LinearAttentionConfig):
+    """What RWKV6 and RWKV7 share."""
+
+    ratio: ClassVar[float]
+    """hidden_ratio where the config gives none."""
+    activations: ClassVar[tuple[str, ...]] = ("sqrelu",)
+    hidden_act: str = "sqrelu"
+    norm_first: bool = True
+    norm_bias: bool = True
+    norm_eps: float = 1e-5
+
+    @property
+    def mlp_size(self) -> int:
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        return -(-int(self.hidden_size * (self.hidden_ratio or self.ratio)) // 32) * 32
+
+
+class RWKV6Config(RWKVConfig):
     """RWKV6."""
 
     model_type = "rwkv6"
-    activations: ClassVar[tuple[str, ...]] = ("sqrelu",)
+    ratio: ClassVar[float] = 3.5
     hidden_ratio: float | None = 3.5
-    hidden_act: str = "sqrelu"
     num_heads: int = 4
     expand_k: float = 0.5
     expand_v: float = 1.0
     proj_low_rank_dim: int = 32
     gate_low_rank_dim: int = 64
-    norm_first: bool = True
-    norm_bias: bool = True
-    norm_eps: float = 1e-5
 
 
-class RWKV7Config(LinearAttentionConfig):
+class RWKV7Config(RWKVConfig):
     """RWKV7."""
 
     model_type = "rwkv7"
+    ratio: ClassVar[float] = 4
     crosses: ClassVar[bool] = True
-    activations: ClassVar[tuple[str, ...]] = ("sqrelu",)
-    hidden_act: str = "sqrelu"
     head_dim: int | None = 64
     num_heads: int | None = None
     value_dim: int | list[int] | None = None
@@ -269,9 +302,6 @@ class RWKV7Config(LinearAttentionConfig):
     gate_low_rank_dim: int = 128
     a_low_rank_dim: int = 64
     v_low_rank_dim: int = 16
-    norm_first: bool = True
-    norm_bias: bool = True
-    norm_eps: float = 1e-5
     fuse_norm: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -297,6 +327,13 @@ class LightNetConfig(LinearAttentionConfig):
     def rope_theta_of(self, spec: dict[str, Any]) -> float:
         """fla hands no rope_theta to LightNet's attention."""
         return 10000.0
+
+    @property
+    def heads_and_size(self) -> tuple[int, int]:
+        """Heads and key size per head. Raises UserError when neither is given."""
+        if self.num_heads is not None and self.expand_ratio is not None:
+            return self.num_heads, self.expand_ratio
+        return heads_and_size(self)
 
 
 def heads_and_size(config: Any) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,9 @@ from quamba.linear_attention.cache import LayerCache, furnish
 from quamba.linear_attention.configs import LinearAttentionConfig
 from quamba.linear_attention.mixer import Mixer
 from quamba.linear_attention.mlp import GatedMLP
+
+CACHE = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
+"""What transformers calls the cache in what a model takes and returns: ``cache`` from 5.24 on."""
 
 
 def mixer_of(config: LinearAttentionConfig, layer: int, recurrent: type[Mixer]) -> nn.Module:
@@ -125,14 +129,17 @@ class LinearAttentionModel(LinearAttentionPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T] or inputs_embeds [B, T, D]; attention_mask [B, seen + T], 0 for padding on the left.
 
+        cache: past_key_values, as transformers calls it from 5.24 on.
         Raises ValueError for padding that is not on the left while a cache is kept: it would end in the states.
         """
         hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        past_key_values = cache if past_key_values is None else past_key_values
         if past_key_values is None and use_cache:
             past_key_values = LayerCache(self.config.layer_types)
         elif past_key_values is not None:
@@ -141,16 +148,15 @@ class LinearAttentionModel(LinearAttentionPreTrainedModel):
         carry = self.carry()
         kept = [hidden] if output_hidden_states else None
         for layer in self.layers:
-            hidden = layer(hidden, attention_mask, past_key_values, carry)
+            hidden = layer(hidden, attention_mask, past_key_values, carry=carry)
             if kept is not None:
                 kept.append(hidden)
         hidden = self.norm(hidden)
         if kept is not None:
             kept[-1] = hidden
         states = None if kept is None else tuple(kept)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=states
-        )
+        kept_cache: Any = {CACHE: past_key_values}
+        return BaseModelOutputWithPast(last_hidden_state=hidden, hidden_states=states, **kept_cache)
 
     def carry(self) -> dict[str, torch.Tensor]:
         """What every layer may read, and may add to for later layers."""
@@ -203,6 +209,7 @@ class LinearAttentionForCausalLM(LinearAttentionPreTrainedModel, GenerationMixin
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As LinearAttentionModel, with logits [B, T or logits_to_keep, V]; labels [B, T] give the mean loss.
@@ -210,12 +217,11 @@ class LinearAttentionForCausalLM(LinearAttentionPreTrainedModel, GenerationMixin
         Raises ValueError as LinearAttentionModel does.
         """
         outputs = self.model(
-            input_ids, attention_mask, inputs_embeds, past_key_values, use_cache, output_hidden_states
+            input_ids, attention_mask, inputs_embeds, past_key_values, use_cache, output_hidden_states, cache
         )
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
-        )
+        kept_cache: Any = {CACHE: outputs.get(CACHE)}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **kept_cache)

@@ -10,7 +10,7 @@ from quamba.errors import UserError
 from quamba.linear_attention.cache import LayerState
 from quamba.linear_attention.configs import DeltaNetConfig
 from quamba.linear_attention.conv import ShortConvolution
-from quamba.linear_attention.mixer import Mixer, heads, masked, whole
+from quamba.linear_attention.mixer import Mixer, heads, masked
 from quamba.linear_attention.norm import GatedRMSNorm, RMSNorm
 from quamba_kernels import ops
 
@@ -32,7 +32,7 @@ class DeltaNet(Mixer):
                 given = getattr(config, name)
                 raise UserError(f"{config.model_type} config has {name}={given!r}; supported is {wanted}")
         size = config.hidden_size
-        keys, values = whole(config, config.expand_k, "expand_k"), whole(config, config.expand_v, "expand_v")
+        keys, values = config.whole("expand_k"), config.whole("expand_v")
         self.k_size, self.v_size = keys // config.num_heads, values // config.num_heads
         self.activation, self.l2 = ACTIVATIONS[config.qk_activation], config.qk_norm == "l2"
         self.beta_range = 2.0 if config.allow_neg_eigval else 1.0
@@ -69,10 +69,11 @@ class DeltaNet(Mixer):
         if not self.l2:
             q, k = (normalize(t, p=1, dim=-1, eps=L1_EPS) for t in (q, k))
         beta = sigmoid(self.b_proj(x).float()) if self.use_beta else torch.ones_like(q[..., 0], dtype=torch.float32)
+        (q, k, v), scales = self.enter(q=q, k=k, v=heads(masked(v, mask), self.v_size))
         o = self.scan(
-            (ops.delta_scan, ops.delta_update), state, q, k.unsqueeze(2),
-            heads(masked(v, mask), self.v_size).unsqueeze(2), (beta * self.beta_range).unsqueeze(2), None,
-            scale=self.k_size**-0.5, norm_eps=L2_EPS if self.l2 else None, out_dtype=x.dtype,
+            (ops.delta_scan, ops.delta_update), state, q, k.unsqueeze(2), v.unsqueeze(2),
+            (beta * self.beta_range).unsqueeze(2), None, scale=self.k_size**-0.5,
+            norm_eps=L2_EPS if self.l2 else None, out_dtype=x.dtype, **scales,
         )  # fmt: skip
         o = self.o_norm(o, heads(self.g_proj(x), self.v_size)) if self.use_gate else self.o_norm(o)
         out: torch.Tensor = self.o_proj(o.flatten(2))

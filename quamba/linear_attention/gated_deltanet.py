@@ -60,10 +60,12 @@ class GatedDeltaNet(Mixer):
             q, k, v = silu(q), silu(k), silu(v)
         beta = sigmoid(self.b_proj(x).float()) * self.beta_range
         g = -torch.exp(self.A_log.float()) * softplus(self.a_proj(x).float() + self.dt_bias.float())
+        (q, k, v), scales = self.enter(
+            q=heads(q, self.k_size), k=heads(k, self.k_size), v=heads(masked(v, mask), self.v_size)
+        )
         o = self.scan(
-            (ops.delta_scan, ops.delta_update), state, heads(q, self.k_size), heads(k, self.k_size).unsqueeze(2),
-            heads(masked(v, mask), self.v_size).unsqueeze(2), beta.unsqueeze(2), g.unsqueeze(-1),
-            scale=self.k_size**-0.5, norm_eps=L2_EPS, out_dtype=x.dtype,
+            (ops.delta_scan, ops.delta_update), state, q, k.unsqueeze(2), v.unsqueeze(2), beta.unsqueeze(2),
+            g.unsqueeze(-1), scale=self.k_size**-0.5, norm_eps=L2_EPS, out_dtype=x.dtype, **scales,
         )  # fmt: skip
         o = self.o_norm(o, heads(self.g_proj(x), self.v_size)) if self.use_gate else self.o_norm(o)
         out: torch.Tensor = self.o_proj(o.flatten(2))

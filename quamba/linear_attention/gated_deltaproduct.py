@@ -63,9 +63,10 @@ class GatedDeltaProduct(Mixer):
         if self.use_forget_gate:
             g = -torch.exp(self.A_log.float()) * softplus(self.a_proj(x).float() + self.dt_bias.float())
             g = g.unsqueeze(-1)
+        (q, k, v), scales = self.enter(q=heads(q, self.k_size), k=k, v=v)
         o = self.scan(
-            (ops.delta_scan, ops.delta_update), state, heads(q, self.k_size), k, v, beta, g, scale=self.k_size**-0.5,
-            norm_eps=L2_EPS, out_dtype=x.dtype,
+            (ops.delta_scan, ops.delta_update), state, q, k, v, beta, g, scale=self.k_size**-0.5, norm_eps=L2_EPS,
+            out_dtype=x.dtype, **scales,
         )  # fmt: skip
         o = self.o_norm(o, heads(self.g_proj(x), self.v_size)) if self.use_gate else self.o_norm(o)
         out: torch.Tensor = self.o_proj(o.flatten(2))

@@ -9,11 +9,11 @@ from torch.nn.functional import logsigmoid, silu
 from quamba.linear_attention.cache import LayerState
 from quamba.linear_attention.configs import GLAConfig, RetNetConfig
 from quamba.linear_attention.conv import ShortConvolution
-from quamba.linear_attention.mixer import Mixer, activation, heads, masked, whole
+from quamba.linear_attention.mixer import Mixer, activation, heads, masked
 from quamba.linear_attention.norm import GatedRMSNorm, RMSNorm
 from quamba_kernels import ops
 
-GATE_RANK, GATE_NORMALIZER = 16, 16
+GATE_NORMALIZER = 16
 
 
 class Leave(nn.Module):
@@ -52,14 +52,16 @@ class GatedLinearAttention(Mixer, Leave):
     def __init__(self, config: GLAConfig, layer: int) -> None:
         super().__init__(config, layer)
         size, self.groups = config.hidden_size, config.num_heads // (config.num_kv_heads or config.num_heads)
-        keys, values = whole(config, config.expand_k, "expand_k"), whole(config, config.expand_v, "expand_v")
+        keys, values = config.whole("expand_k"), config.whole("expand_v")
         self.k_size, self.v_size = keys // config.num_heads, values // config.num_heads
         self.clamp_min, self.feature_map = config.clamp_min, activation(config)
         shared_keys, shared_values = keys // self.groups, values // self.groups
         self.q_proj = nn.Linear(size, keys, bias=False)
         self.k_proj = nn.Linear(size, shared_keys, bias=False)
         self.v_proj = nn.Linear(size, shared_values, bias=False)
-        self.gk_proj = nn.Sequential(nn.Linear(size, GATE_RANK, bias=False), nn.Linear(GATE_RANK, shared_keys))
+        self.gk_proj = nn.Sequential(
+            nn.Linear(size, config.gate_rank, bias=False), nn.Linear(config.gate_rank, shared_keys)
+        )
         self.use_short_conv = config.use_short_conv
         if self.use_short_conv:
             self.q_conv1d = ShortConvolution(keys, config.conv_size)
@@ -83,8 +85,9 @@ class GatedLinearAttention(Mixer, Leave):
         q, k, g = heads(q, self.k_size), heads(k, self.k_size), heads(g, self.k_size)
         v = heads(masked(v, mask), self.v_size)
         k, g, v = (t.repeat_interleave(self.groups, 2) if self.groups > 1 else t for t in (k, g, v))
+        (q, k, v), scales = self.enter(q=self.feature_map(q), k=self.feature_map(k), v=v)
         o = self.scan(
-            (ops.gla_scan, ops.gla_update), state, self.feature_map(q), self.feature_map(k), v, g, fixed=(None,),
-            scale=self.k_size**-0.5, out_dtype=x.dtype,
+            (ops.gla_scan, ops.gla_update), state, q, k, v, g, fixed=(None,), scale=self.k_size**-0.5,
+            out_dtype=x.dtype, **scales,
         )  # fmt: skip
         return self.leave(o, x)

@@ -51,6 +51,10 @@ class HGRNAttention(Mixer):
             i, f = self.i_conv1d(i, state, "i"), self.f_conv1d(f, state, "f")
         g = log_forget(f, carry, self.layer_idx)
         i = masked(silu(i) * -torch.expm1(g), mask)
-        y = self.scan((ops.elementwise_scan, ops.elementwise_update), state, i, g, out_dtype=x.dtype)
+        (i,), scales = self.enter(v=i.unsqueeze(-1))
+        y = self.scan(
+            (ops.elementwise_scan, ops.elementwise_update), state, i.squeeze(-1), g, out_dtype=x.dtype,
+            x_scale=scales["v_scale"].flatten() if scales else None,
+        )  # fmt: skip
         out: torch.Tensor = self.o_proj(self.g_norm(y, self.g_proj(x)))
         return out

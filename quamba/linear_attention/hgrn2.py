@@ -49,11 +49,12 @@ class HGRN2Attention(Mixer):
         if self.use_short_conv:
             q, f, i = self.q_conv1d(q, state, "q"), self.f_conv1d(f, state, "f"), self.i_conv1d(i, state, "i")
         g = log_forget(f, carry, self.layer_idx)
-        k = -torch.expm1(g)
+        (q, k, v), scales = self.enter(
+            q=heads(silu(q), self.k_size), k=heads(-torch.expm1(g), self.k_size), v=heads(masked(i, mask), self.v_size)
+        )
         o = self.scan(
-            (ops.gla_scan, ops.gla_update), state, heads(silu(q), self.k_size), heads(k, self.k_size),
-            heads(masked(i, mask), self.v_size), heads(g, self.k_size), fixed=(None,), scale=self.k_size**-0.5,
-            out_dtype=x.dtype,
+            (ops.gla_scan, ops.gla_update), state, q, k, v, heads(g, self.k_size), fixed=(None,),
+            scale=self.k_size**-0.5, out_dtype=x.dtype, **scales,
         )  # fmt: skip
         out: torch.Tensor = self.o_proj(self.g_norm(o.flatten(2)))
         return out

@@ -57,10 +57,12 @@ class KimiDeltaAttention(Mixer):
         rate = torch.exp(self.A_log.float()).unsqueeze(-1)
         f = heads(self.f_proj(x).float() + self.dt_bias.float(), self.k_size)
         g = -rate * softplus(f) if self.lower_bound is None else self.lower_bound * sigmoid(rate * f)
+        (q, k, v), scales = self.enter(
+            q=heads(q, self.k_size), k=heads(k, self.k_size), v=heads(masked(v, mask), self.v_size)
+        )
         o = self.scan(
-            (ops.delta_scan, ops.delta_update), state, heads(q, self.k_size), heads(k, self.k_size).unsqueeze(2),
-            heads(masked(v, mask), self.v_size).unsqueeze(2), beta.unsqueeze(2), g, scale=self.k_size**-0.5,
-            norm_eps=L2_EPS, out_dtype=x.dtype,
+            (ops.delta_scan, ops.delta_update), state, q, k.unsqueeze(2), v.unsqueeze(2), beta.unsqueeze(2), g,
+            scale=self.k_size**-0.5, norm_eps=L2_EPS, out_dtype=x.dtype, **scales,
         )  # fmt: skip
         out: torch.Tensor = self.o_proj(self.o_norm(o, heads(self.g_proj(x), self.v_size)).flatten(2))
         return out

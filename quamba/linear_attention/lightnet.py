@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import silu
 
 from quamba.linear_attention.cache import LayerState
-from quamba.linear_attention.configs import LightNetConfig, heads_and_size
+from quamba.linear_attention.configs import LightNetConfig
 from quamba.linear_attention.conv import ShortConvolution
 from quamba.linear_attention.mixer import Mixer, heads, masked
 from quamba.linear_attention.norm import GatedRMSNorm
@@ -24,10 +24,7 @@ class LightNetAttention(Mixer):
     def __init__(self, config: LightNetConfig, layer: int) -> None:
         super().__init__(config, layer)
         size, rank = config.hidden_size, config.gate_low_rank_dim
-        if config.num_heads is not None and config.expand_ratio is not None:
-            count, self.k_size = config.num_heads, config.expand_ratio
-        else:
-            count, self.k_size = heads_and_size(config)
+        count, self.k_size = config.heads_and_size
         self.v_size = size // count
         keys = count * self.k_size
         self.q_proj = nn.Linear(size, keys, bias=False)
@@ -53,10 +50,10 @@ class LightNetAttention(Mixer):
         if self.use_short_conv:
             q, k, v = self.q_conv1d(q, state, "q"), self.k_conv1d(k, state, "k"), self.v_conv1d(v, state, "v")
         k, g = self._normalise(k.float() if mask is None else k.float().masked_fill(mask == 0, NO_KEY), state)
+        (q, v), scales = self.enter(q=heads(silu(q), self.k_size), v=heads(masked(v, mask), self.v_size))
         o = self.scan(
-            (ops.gla_scan, ops.gla_update), state, heads(silu(q), self.k_size), heads(k, self.k_size),
-            heads(masked(v, mask), self.v_size), heads(g, self.k_size), fixed=(None,), scale=self.k_size**-0.5,
-            out_dtype=x.dtype,
+            (ops.gla_scan, ops.gla_update), state, q, heads(k, self.k_size), v, heads(g, self.k_size), fixed=(None,),
+            scale=self.k_size**-0.5, out_dtype=x.dtype, **scales,
         )  # fmt: skip
         out: torch.Tensor = self.o_proj(self.g_norm(o.flatten(2), self.g_proj(x)))
         return out

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import logsigmoid, relu, sigmoid, silu
 from transformers.cache_utils import Cache
 
 from quamba.errors import UserError
 from quamba.linear_attention.cache import LayerState, state_of
-from quamba_kernels import Backend, Op, Setting
+from quamba.modules.scan_inputs import ScanInputs
+from quamba.modules.state import DTYPES
+from quamba_kernels import Backend, Op, Setting, ops
+from quamba_kernels.ops.state import load_state
 
 FEATURE_MAPS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
     None: lambda x: x, "relu": relu, "sigmoid": sigmoid, "logsigmoid": logsigmoid, "silu": silu, "swish": silu,
@@ -20,7 +22,7 @@ FEATURE_MAPS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
 }  # fmt: skip
 
 
-class Mixer(nn.Module):
+class Mixer(ScanInputs):
     """Subclasses define ``mix``; projections are modules that are called, so that they can be replaced in place."""
 
     def __init__(self, config: Any, layer: int) -> None:
@@ -62,24 +64,37 @@ class Mixer(nn.Module):
 
     def scan(
         self,
-        ops: tuple[Op, Op],
+        operators: tuple[Op, Op],
         state: LayerState | None,
         *tokens: torch.Tensor | None,
         fixed: tuple[torch.Tensor | None, ...] = (),
         **options: Any,
     ) -> torch.Tensor:
         """Run (scan, update) over ``tokens`` [B, T, ...] from the state on, which is left behind in it."""
-        scan, update = ops
+        scan, update = operators
         first = next(t for t in tokens if t is not None)
-        before = None if state is None else state.get("recurrent")
-        if before is not None and first.shape[1] == 1:
+        before, scale = (None, None) if state is None else (state.get("recurrent"), state.get("recurrent_scale"))
+        if state is not None and before is not None and first.shape[1] == 1:
             now = [None if t is None else t.squeeze(1) for t in tokens]
-            y: torch.Tensor = self._bind(update, first)(before, None, None, *now, *fixed, **options).unsqueeze(1)
+            y: torch.Tensor = self._bind(update, first)(before, scale, state.rng, *now, *fixed, **options).unsqueeze(1)
             return y
+        before = None if before is None else load_state(before, scale)
         y, after = self._bind(scan, first)(*tokens, *fixed, before, **options)
         if state is not None:
-            state.put("recurrent", after)
+            self._keep(state, after)
         return y
+
+    def _keep(self, state: LayerState, after: torch.Tensor) -> None:
+        """Store the state [B, ..., N] fp32 after a prefill as the recipe says."""
+        spec = self.state_spec
+        if state.get("recurrent") is None:
+            state.put("recurrent", torch.zeros_like(after, dtype=DTYPES[spec.dtype]))
+            if spec.dtype == "int8":
+                state.put("recurrent_scale", torch.ones_like(after[..., 0]), empty=1.0)
+            if spec.dtype == "int8" and spec.rounding == "stochastic":
+                state.rng = torch.tensor([spec.seed * 65537 + self.layer_idx, 0], device=after.device)
+        stored, scale = state.get("recurrent"), state.get("recurrent_scale")
+        self._bind(ops.quantize_state, after)(after, stored, scale, state.rng)
 
     def _bind(self, op: Op, x: torch.Tensor) -> Backend:
         key = (op.name, x.device.type, x.dtype)
@@ -104,14 +119,3 @@ def activation(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         known = " or ".join(map(repr, FEATURE_MAPS))
         raise UserError(f"{config.model_type} config has feature_map={config.feature_map!r}; supported is {known}")
     return FEATURE_MAPS[config.feature_map]
-
-
-def whole(config: Any, ratio: float, name: str) -> int:
-    """hidden_size * ratio, split over the heads. Raises UserError where that is no integer."""
-    size = config.hidden_size * ratio
-    if abs(size - round(size)) > 1e-6 or round(size) % config.num_heads:
-        raise UserError(
-            f"{config.model_type} config has hidden_size={config.hidden_size} and {name}={ratio}; expected is a "
-            f"product that num_heads={config.num_heads} divides"
-        )
-    return round(size)

@@ -14,10 +14,7 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: LinearAttentionConfig) -> None:
         super().__init__()
-        inner = config.intermediate_size
-        if inner is None:
-            ratio = 4 if config.hidden_ratio is None else config.hidden_ratio
-            inner = -(-int(config.hidden_size * ratio * 2 / 3) // 256) * 256
+        inner = config.mlp_size
         self.gate_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=False)

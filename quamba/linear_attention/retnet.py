@@ -8,7 +8,7 @@ from torch import nn
 from quamba.linear_attention.cache import LayerState
 from quamba.linear_attention.configs import RetNetConfig
 from quamba.linear_attention.gla import Leave
-from quamba.linear_attention.mixer import Mixer, activation, heads, masked, whole
+from quamba.linear_attention.mixer import Mixer, activation, heads, masked
 from quamba.linear_attention.rotary import rotate_positions
 from quamba_kernels import ops
 
@@ -19,7 +19,7 @@ class MultiScaleRetention(Mixer, Leave):
     def __init__(self, config: RetNetConfig, layer: int) -> None:
         super().__init__(config, layer)
         size, self.groups = config.hidden_size, config.num_heads // (config.num_kv_heads or config.num_heads)
-        keys, values = whole(config, config.expand_k, "expand_k"), whole(config, config.expand_v, "expand_v")
+        keys, values = config.whole("expand_k"), config.whole("expand_v")
         self.k_size, self.v_size = keys // config.num_heads, values // config.num_heads
         self.feature_map = activation(config)
         self.q_proj = nn.Linear(size, keys, bias=False)
@@ -41,9 +41,11 @@ class MultiScaleRetention(Mixer, Leave):
         k, v = (t.repeat_interleave(self.groups, 2) if self.groups > 1 else t for t in (k, v))
         rates = torch.arange(5, 5 + q.shape[2], device=x.device, dtype=torch.float32)
         g = torch.log1p(-torch.exp2(-rates)).view(1, 1, -1, 1).expand(*q.shape[:3], 1)
+        (q, k, v), scales = self.enter(q=q, k=k, v=v)
         o = self.scan(
-            (ops.gla_scan, ops.gla_update), state, q, k, v, g, fixed=(None,), scale=self.k_size**-0.5, out_dtype=x.dtype
-        )
+            (ops.gla_scan, ops.gla_update), state, q, k, v, g, fixed=(None,), scale=self.k_size**-0.5,
+            out_dtype=x.dtype, **scales,
+        )  # fmt: skip
         return self.leave(o, x)
 
     @staticmethod

@@ -8,7 +8,7 @@ from torch.nn.functional import relu, sigmoid, silu
 
 from quamba.linear_attention.cache import LayerState
 from quamba.linear_attention.configs import RWKV6Config
-from quamba.linear_attention.mixer import Mixer, heads, masked, whole
+from quamba.linear_attention.mixer import Mixer, heads, masked
 from quamba.linear_attention.token_shift import FeedForward, LoRA, RWKVBlock, step_back
 from quamba_kernels import ops
 
@@ -37,7 +37,7 @@ class RWKV6Attention(Mixer):
     def __init__(self, config: RWKV6Config, layer: int) -> None:
         super().__init__(config, layer)
         size, self.rank = config.hidden_size, config.proj_low_rank_dim
-        keys, values = whole(config, config.expand_k, "expand_k"), whole(config, config.expand_v, "expand_v")
+        keys, values = config.whole("expand_k"), config.whole("expand_v")
         self.k_size, self.v_size = keys // config.num_heads, values // config.num_heads
         self.x_proj = nn.Sequential(
             LerpLinear(size, self.rank * MIXTURES), nn.Tanh(), nn.Linear(self.rank * MIXTURES, size, bias=False)
@@ -67,10 +67,12 @@ class RWKV6Attention(Mixer):
                 (self.r_proj, self.w_proj, self.k_proj, self.v_proj, self.g_proj), self._mixtures(x, delta), strict=True
             )
         )
+        (r, k, v), scales = self.enter(
+            q=heads(r, self.k_size), k=heads(k, self.k_size), v=heads(masked(v, mask), self.v_size)
+        )
         o = self.scan(
-            (ops.gla_scan, ops.gla_update), state, heads(r, self.k_size), heads(k, self.k_size),
-            heads(masked(v, mask), self.v_size), -torch.exp(heads(w.float(), self.k_size)), fixed=(self.bonus,),
-            out_dtype=x.dtype,
+            (ops.gla_scan, ops.gla_update), state, r, k, v, -torch.exp(heads(w.float(), self.k_size)),
+            fixed=(self.bonus,), out_dtype=x.dtype, **scales,
         )  # fmt: skip
         o = self.g_norm(o.flatten(2).flatten(0, 1)).view(*x.shape[:2], -1)
         out: torch.Tensor = self.o_proj(o * silu(g))
@@ -89,7 +91,7 @@ class RWKV6FeedForward(FeedForward):
 
     def __init__(self, config: RWKV6Config, layer: int) -> None:
         super().__init__(config, layer)
-        inner = self.inner(config, 3.5)
+        inner = config.mlp_size
         self.key = LerpLinear(config.hidden_size, inner)
         self.value = nn.Linear(inner, config.hidden_size, bias=False)
         self.receptance = LerpLinear(config.hidden_size, config.hidden_size)

@@ -66,7 +66,10 @@ class RWKV7Attention(Mixer):
         k = k.float() * (1 + (a - 1) * self.k_a.float())
         v = heads(masked(v, mask), self.v_size)
         r, k, g, a = (heads(t, self.k_size) for t in (r, k, g, a))
-        o = self.scan((ops.dplr_scan, ops.dplr_update), state, r, k, v, g, -removal, removal * a, out_dtype=x.dtype)
+        taken, scales = self.enter(q=r, k=k, v=v)
+        o = self.scan(
+            (ops.dplr_scan, ops.dplr_update), state, *taken, g, -removal, removal * a, out_dtype=x.dtype, **scales
+        )
         o = self.g_norm(o.flatten(2).flatten(0, 1)).view(*x.shape[:2], -1)
         bonus = (r.float() * k * self.r_k.float()).sum(-1, keepdim=True) * v.float()
         out: torch.Tensor = self.o_proj((o + bonus.flatten(2).to(o.dtype)) * self.g_lora(xg))
@@ -84,7 +87,7 @@ class RWKV7FeedForward(FeedForward):
 
     def __init__(self, config: RWKV7Config, layer: int) -> None:
         super().__init__(config, layer)
-        inner = self.inner(config, 4)
+        inner = config.mlp_size
         self.x_k = nn.Parameter(torch.zeros(config.hidden_size))
         self.key = nn.Linear(config.hidden_size, inner, bias=False)
         self.value = nn.Linear(inner, config.hidden_size, bias=False)

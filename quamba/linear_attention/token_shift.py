@@ -9,7 +9,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from quamba.linear_attention.cache import NamedTensors, state_of
-from quamba.linear_attention.configs import RWKV6Config, RWKV7Config
+from quamba.linear_attention.configs import RWKVConfig
 from quamba.linear_attention.decoder import DecoderBlock, mixer_of
 from quamba.linear_attention.mixer import Mixer, masked
 
@@ -49,13 +49,6 @@ class FeedForward(nn.Module):
         super().__init__()
         self.layer_idx = layer
 
-    @staticmethod
-    def inner(config: RWKV6Config | RWKV7Config, ratio: float) -> int:
-        """The intermediate size; ``ratio`` where the config gives none."""
-        if config.intermediate_size is not None:
-            return config.intermediate_size
-        return -(-int(config.hidden_size * (config.hidden_ratio or ratio)) // 32) * 32
-
     def forward(
         self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, past_key_values: Cache | None = None
     ) -> torch.Tensor:
@@ -74,7 +67,7 @@ class RWKVBlock(DecoderBlock):
 
     ffn_class: type[FeedForward]
 
-    def __init__(self, config: RWKV6Config | RWKV7Config, layer: int, recurrent: type[Mixer]) -> None:
+    def __init__(self, config: RWKVConfig, layer: int, recurrent: type[Mixer]) -> None:
         super().__init__(config, layer, recurrent)
         if layer == 0 and config.norm_first:
             self.pre_norm = self.norm(config)

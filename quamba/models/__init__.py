@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -81,35 +81,33 @@ def _check_axes(name: str, axes: dict[str, Axis]) -> None:
             raise UserError(f"{name} config divides {axis.size} {axis.name}s among {among} {axis.share}s, unevenly")
 
 
-def roles() -> tuple[set[str], set[str]]:
-    """Names that a recipe may use: linear roles and activation roles of all architectures."""
+def every() -> Iterator[ModelSpec]:
+    """A small model of each architecture."""
     from transformers import AutoConfig
 
-    archs = ARCHITECTURES.values()
-    return _roles(arch.describe(AutoConfig.for_model(arch.model_type, **arch.tiny[0])) for arch in archs)
+    for arch in ARCHITECTURES.values():
+        yield arch.describe(AutoConfig.for_model(arch.model_type, **arch.tiny[0]))
 
 
-def _roles(models: Iterable[ModelSpec]) -> tuple[set[str], set[str]]:
+def roles(models: Iterable[ModelSpec]) -> dict[str, set[str]]:
+    """Names that a recipe for these models may use: linear roles and activation roles, by the recipe's fields."""
     linears, activations = {"default", "lm_head"}, {"default", "conv_input", "gate"}
     for sub in (sub for model in models for block in model.blocks for sub in block.sublayers):
         linears |= {proj.role for proj in sub.mixer.projs}
         activations |= {i.role for i in sub.mixer.inputs if i.semantics != "rate"}
-    return linears, activations
+    return {"linears": linears, "activations": activations}
 
 
 def check_recipe(recipe: Recipe, model: ModelSpec) -> None:
     """Raises UserError for a role that no architecture has (it lists those of the model), a layer override that covers
     no layer, and a group size that divides no linear it is meant for."""
-    fields = "linears", "activations"
-    known = dict(zip(fields, roles(), strict=True))
-    own = dict(zip(fields, _roles((model,)), strict=True))
+    known, own = roles(every()), roles([model])
     for where in (recipe, *recipe.layers):
         for field, names in known.items():
             for role in getattr(where, field):
                 if role not in names:
-                    raise UserError(
-                        f"recipe {recipe.name}: unknown role {role!r} in {field}; known: {sorted(own[field])}"
-                    )
+                    here = sorted(own[field])
+                    raise UserError(f"recipe {recipe.name}: unknown role {role!r} in {field}; this model has {here}")
     count = len(model.blocks)
     for override in recipe.layers:
         if not any(override.covers(layer) for layer in range(count)):

@@ -56,7 +56,8 @@ def _recurrent(config: Any) -> MixerSpec:
         ScanInput("rate", "scan_dt", key, "rate"),
     )
     out = OutSite("z", "rms", 0, "o_norm.weight", role="o_proj")
-    return MixerSpec("self_attn", {a.name: a for a in axes}, tuple(params), projs, inputs, Scan("kda", "diagonal"), out)
+    scan = Scan("delta", "diagonal")
+    return MixerSpec("self_attn", {a.name: a for a in axes}, tuple(params), projs, inputs, scan, out)
 
 
 def _latent(config: Any) -> MixerSpec:

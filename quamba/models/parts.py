@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from quamba.models.spec import Axis, MixerSpec, Output, OutSite, Param, Proj, Scan, ScanInput, Segment
 
 RESID, ONE, WIDTH = ("resid",), ("one",), ("width",)
@@ -156,7 +158,7 @@ def attention(
         Proj("v_proj", "v_proj", "residual", RESID, (Output("v", value),), bias),
         Proj("o_proj", "o_proj", "o", seen, (Output("residual", RESID),), out_bias),
     )
-    params = [_weight(proj, with_bias) for proj in projs for with_bias in ([False, True] if proj.bias else [False])]
+    params = weights(projs)
     spans = (("kv_head", "repeat", "key"), key) if whole else (("key",), ("key",))
     params += [Param(name, ((span,),)) for name, span in zip(norms, spans, strict=bool(norms))]
     inputs = (
@@ -201,7 +203,7 @@ def delta_net(
         for name, letters in projs
     ]
     made.append(Proj(out, out, "y", value, (Output("residual", RESID),)))
-    params = [_weight(proj, False) for proj in made]
+    params = weights(made)
     params += [Param("conv1d.weight", ((key, key, value), (ONE,), (WIDTH,)))]
     params += [Param("A_log", ((rate,),)), Param("dt_bias", ((rate,),)), Param(norm, ((("value",),),))]
     inputs = (
@@ -238,7 +240,7 @@ def mlp(
         for name, made in zip(up, outputs, strict=True)
     ]
     projs.append(Proj(f"{role}down_proj", down, "hidden", channel, (Output("residual", RESID),), bias))
-    params = [_weight(proj, with_bias) for proj in projs for with_bias in ([False, True] if bias else [False])]
+    params = weights(projs)
     axes = {a.name: a for a in (Axis("resid", width), Axis("hidden", hidden))}
     return MixerSpec(path, axes, tuple(params), tuple(projs), out=OutSite(None, None, role=f"{role}down_proj"))
 
@@ -279,7 +281,7 @@ def experts(
         down = Proj("latent_down_proj", "fc1_latent_proj", "residual", RESID, (Output("latent", inner),))
         back = Proj("latent_up_proj", "fc2_latent_proj", "mixture", inner, (Output("residual", RESID),))
         projs = (*projs[:-2], down, *projs[-2:], back)
-    params = [_weight(proj, False) for proj in projs]
+    params = weights(projs)
     params += [Param(p, ((expert,),)) for p in router_params]
     axes = [
         Axis("resid", width), Axis("hidden", hidden), Axis("expert", count, fixed=ordered), Axis("one", 1, fixed=True)
@@ -289,9 +291,11 @@ def experts(
     return MixerSpec(path, {a.name: a for a in axes}, tuple(params), projs, out=out)
 
 
-def _weight(proj: Proj, bias: bool) -> Param:
-    rows = tuple(output.segment for output in proj.outputs)
-    if bias:
-        return Param(f"{proj.path}.bias", (rows,))
-    stack = (((proj.stack,),),) if proj.stack else ()
-    return Param(proj.weight, (*stack, rows, (proj.input,)))
+def weights(projs: Iterable[Proj]) -> list[Param]:
+    """Weights and biases of projections, in the order of execution."""
+    params = []
+    for proj in projs:
+        rows, stack = tuple(output.segment for output in proj.outputs), (((proj.stack,),),) if proj.stack else ()
+        params.append(Param(proj.weight, (*stack, rows, (proj.input,))))
+        params += [Param(f"{proj.path}.bias", (rows,))] if proj.bias else []
+    return params

@@ -106,6 +106,11 @@ class Scan:
     family: str
     decay: Literal["scalar", "diagonal"]
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether a state is all that is kept of the tokens so far."""
+        return self.family != "softmax"
+
 
 @dataclass(frozen=True)
 class OutSite:
@@ -184,7 +189,7 @@ class Sublayer:
     sublayers side by side share one norm.
 
     gain_offset: what is added to the stored gain; residual_weighted: something per channel stands between the mixer
-    and the sum (a norm with a gain, a learned weight).
+    and the sum (a norm with a gain, a learned weight). norm_bias: whether a layer norm has a shift.
     """
 
     norm: str | None
@@ -192,6 +197,12 @@ class Sublayer:
     norm_kind: Literal["rms", "layer"] = "rms"
     gain_offset: float = 0.0
     residual_weighted: bool = False
+    norm_bias: bool = True
+
+    @property
+    def norm_tensors(self) -> tuple[str, ...]:
+        """What the norm holds."""
+        return ("weight", "bias") if self.norm_kind == "layer" and self.norm_bias else ("weight",)
 
     @property
     def width(self) -> int:
@@ -228,6 +239,8 @@ class ModelSpec:
 
     returns: length of the tuple that a hosted layer returns, its hidden states first; 0 for the bare tensor.
     passes_embedding: hosted layers take what left the embedding as their first argument beside the hidden states.
+    carry: the keyword by which hosted layers are passed a dict of tensors [B, ...] that each may add to for later ones.
+    params: tensors that belong neither to a block nor to one of the ends, left as they are.
     """
 
     d_model: int
@@ -242,6 +255,9 @@ class ModelSpec:
     passes_embedding: bool = False
     final_norm_kind: Literal["rms", "layer"] = "rms"
     final_gain_offset: float = 0.0
+    final_norm_bias: bool = True
+    carry: str | None = None
+    params: tuple[str, ...] = ()
 
     @property
     def hosted(self) -> bool:

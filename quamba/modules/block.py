@@ -52,13 +52,18 @@ class RecurrentBlock(nn.Module):
         cache = kwargs.get("cache_params", cache)
         hidden = hidden_states if self.residual_dtype is None else hidden_states.to(self.residual_dtype)
         for sub in self.block_spec.sublayers:
-            hidden = self.run(sub, hidden, cache, attention_mask)
+            hidden = self.run(sub, hidden, cache=cache, mask=attention_mask)
         return hidden
 
     def run(
-        self, sub: Sublayer, hidden: torch.Tensor, cache: Any = None, mask: torch.Tensor | None = None
+        self,
+        sub: Sublayer,
+        hidden: torch.Tensor,
+        carry: dict[str, torch.Tensor] | None = None,
+        cache: Any = None,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One sublayer: hidden [B, T, D] + mixer(norm(hidden))."""
+        """One sublayer: hidden [B, T, D] + mixer(norm(hidden)). Nothing is carried from one such block to another."""
         mixer, norm = self.part(sub), getattr(self, str(sub.norm))
         return mixer(norm.before(hidden, mixer.linear(sub.mixer.projs[0].role)), cache, mask, hidden)
 

@@ -57,10 +57,10 @@ class DeltaRule(ScanInputs):
         device: torch.device | str | None = None,
     ) -> None:
         """Rates of writing and forgetting stay floats."""
-        asked = recipe.state_of(layer)
-        self.state_spec = asked.model_copy(update={"dtype": asked.delta_rule})
         entering = replace(spec, inputs=tuple(i for i in spec.inputs if i.semantics != "rate"))
         super().furnish(entering, recipe, layer, dtype=dtype, device=device)
+        asked = recipe.state_of(layer)
+        self.state_spec = asked.model_copy(update={"dtype": asked.delta_rule})
 
     def forward(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from quamba.models.spec import BlockSpec, MixerSpec, ModelSpec, Proj, Sublayer
 from quamba.modules.borrowed import Borrowed
@@ -16,20 +17,29 @@ from quamba.modules.experts import Experts
 from quamba.modules.linear import Linear
 from quamba.modules.mixer import Mixer
 from quamba.modules.norm import Norm
+from quamba.modules.scan_inputs import ScanInputs
 from quamba.modules.selective import SelectiveMixer
 from quamba.modules.ssd import SSDMixer
 from quamba.modules.watched_inputs import WatchedInputs
 from quamba.recipe import LinearSpec, Recipe
 from quamba.transforms.fold import folding_illegal
+from quamba.transforms.legality import value_rotation_illegal
 from quamba.transforms.rotate import output_block
 
-DELTA_RULES = ("delta", "kda")
+Arguments = dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+"""What a model passes a layer beside the hidden states, by place and by keyword, for each batch size."""
+DELTA_RULE = "delta"
 MIXERS: dict[str, type[Mixer]] = {"selective": SelectiveMixer, "ssd": SSDMixer}
 
 
 def mixer_class(spec: MixerSpec) -> type[Mixer] | None:
     """The module that runs a recurrence itself; None for a part that stays transformers'."""
     return None if spec.scan is None else MIXERS.get(spec.scan.family)
+
+
+def becomes_delta_rule(part: nn.Module, spec: MixerSpec) -> bool:
+    """Whether DeltaRule takes a mixer's place: that of a gated delta rule in transformers' code."""
+    return spec.scan is not None and spec.scan.family == DELTA_RULE and not isinstance(part, ScanInputs)
 
 
 def folds(recipe: Recipe, norm_kind: str) -> bool:
@@ -70,13 +80,15 @@ def fit(
             put(layer, spec.path, mixer)
             continue
         part = layer.get_submodule(spec.path)
-        if spec.scan is not None and spec.scan.family in DELTA_RULES:
+        if isinstance(part, ScanInputs):
+            part.furnish(spec, recipe, index, **made)
+        elif becomes_delta_rule(part, spec):
             part = DeltaRule(part, spec)
             put(layer, spec.path, part)
             part.furnish(spec, recipe, index, **made)
         elif any(i.at is not None for i in spec.inputs):
             WatchedInputs().attach(part, spec, recipe, index, **made)
-        rotated = output_block(spec, recipe.rotate.block) if recipe.rotate.output else 0
+        rotated = output_block(spec, recipe.rotate.block) if rotates(spec, recipe, index) else 0
         if any(proj.stack and recipe.linear(proj.role, index).format != "float" for proj in spec.projs):
             path = next(spec.name(proj.path).rpartition(".")[0] for proj in spec.projs if proj.stack)
             act: Any = layer.get_submodule(path).act_fn
@@ -89,10 +101,18 @@ def fit(
                 put(layer, spec.name(proj.path), linear)
 
 
+def turns_values(spec: MixerSpec) -> bool:
+    """Whether the values of a recurrence are rotated offline, where that is exact, instead of what out_proj reads.
+
+    Softmax attention is rotated at run time all the same: across heads, and its values stay floats.
+    """
+    return spec.scan is not None and spec.scan.recurrent and value_rotation_illegal(spec) is None
+
+
 def rotates(spec: MixerSpec, recipe: Recipe, layer: int) -> bool:
     """Whether something rotates the input of out_proj at run time: stacked weights in floats stay transformers'."""
     proj = spec.out_proj
-    if proj is None or not recipe.rotate.output:
+    if proj is None or not recipe.rotate.output or turns_values(spec):
         return False
     stacked = [p for p in spec.projs if p.stack]
     return proj.stack is None or any(recipe.linear(p.role, layer).format != "float" for p in stacked)
@@ -118,14 +138,16 @@ class HostedBlock:
         block: BlockSpec,
         recipe: Recipe,
         index: int,
-        arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]],
+        arguments: Arguments,
         *,
         lent: dict[str, nn.Module],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.block_spec, self.layer_idx, self.arguments = block, index, arguments
+        self.block_spec, self.layer_idx, self.carry = block, index, model.carry
         self.beside = model.d_model if model.passes_embedding else None
+        self.device = device
+        self.arguments = self.placed(arguments)
         if block.borrows is not None:
             path, lender = block.borrows
             put(layer, path, Borrowed(lent[lender]))
@@ -158,14 +180,29 @@ class HostedBlock:
         """The layer's tensors, by path below it."""
         return self.layer.state_dict()
 
-    def run(self, sub: Sublayer, hidden: torch.Tensor) -> torch.Tensor:
+    def placed(self, arguments: Arguments) -> Arguments:
+        """Arguments with their tensors where the layer is."""
+        moved: Arguments = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), arguments)
+        return moved
+
+    def run(
+        self, sub: Sublayer, hidden: torch.Tensor, carry: dict[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """The whole layer: hidden [B, T, D] -> [B, T, D]; its sublayers cannot run apart. Where layers take the
-        embedding too, it lies beside the stream, [B, T, 2 D], and is handed on."""
+        embedding too, it lies beside the stream, [B, T, 2 D], and is handed on.
+
+        carry: what earlier layers left for this one, by name; what it leaves for later ones is added.
+        """
         args, kwargs = self.arguments[len(hidden)]
         if self.beside is not None:
             hidden, embedded = hidden.split(self.beside, -1)
             args = (embedded, *args[1:])
+        passed = {} if self.carry is None else kwargs[self.carry]
+        if self.carry is not None:
+            kwargs = {**kwargs, self.carry: {**passed, **(carry or {})}}
         out = self.layer(hidden, *args, **kwargs)
+        if self.carry is not None and carry is not None:
+            carry |= {name: t for name, t in kwargs[self.carry].items() if name not in passed}
         out = out[0] if isinstance(out, tuple) else out
         return out if self.beside is None else torch.cat([out, embedded], -1)
 

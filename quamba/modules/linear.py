@@ -138,18 +138,34 @@ class Linear(LowBit):
 
     def quantise(self, hessian: Hessian | None) -> None:
         """Store the held weight as the format and the spec say, the Hessian [K, K] being that of the inputs."""
+        for rows in self.slabs():
+            self.quantise_rows(rows, hessian)
+        self.release()
+
+    def slabs(self) -> list[slice]:
+        """The rows that are quantised at once, apart from all others; none where the format rounds nothing."""
+        size = max(1, SLAB // self.features)
+        starts = range(0, self.outputs, size) if self.format.has_grid else ()
+        return [slice(start, min(start + size, self.outputs)) for start in starts]
+
+    def quantise_rows(self, rows: slice, hessian: Hessian | None) -> None:
+        """Store one slab of the held weight; ``release`` follows the last one."""
+        assert self.held is not None
+        part = self.held[rows]
+        grid = self.format.grid(self.features, len(part), self.spec)
+        if self.spec.method == "gptq" and hessian is not None:
+            codes = gptq(part, grid, hessian, self.spec.damping, self.spec.act_order)
+        else:
+            codes = rtn(part, grid, hessian)
+        for name, tensor in grid.pack(codes).items():
+            getattr(self, name)[rows] = tensor
+
+    def stored_rows(self, rows: slice) -> list[torch.Tensor]:
+        """What is stored for some rows, in place."""
+        return [getattr(self, name)[rows] for name in self.names]
+
+    def release(self) -> None:
+        """Let the held weight go, and run on what is stored."""
         weight, self.held = self.held, None
-        assert weight is not None
-        if not self.format.has_grid:
+        if weight is not None and not self.format.has_grid:
             self.weight.copy_(weight)
-            return
-        rows = max(1, SLAB // self.features)
-        for start in range(0, self.outputs, rows):
-            part = weight[start : start + rows]
-            grid = self.format.grid(self.features, len(part), self.spec)
-            if self.spec.method == "gptq" and hessian is not None:
-                codes = gptq(part, grid, hessian, self.spec.damping, self.spec.act_order)
-            else:
-                codes = rtn(part, grid, hessian)
-            for name, tensor in grid.pack(codes).items():
-                getattr(self, name)[start : start + rows] = tensor

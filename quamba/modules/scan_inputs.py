@@ -9,7 +9,7 @@ from torch import nn
 
 from quamba.models.spec import MixerSpec
 from quamba.modules.site import Site
-from quamba.recipe import Recipe
+from quamba.recipe import Recipe, StateSpec
 
 BY_HEAD = "tensor", "state_group"
 """Granularities that a key may have: what is constant over its channels factors out of the product with a query."""
@@ -17,7 +17,9 @@ BY_HEAD = "tensor", "state_group"
 
 class ScanInputs(nn.Module):
     """A mixer whose queries, keys and values pass ``enter`` on their way into the scan. ``furnish`` gives those that a
-    recipe quantises a site each; without, they stay floats."""
+    recipe quantises a site each; without, they stay floats. state_spec: how the state is stored between tokens."""
+
+    state_spec = StateSpec()
 
     def furnish(
         self,
@@ -29,6 +31,7 @@ class ScanInputs(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         """Make the sites. State groups are heads; of a state without heads, channels."""
+        self.state_spec = recipe.linear_state_of(layer)
         for i in spec.inputs:
             asked = recipe.activation(i.role, layer)
             if i.semantics != "value" and asked.granularity not in BY_HEAD:

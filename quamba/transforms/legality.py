@@ -11,6 +11,7 @@ import torch
 
 from quamba.models.spec import MixerSpec, ModelSpec, Output, Sublayer
 from quamba.transforms.permute import Permutation, permute
+from quamba.transforms.rotate import rotate_rows, rotate_values
 from quamba_kernels import hadamard
 
 Tensors = dict[str, torch.Tensor]
@@ -50,8 +51,8 @@ def _source(mixer: MixerSpec, name: str) -> Output:
     return next(output for proj in mixer.projs for output in proj.parts if output.name == name)
 
 
-def _value_rotation_illegal(sublayer: Sublayer) -> str | None:
-    mixer = sublayer.mixer
+def value_rotation_illegal(mixer: MixerSpec) -> str | None:
+    """Rotating the values of each head in the projections around the scan needs nothing elementwise in between."""
     value = next((i for i in mixer.inputs if i.semantics == "value"), None)
     if value is None or mixer.out is None:
         return "there is no axis of values"
@@ -59,7 +60,8 @@ def _value_rotation_illegal(sublayer: Sublayer) -> str | None:
         return f"{value.name} passes through {' and '.join(post)}"
     if mixer.out.gate:
         return f"the output is gated by {mixer.out.gate}"
-    return f"the output passes a {mixer.out.norm} norm" if mixer.out.norm else None
+    # an RMS norm over whole heads keeps rotations of them, once its gain is folded into what reads it
+    return f"the output passes a {mixer.out.norm} norm" if mixer.out.norm not in (None, "rms") else None
 
 
 def _key_rotation_illegal(sublayer: Sublayer) -> str | None:
@@ -69,34 +71,10 @@ def _key_rotation_illegal(sublayer: Sublayer) -> str | None:
     if mixer.scan.decay != "scalar":
         return f"the decay is {mixer.scan.decay}"
     for i in mixer.inputs:
-        if i.semantics in ("key", "query") and (post := _source(mixer, i.name).post):
+        # what is divided by its length may be rotated before or after
+        if i.semantics in ("key", "query") and (post := [s for s in _source(mixer, i.name).post if s != "l2"]):
             return f"{i.name} passes through {' and '.join(post)}"
     return None
-
-
-def _rotate_outputs(tensors: Tensors, mixer: MixerSpec, name: str, rotation: torch.Tensor) -> Tensors:
-    """Rotate the last axis of one named output in the projection that makes it."""
-    out = dict(tensors)
-    for proj in mixer.projs:
-        rows = mixer.rows(proj, name)
-        if rows:
-            path = mixer.name(proj.weight)
-            weight = out[path].clone()
-            weight[rows] = (rotation.to(weight).T @ weight[rows].unflatten(0, (-1, rotation.shape[0]))).flatten(0, 1)
-            out[path] = weight
-    return out
-
-
-def _rotate_value(tensors: Tensors, sublayer: Sublayer, generator: torch.Generator) -> Tensors:
-    mixer = sublayer.mixer
-    value = next(i for i in mixer.inputs if i.semantics == "value")
-    size = mixer.axes[value.axes[-1]].size
-    rotation = hadamard.hadamard_matrix(hadamard.block_size(size))
-    out = _rotate_outputs(tensors, mixer, value.name, rotation)
-    assert mixer.out_proj is not None
-    path = mixer.name(mixer.out_proj.weight)
-    weight = out[path].unflatten(1, (-1, rotation.shape[0]))
-    return {**out, path: (weight @ rotation.to(weight)).flatten(1)}
 
 
 def _rotate_keys(tensors: Tensors, sublayer: Sublayer, generator: torch.Generator) -> Tensors:
@@ -104,7 +82,7 @@ def _rotate_keys(tensors: Tensors, sublayer: Sublayer, generator: torch.Generato
     for i in mixer.inputs:
         if i.semantics in ("key", "query"):
             rotation = hadamard.hadamard_matrix(hadamard.block_size(mixer.axes[i.axes[-1]].size))
-            tensors = _rotate_outputs(tensors, mixer, i.name, rotation)
+            tensors = rotate_rows(tensors, mixer, i.name, rotation)
     return tensors
 
 
@@ -134,11 +112,17 @@ def _permute_one_tensor(tensors: Tensors, sublayer: Sublayer, generator: torch.G
     return {**tensors, name: tensors[name].flip(-1)}
 
 
+AXES = "channel", "head", "kv_head", "key", "value", "state", "rank", "hidden", "expert"
+
 TRANSFORMS = {
     t.name: t
     for t in (
-        *(_permute_axis(name) for name in ("channel", "head", "kv_head", "value", "state", "rank", "hidden", "expert")),
-        Transform("rotate_value_offline", _value_rotation_illegal, _rotate_value),
+        *map(_permute_axis, AXES),
+        Transform(
+            "rotate_value_offline",
+            lambda sub: value_rotation_illegal(sub.mixer),
+            lambda tensors, sub, generator: rotate_values(tensors, sub),
+        ),
         Transform("rotate_key_offline", _key_rotation_illegal, _rotate_keys),
         Transform("permute_one_tensor", lambda s: "the other tensors of the axis stay behind", _permute_one_tensor),
     )

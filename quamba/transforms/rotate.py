@@ -86,3 +86,33 @@ def rotate_output(tensors: Tensors, sublayer: Sublayer, block: int) -> Tensors:
         return tensors
     name = sublayer.mixer.name(out_proj.weight)
     return {**tensors, name: hadamard.rotate(tensors[name].double(), block)}
+
+
+def rotate_values(tensors: Tensors, sublayer: Sublayer) -> Tensors:
+    """v <- v H within each head and W_out <- W_out diag(g) H, g being the gain of the norm in between, which becomes 1:
+    nothing is left to do at run time. Returns a new dict."""
+    mixer = sublayer.mixer
+    assert mixer.out_proj is not None and mixer.out is not None
+    value = next(i for i in mixer.inputs if i.semantics == "value")
+    block = hadamard.block_size(mixer.axes[value.axes[-1]].size)
+    out = rotate_rows(tensors, mixer, value.name, hadamard.hadamard_matrix(block))
+    path = mixer.name(mixer.out_proj.weight)
+    if mixer.out.norm_weight is not None:
+        norm = mixer.name(mixer.out.norm_weight)
+        gain = out[norm]
+        out |= {path: out[path] * gain.repeat(out[path].shape[1] // len(gain)), norm: torch.ones_like(gain)}
+    return {**out, path: hadamard.rotate(out[path].double(), block)}
+
+
+def rotate_rows(tensors: Tensors, mixer: MixerSpec, name: str, rotation: torch.Tensor) -> Tensors:
+    """Rotate the last axis of one named output in the projection that makes it. Returns a new dict."""
+    out = dict(tensors)
+    for proj in mixer.projs:
+        rows = mixer.rows(proj, name)
+        for path in (mixer.name(proj.weight), mixer.name(f"{proj.path}.bias")) if rows else ():
+            if path in out:
+                made = out[path].clone()
+                part = made[rows].view(-1, rotation.shape[0], made[0].numel())
+                made[rows] = (rotation.to(made).T @ part).view(len(rows), *made.shape[1:])
+                out[path] = made
+    return out
