@@ -77,7 +77,6 @@ class LinearSpec(_Strict):
             raise ValueError(f"format {self.format} takes int8 inputs, so input.bits is 8, got {self.input.bits}")
         return self
 
-
     def changed(self, changes: dict[str, Any]) -> LinearSpec:
         """This spec with what ``changes`` names laid over it. Raises ValueError for what does not fit."""
         spec: LinearSpec = _build(LinearSpec, laid_over(self.model_dump(), changes), self.format)
@@ -161,7 +160,8 @@ class LayerOverride(_Strict):
 class Recipe(_Strict):
     """A whole policy. ``linears`` and ``activations`` map a role, or "default", to what differs from the class.
 
-    state: of Mamba's mixers; linear_state: of linear attention, which may read its state before it writes.
+    state: of Mamba's mixers, and by its ``delta_rule`` of delta rules in hybrids; linear_state: of
+    flash-linear-attention's families, which may read their state before they write.
     """
 
     name: str
@@ -193,6 +193,9 @@ class Recipe(_Strict):
                 values = {**getattr(self, name).model_dump(), **getattr(override, name)}
                 _build(StateSpec, values, f"layers {override.match}: {name}")
             _build(StorageSpec, {**self.conv.model_dump(), **override.conv}, f"layers {override.match}: conv")
+        for values in (self.linear_state.model_dump(), *(override.linear_state for override in self.layers)):
+            if values.get("delta_rule", "float32") != "float32":
+                raise ValueError("linear_state.delta_rule: linear_state has its own dtype for all; leave it out")
         return self
 
     def _merge(self, spec: type[_Strict], field: str, role: str, override: Recipe | LayerOverride | None) -> Any:
@@ -237,7 +240,6 @@ class Recipe(_Strict):
         """Storage of the convolution's weight in one layer."""
         override = self._override(layer)
         return StorageSpec(**{**self.conv.model_dump(), **(override.conv if override else {})})
-
 
     def as_yaml(self) -> str:
         """The text of a file that load_recipe reads back as this recipe."""

@@ -244,6 +244,29 @@ def test_hybrids_are_searched_too(model_type, tiny_checkpoint, text, tmp_path):
     assert {option.scheme for option in found.choice} == {"8", "4"}
 
 
+@pytest.mark.parametrize("model_type, layer, role", [
+    ("zamba2", 1, "q_proj"), ("zamba2", 1, "adapter_up_proj"), ("rwkv7", 0, "v_proj"), ("rwkv7", 1, "k_proj"),
+])  # fmt: skip
+def test_a_loss_reaches_as_far_as_its_linear(model_type, layer, role, tiny_checkpoint, text, tmp_path):
+    """To every layer that uses a shared block, each of whose adapters counts; to what one layer hands on to others."""
+    folder, _ = tiny_checkpoint(model_type)
+    four = Schemes("four", {"4": {"format": "w4a8", "group_size": 32}, "8": {"format": "w8a8"}}, samples=4)
+    options = {"calibration_text": text, "samples": 4, "seqlen": 32, "device": "cpu"}
+    told = {"rotate": {"residual": True}, "activations": {}}
+    found = search(folder, parse_recipe({**told, "linears": {"default": {"format": "w4a8"}}}, "w4"), "7",
+                   schemes=four, **options)  # fmt: skip
+    (part,) = (p for p in found.parts if (p.layer, p.role) == (layer, role))
+    alone = {**told, "layers": [{"match": str(layer), "linears": {role: part.options[0].spec.model_dump(mode="json")}}]}
+    logits = []
+    for name, data in (("floats", told), ("alone", alone)):
+        quamba.quantize(folder, parse_recipe(data, name), tmp_path / name, **options)
+        opened, tokenizer = quamba.load(tmp_path / name, device="cpu", dtype=torch.float32)
+        tokens = calibration.windows(calibration.read_text(text), tokenizer, 4, 32, 0)
+        with torch.inference_mode():
+            logits.append(opened(tokens, use_cache=False).logits.flatten(0, 1))
+    assert found.losses[layer, role][0] == pytest.approx(float(divergence(*logits).mean()), rel=0.05)
+
+
 def test_a_recipes_own_layers_and_words_are_kept():
     recipe = parse_recipe(
         {"linears": {"default": {"format": "w4a8", "input": {"observer": "mse"}}, "lm_head": {"format": "float"}},
@@ -329,6 +352,7 @@ MISTAKES = [
     (["--budget", "4.5", "--search-only", "no/such/found.yaml"], "no directory"),
     (["--budget", "4.5", "--output", "out", "--schemes", "mine"], "a stock list (any-inputs, cuda, same-inputs)"),
     (["--budget", "4.5bpw", "--output", "out"], "unknown unit 'bpw'"),
+    (["--budget", "4.5", "--output", "out", "--linears-only"], "leave --linears-only out"),
 ]
 
 

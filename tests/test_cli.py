@@ -210,6 +210,7 @@ def test_quantize_passes_its_options_and_prints_the_report(monkeypatch, tmp_path
         "device": "cpu",
         "overwrite": True,
         "resume": False,
+        "linears_only": False,
     }
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines()]
     assert ["layers", "4.00", "1.00", "0.250"] in cells

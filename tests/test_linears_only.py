@@ -16,6 +16,7 @@ from quamba.evaluate import perplexity
 from quamba.models import ARCHITECTURES
 from quamba.modules.linear import Linear
 from quamba.modules.undescribed import blocks
+from quamba.ranks import Ranks
 from quamba.recipe import parse_recipe, stock_recipes
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 2048, "num_attention_heads": 4,
@@ -157,6 +158,8 @@ def test_the_command(build, text, tmp_path):
     assert done.exit_code == 0 and "only linears are quantised" in " ".join(done.stdout.split())
     with pytest.raises(UserError, match="leave one out"):
         quamba.quantize(folder, "w8a8", tmp_path / "r", linears_only=True, resume=True)
+    with pytest.raises(UserError, match="start it without a launcher"):
+        quamba.quantize(folder, "w8a8", tmp_path / "r", linears_only=True, ranks=Ranks(0, 2))
     with pytest.raises(UserError, match="unknown role 'nowhere' in linears; known: .*'o_proj'"):
         quamba.quantize(folder, parse_recipe({"linears": {"nowhere": {"format": "w8a8"}}}, "strange"), tmp_path / "r",
                         linears_only=True, calibration_text=text, device="cpu", samples=2, seqlen=16)  # fmt: skip

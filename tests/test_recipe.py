@@ -79,6 +79,8 @@ BAD = [
     ({"layers": [{"match": "first"}]}, "layers.0", "first"),
     ({"calibration": {"samples": 0}}, "calibration.samples", "0"),
     ({"activations": {"gate": {"quantile": 0.2}}}, "quantile", "0.2"),
+    ({"linear_state": {"delta_rule": "int8"}}, "linear_state.delta_rule", "leave it out"),
+    ({"layers": [{"match": "0", "linear_state": {"delta_rule": "int8"}}]}, "linear_state.delta_rule", "its own dtype"),
 ]
 
 
