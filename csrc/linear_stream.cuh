@@ -16,6 +16,7 @@
 #include "linear_skinny_launch.cuh"
 #include "linear_stream.h"
 #include "quads.cuh"
+#include "tma.cuh"
 
 namespace quamba::stream {
 
@@ -37,28 +38,6 @@ struct Params {
   int x_slots, x_plane, x_bytes, token_pitch, sums_bytes, sums, shared_bytes;
 };
 
-__device__ __forceinline__ uint32_t at_shared(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-  uint32_t open = 0;
-  while (!open)
-    asm volatile(
-        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-        : "=r"(open)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-}
-
 __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(from), "r"(bytes), "r"(barrier)
@@ -68,9 +47,6 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int byt
 __device__ __forceinline__ void bulk_prefetch(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
-
-// Barrier of the multiplying warps alone.
-__device__ __forceinline__ void sync_warps(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 
 // Where 16 bytes of x lie: piece `at` of a token, in the order of K.
 template <Kind KIND>
@@ -232,7 +208,7 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 2) linear_stream(const __gr
   const int end = static_cast<int>(static_cast<int64_t>(p.strips) * (blockIdx.x + 1) / gridDim.x);
   const int units = (end - begin) * p.runs;  // a strip's run of K; of two strips in turn, run after run
 
-  const uint32_t full = at_shared(shared), empty = full + 8 * kMaxStages;
+  const uint32_t full = shared_address(shared), empty = full + 8 * kMaxStages;
   float* const x_scales = reinterpret_cast<float*>(shared + 16 * kMaxStages);
   char* const stages = shared + 16 * kMaxStages + 64;
   uint4* const x = reinterpret_cast<uint4*>(stages + p.stages * p.stage_bytes);
@@ -262,14 +238,14 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 2) linear_stream(const __gr
     const uint32_t barrier = full + 8 * stage;
     char* const to = stages + stage * p.stage_bytes;
     const int total = visit(unit, [](int, const void*, int) {});
-    if (lane == 0) asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(total) : "memory");
+    if (lane == 0) arrive_expecting(barrier, total);
     __syncwarp();
-    visit(unit, [&](int at, const void* from, int bytes) { bulk_copy(at_shared(to + at), from, bytes, barrier); });
+    visit(unit, [&](int at, const void* from, int bytes) { bulk_copy(shared_address(to + at), from, bytes, barrier); });
   };
 
   if (warp == p.warps) {
     if (lane == 0) {
-      for (int s = 0; s < p.stages; ++s) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, p.warps);
+      for (int s = 0; s < p.stages; ++s) init_barrier(full + 8 * s, 1), init_barrier(empty + 8 * s, p.warps);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncwarp();
@@ -301,7 +277,7 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 2) linear_stream(const __gr
 
   if (warp == p.warps) {
     for (int u = p.stages; u < units; ++u) {
-      barrier_wait(empty + 8 * (u % p.stages), (u / p.stages - 1) & 1);
+      wait(empty + 8 * (u % p.stages), (u / p.stages - 1) & 1);
       fill(u, u % p.stages);
       const int ahead = u + kPrefetched;
       if (ahead < units) visit(ahead, [](int, const void* from, int bytes) { bulk_prefetch(from, bytes); });
@@ -326,7 +302,7 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 2) linear_stream(const __gr
         uint32_t left[R];
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-          barrier_wait(full + 8 * stage, phase);
+          wait(full + 8 * stage, phase);
           left[r] = empty + 8 * stage;
           const char* const from = stages + stage * p.stage_bytes;
           w[r] = from + lane / 8 * p.pitch + lane / 4 % 2 * p.odd + lane % 4 * 16;
@@ -353,7 +329,7 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 2) linear_stream(const __gr
         __syncwarp();
 #pragma unroll
         for (int r = 0; r < R; ++r)
-          if (lane == r) barrier_arrive(left[r]);
+          if (lane == r) arrive(left[r]);
       }
 #pragma unroll
       for (int r = 0; r < R; ++r)
@@ -371,7 +347,7 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 2) linear_stream(const __gr
     if (at < last) multiply_strips(std::integral_constant<int, 1>{}, at);
     const int rows = (last - strip) * kStripRows;
     if (threadIdx.x < rows) channels[threadIdx.x + parity * p.round * kStripRows] = channel;
-    sync_warps(count);
+    sync_threads(1, count);
     const uint32_t* const from = sums + parity * (p.sums_bytes / 4);
     for (int i = threadIdx.x; i < rows * tokens; i += count) {
       const int token = i / rows, r = i - token * rows, n = strip * kStripRows + r;
