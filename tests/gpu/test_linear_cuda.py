@@ -150,6 +150,27 @@ def test_both_paths_agree_on_every_row_count(name: str, monkeypatch: pytest.Monk
             check(name, draw(name, rows, (1600, 264, 64)), {"out_dtype": torch.float32}, f"{rows} rows, limit {limit}")
 
 
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_linear_that_normalises_its_input(name: str) -> None:
+    """Alone for a token or two of W4A8, as two kernels for more; static and dynamic scales, with and without gain."""
+    dtype, op = torch.float16, "norm_linear"
+    for shape in ((2560, 10576, 128), (5120, 2560, 128), (4096, 1056, 128), (640, 264, 128)):
+        K, outputs, _ = shape
+        for rows in (1, 2, 3, 64):
+            *_, weights = draw(name, rows, shape, dtype)
+            x = torch.randn(rows, K, device="cuda").to(torch.float32 if rows % 2 else dtype)
+            gain = torch.rand(K, device="cuda").to(dtype) + 0.5 if rows != 2 else None
+            into: dict[str, Any] = {"in_dtype": dtype}
+            if name != "linear_w4a16":
+                into |= {"per_token": True} if rows == 2 else {"in_scale": torch.tensor([0.05], device="cuda")}
+            given = (x, gain, 1e-5, weights, None, torch.randn(rows, outputs, device="cuda").to(dtype))
+            options = {"linear": name, "out_dtype": dtype, **into}
+            want, got = OPS[op].reference(*given, **options), backend(op)(*given, **options)
+            difference = disagreement([got], [want], TOLERANCE[op][dtype])
+            assert difference is None, f"{name} {rows} rows {shape}: {difference}"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_leading_dimensions_and_no_rows(name: str) -> None:
     x, *rest = draw(name, 6, (512, 192, 64))
