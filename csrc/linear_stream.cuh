@@ -13,6 +13,7 @@
 
 #include "finish.cuh"
 #include "hadamard.cuh"
+#include "launch.cuh"
 #include "linear_skinny_launch.cuh"
 #include "linear_stream.h"
 #include "quads.cuh"
@@ -78,18 +79,6 @@ __device__ __forceinline__ void copy_input(uint4* x, const Params& p) {
   }
 }
 
-// Sum or maximum over the block; ``shared`` holds a float a warp and must not be in use.
-template <class F>
-__device__ __forceinline__ float reduce(float v, float* shared, F combine) {
-#pragma unroll
-  for (int step = 16; step; step /= 2) v = combine(v, __shfl_xor_sync(~0u, v, step));
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
-  __syncthreads();
-  v = shared[0];
-  for (int w = 1; w < static_cast<int>(blockDim.x / 32); ++w) v = combine(v, shared[w]);
-  return v;
-}
-
 // A function of its own, so that its registers are not held beside what the rest of the kernel keeps.
 static __device__ __noinline__ void rotate_row(float* row, int channels, const Rotation& r) { rotate<20>(row, channels, r); }
 
@@ -130,7 +119,7 @@ __device__ __forceinline__ void make_input(uint4* x, float* x_scales, float* row
     if (token) __syncthreads();  // the token before has left the row
     float sum = fetch_row(row, s.linear.x, s.linear.x_dtype, token * static_cast<int64_t>(K), quads);
     if (s.norm_groups == 1) {
-      sum = reduce(sum, partial, [](float a, float b) { return a + b; });
+      sum = block_reduce(sum, partial, [](float a, float b) { return a + b; });
       if (threadIdx.x == 0) inverse[0] = rsqrtf(sum / static_cast<float>(K) + s.eps);
     } else if (s.norm_groups) {
       __syncthreads();
@@ -167,7 +156,7 @@ __device__ __forceinline__ void make_input(uint4* x, float* x_scales, float* row
       if (!s.in_scale) {
         float peak = 0.f;
         for (int k = threadIdx.x; k < K; k += blockDim.x) peak = fmaxf(peak, fabsf(row[padded(k)] * last));
-        peak = reduce(peak, partial, [](float a, float b) { return fmaxf(a, b); });
+        peak = block_reduce(peak, partial, [](float a, float b) { return fmaxf(a, b); });
         scale = peak > 0.f ? __fdiv_rn(peak, 127.f) : 1.f;
       }
       near = __frcp_rn(scale);
