@@ -7,9 +7,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "decode_finish.h"
-#include "decode_launch.cuh"
-#include "decode_state.cuh"
+#include "decode_finish.cuh"
 #include "finish.cuh"
 
 namespace quamba::decode {
@@ -21,12 +19,6 @@ constexpr int kMaxRows = 16384;
 template <int QUADS>
 constexpr int kMaxThreads = QUADS == 2 ? 640 : 512;
 
-struct FinishParams {
-  QuambaDecode q;
-  Rotation rotation;
-  int channels, shared_channels;  // I; channels of the convolution's state that are shifted here
-};
-
 template <int QUADS, int MAX_BASE>
 __global__ void __launch_bounds__(kMaxThreads<QUADS>) decode_finish(const __grid_constant__ FinishParams p) {
   extern __shared__ __align__(16) char shared[];
@@ -36,14 +28,7 @@ __global__ void __launch_bounds__(kMaxThreads<QUADS>) decode_finish(const __grid
   if (blockIdx.x >= q.batch) {
     wait_for_previous_kernel();
     launch_dependents();
-    const int stride = (gridDim.x - q.batch) * blockDim.x, half = p.shared_channels / 2;
-    for (int i = (blockIdx.x - q.batch) * blockDim.x + threadIdx.x; i < q.batch * p.shared_channels; i += stride) {
-      const int batch = i / p.shared_channels, c = i - batch * p.shared_channels;
-      const void* input = c < half ? q.B : q.C;
-      const float in_scale = constant(q.conv_in_scale, q.conv_in_count > 1 ? inner + c : 0, 1.f);
-      const Window v = window_of<false>(q, batch, inner + c, input, batch * q.bc_stride + (c < half ? c : c - half));
-      shift<false>(q, in_scale, v);
-    }
+    shift_shared(p, blockIdx.x - q.batch, gridDim.x - q.batch);
     return;
   }
 
@@ -213,16 +198,15 @@ bool can_finish(const QuambaDecode& q, Rotation& rotation) {
          (!rotation.base || inner % q.block == 0) && q.workspace_bytes >= 4ll * q.batch * inner;
 }
 
-cudaError_t launch_finish(const QuambaDecode& q, const Rotation& rotation, int shared_channels, void* stream) {
+cudaError_t launch_finish(const QuambaDecode& q, const Rotation& rotation, int shared_channels, int sms, void* stream) {
   const int inner = q.H * q.P, small = rotation.base <= 20;
+  const FinishParams params{q, rotation, inner, shared_channels};
+  if (can_slice(params, sms)) return launch_slices(params, stream);
   const int quads = small && inner <= 8 * kMaxThreads<2> ? 2 : inner <= 16 * kMaxThreads<4> ? 4 : 8;
   const int least = quads == 2 ? 64 : 128, most = quads == 2 ? kMaxThreads<2> : kMaxThreads<4>;
   const int threads = std::max(least, std::min(most, (inner / 4 / quads + 31) / 32 * 32));
-  const long long shifts = (static_cast<long long>(q.batch) * shared_channels + threads - 1) / threads;
-  const int shifters = static_cast<int>(shifts < 64 ? shifts : 64);
   const int bytes = 4 * (padded(inner) + inner / kRun + (q.norm_groups + 3) / 4 * 4 + threads / 32 * 2);
-  const FinishParams params{q, rotation, inner, shared_channels};
-  const dim3 grid(q.batch + shifters);
+  const dim3 grid(q.batch + shifters(q, shared_channels, threads));
   const auto kernel = quads == 2 ? decode_finish<2, 20>
                       : small    ? (quads == 4 ? decode_finish<4, 20> : decode_finish<8, 20>)
                                  : (quads == 4 ? decode_finish<4, 36> : decode_finish<8, 36>);

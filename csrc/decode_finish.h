@@ -1,4 +1,4 @@
-// The second kernel of a decode step, see decode_finish.cu.
+// The second kernel of a decode step, see decode_finish.cu and decode_finish_slices.cu.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,6 +12,6 @@ namespace quamba::decode {
 bool can_finish(const QuambaDecode& q, Rotation& rotation);
 
 // shared_channels: of B and C together, whose convolution state is shifted; 0 where the convolution came before.
-cudaError_t launch_finish(const QuambaDecode& q, const Rotation& rotation, int shared_channels, void* stream);
+cudaError_t launch_finish(const QuambaDecode& q, const Rotation& rotation, int shared_channels, int sms, void* stream);
 
 }  // namespace quamba::decode

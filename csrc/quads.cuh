@@ -85,6 +85,20 @@ __device__ __forceinline__ float4 to_floats(uint4 raw, int type) {
   return make_float4(low.x, low.y, high.x, high.y);
 }
 
+// Eight neighbours, and what they are as they lie: 16-bit ones fill `low`.
+struct Octet {
+  float4 low, high;
+};
+
+struct RawOctet {
+  uint4 low, high;
+};
+
+__device__ __forceinline__ Octet octet_of(const RawOctet& raw, int type) {
+  const uint4 low = raw.low, high = type == QUAMBA_F32 ? raw.high : make_uint4(low.z, low.w, 0, 0);
+  return {to_floats(low, type), to_floats(high, type)};
+}
+
 // The same where the type is known to be Type.
 template <int Type>
 __device__ __forceinline__ uint4 load_raw_as(const void* data, int type, long long at, int count, bool whole) {

@@ -16,15 +16,7 @@ constexpr int most_threads(int held) { return held > 1 ? kMaxThreads / 2 : kMaxT
 struct Rows {
   QuambaRows a;
   int octets;
-  bool norm, whole, whole_weight, whole_scale, whole_y;
-};
-
-struct Octet {
-  float4 low, high;
-};
-
-struct RawOctet {
-  uint4 low, high;
+  bool norm, whole, whole_weight, whole_octets, whole_scale, whole_y;  // octets: of the weight
 };
 
 // Held: octets of a thread that stay in registers; 0: none, for rows of any length. X: the type of x, whose rows then lie
@@ -36,6 +28,17 @@ __global__ void __launch_bounds__(most_threads(Held)) normalise_rows(const __gri
   const long long row = blockIdx.x, start = row * a.x_stride;
   const int step = blockDim.x;
   launch_dependents();
+  constexpr bool kEarly = Held == 1;  // few rows: what is constant is on its way before the wait
+  const bool static_codes = !a.y_scale && a.out_scale && a.out_scale_count == 1;
+  float out_scale = 1.f;
+  if (kEarly && static_codes) out_scale = __uint_as_float(constant_word(a.out_scale));
+  RawOctet early{};
+  if (kEarly && a.weight && p.whole_octets && static_cast<int>(threadIdx.x) < p.octets) {
+    const uint4* const from = static_cast<const uint4*>(a.weight);
+    const bool wide = a.weight_dtype == QUAMBA_F32;
+    early.low = constant_quad(from + (wide ? 2 * threadIdx.x : threadIdx.x));
+    if (wide) early.high = constant_quad(from + 2 * threadIdx.x + 1);
+  }
   wait_for_previous_kernel();
 
   auto load = [&](const void* data, int type, long long from, int octet, bool whole) {
@@ -43,7 +46,6 @@ __global__ void __launch_bounds__(most_threads(Held)) normalise_rows(const __gri
     return Octet{load_quad(data, type, from + first, min(count, 4), whole),
                  load_quad(data, type, from + first + 4, count - 4, whole)};
   };
-  constexpr bool kEarly = Held == 1;  // few rows: gains are on their way with x
   Octet held[Held ? Held : 1], gain{};
   if constexpr (Held > 0) {
     if constexpr (X == kAny) {
@@ -62,12 +64,12 @@ __global__ void __launch_bounds__(most_threads(Held)) normalise_rows(const __gri
       }
 #pragma unroll
       for (int k = 0; k < Held; ++k) {
-        const uint4 low = raw[k].low, high = raw[k].high;
-        held[k] = X == QUAMBA_F32 ? Octet{to_floats(low, X), to_floats(high, X)}
-                                  : Octet{to_floats(low, X), to_floats(make_uint4(low.z, low.w, 0, 0), X)};
+        held[k] = octet_of(raw[k], X);
       }
     }
-    if (kEarly && a.weight) gain = load(a.weight, a.weight_dtype, 0, threadIdx.x, p.whole_weight);
+    if (kEarly && a.weight)
+      gain = p.whole_octets ? octet_of(early, a.weight_dtype)
+                            : load(a.weight, a.weight_dtype, 0, threadIdx.x, p.whole_weight);
   }
   auto visit = [&](auto use) {
     if constexpr (Held > 0) {
@@ -122,8 +124,8 @@ __global__ void __launch_bounds__(most_threads(Held)) normalise_rows(const __gri
     peak = block_reduce(peak, peaks, [](float x, float y) { return fmaxf(x, y); });
     scale = peak > 0.f ? __fdiv_rn(peak, 127.f) : 1.f;
     if (threadIdx.x == 0) a.y_scale[row] = scale;
-  } else if (a.out_scale && a.out_scale_count == 1) {
-    scale = __ldg(a.out_scale);
+  } else if (static_codes) {
+    scale = kEarly ? out_scale : __ldg(a.out_scale);
   }
   const Grid grid = make_grid(scale);
   const bool codes = a.y_scale || a.out_scale, per_channel = a.out_scale && a.out_scale_count > 1;
@@ -175,6 +177,7 @@ int launch_rows(const QuambaRows& a, bool norm, void* stream) {
                norm,
                dense && in_quads(a.x, a.x_dtype, a.x_stride),
                dense && in_quads(a.weight, a.weight_dtype),
+               a.D % kOctet == 0 && reinterpret_cast<unsigned long long>(a.weight) % 16 == 0,
                dense && in_quads(a.out_scale, QUAMBA_F32),
                dense && in_quads(a.y, codes ? QUAMBA_I8 : a.y_dtype)};
   // few rows: as many threads as have work, for the latency; many: fewer, with more loads on their way

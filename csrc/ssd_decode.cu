@@ -23,10 +23,10 @@ extern "C" int quamba_ssd_decode(const QuambaDecode* call, void* stream) {
   int status = QUAMBA_UNSUPPORTED;
   if (can_stream(q, sms)) {
     status = launch_stream(q, sms, stream);
-    return status != QUAMBA_OK ? status : launch_finish(q, rotation, 0, stream);
+    return status != QUAMBA_OK ? status : launch_finish(q, rotation, 0, sms, stream);
   }
   if (q.state_type == QUAMBA_F32) status = launch_ssd_f32(q, sms, stream);
   if (q.state_type == QUAMBA_F16) status = launch_ssd_f16(q, sms, stream);
   if (q.state_type == QUAMBA_I8) status = launch_ssd_i8(q, sms, stream);
-  return status != QUAMBA_OK ? status : launch_finish(q, rotation, 2 * q.G * q.N, stream);
+  return status != QUAMBA_OK ? status : launch_finish(q, rotation, 2 * q.G * q.N, sms, stream);
 }

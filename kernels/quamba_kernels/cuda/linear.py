@@ -236,7 +236,7 @@ def norm_linear(
     p = Problem(x, None, w, w_scale, w_multiplier, bias, residual, None, out_dtype, raw=True)
     kind = "w8a8" if w.dtype == torch.int8 else "w4a16" if w_multiplier is None else "w4a8"
     if kind == "w4a8" and stream.normalises(p.linear) and p.hopper:
-        whole = QuambaStream(prologue=1, norm_groups=1, eps=eps)
+        whole = QuambaStream(prologue=1, eps=eps)
         if norm_weight is not None:
             norm_weight = _tidy(norm_weight)
             whole.norm_weight = _check("norm_weight", norm_weight, p.device, FLOATS, (p.linear.K,))

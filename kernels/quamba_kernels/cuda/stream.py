@@ -1,6 +1,6 @@
 """The W4A8 linears of a decode step on Hopper: up to eight tokens, and up to two whose norm the linear does itself.
 
-csrc/linear_stream.cuh keeps what it reads of the weights in shared memory before its turn comes. ``serves`` and
+csrc/linear_stream_w4a8_sm90.cu keeps what it reads of the weights in shared memory before its turn comes. ``serves`` and
 ``normalises`` say exactly which problems it takes, so that no call finds out. For the other formats the skinny kernels
 are as fast within a model.
 """
@@ -27,11 +27,11 @@ class QuambaStream(ctypes.Structure):
         ("norm_weight", ctypes.c_void_p),
         ("in_scale", ctypes.c_void_p),
         ("eps", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("prologue", "norm_weight_dtype", "norm_groups", "block")),
+        *((name, ctypes.c_int) for name in ("prologue", "norm_weight_dtype")),
     ]
 
     def __str__(self) -> str:
-        return f"{self.linear}, prologue {self.prologue} norm_groups={self.norm_groups} block={self.block}"
+        return f"{self.linear}, prologue {self.prologue}"
 
 
 def serves(a: QuambaLinear) -> bool:
