@@ -12,6 +12,7 @@
 #include "launch.cuh"
 #include "quads.cuh"
 #include "scan.h"
+#include "softplus.cuh"
 
 namespace {
 
@@ -24,17 +25,6 @@ struct Scan {
   int blocks;  // of channels
   bool whole_x, whole_dt, whole_b, whole_c, whole_y;
 };
-
-// log(1 + exp(v)) to a few units in the last place: max(v, 0) + 2 artanh(e / (2 + e)), e = exp(-|v|).
-__device__ __forceinline__ float softplus(float v) {
-  const float e = exp2_approximate(-kLog2e * fabsf(v)), s = e * reciprocal_approximate(2.f + e), q = s * s;
-  float sum = 0.28011987f;
-  sum = __fmaf_rn(sum, q, 0.28001805f);
-  sum = __fmaf_rn(sum, q, 0.40021527f);
-  sum = __fmaf_rn(sum, q, 0.66666416f);
-  sum = __fmaf_rn(sum, q, 2.f);
-  return __fmaf_rn(sum, s, fmaxf(v, 0.f));
-}
 
 // Lanes x States = N. Float: the type of dt and y, and of x, B and C unless these are Codes, all rows lying in whole quads;
 // or kAny, for any types.

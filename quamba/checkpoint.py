@@ -20,7 +20,7 @@ from quamba.models import architecture, describe, undescribed
 from quamba.models.spec import BlockSpec
 from quamba.pretrained import UNREADABLE, sentence
 from quamba.skeleton import Skeleton
-from quamba.staging import Staging
+from quamba.staging import Staging, publish
 from quamba.tokenizer import adopt, open_tokenizer
 
 SHARD_BYTES = 5 * 1024**3
@@ -229,7 +229,9 @@ class Writer:
 
     def _flush(self) -> None:
         with self.staging.writing():
-            save_file(self._pending, self.folder / f"shard-{len(self._shards)}", metadata={"format": "pt"})
+            shard = self.folder / f"shard-{len(self._shards)}"
+            save_file(self._pending, shard, metadata={"format": "pt"})
+            publish(shard)
         self._shards.append(list(self._pending))
         self._pending, self._bytes = {}, 0
 

@@ -116,7 +116,7 @@ def quantize(
             if skeleton is not None:
                 skeleton.take(name, checkpoint.tensor(name))
         own = calibrate.Samples.share(tokens, plan.batch_size, ranks)
-        hidden, arguments = enter(embedding, own, skeleton, plan.batch_size)
+        hidden, arguments = enter(embedding, own, skeleton, recipe)
         stream = calibrate.Samples(hidden, plan.batch_size, where, ranks, len(tokens))
         largest, done = 0, 0 if kept is None else kept.done
         floats = in_floats(checkpoint, recipe, rotation, skeleton, arguments, where)
@@ -172,12 +172,14 @@ def naming(part: str) -> Iterator[None]:
 
 
 def enter(
-    embedding: Embedding, tokens: torch.Tensor, skeleton: Skeleton | None, batch_size: int
+    embedding: Embedding, tokens: torch.Tensor, skeleton: Skeleton | None, recipe: Recipe
 ) -> tuple[torch.Tensor, dict[str, Arguments]]:
     """What the samples look like before the first block, fp32 [samples, T, D]; what transformers passes its layers."""
     if skeleton is None or not len(tokens):
         return embedding(tokens), {}
-    return skeleton.record(embedding, tokens, batch_size)
+    size = recipe.calibration.batch_size
+    # the samples that decide the order of clusters may end within a batch
+    return skeleton.record(embedding, tokens, size, recipe.cluster.samples % size if recipe.cluster else 0)
 
 
 def build(

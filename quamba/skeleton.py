@@ -44,11 +44,11 @@ class Skeleton:
         return deepcopy(self.model.get_submodule(path))
 
     def record(
-        self, embedding: nn.Module, tokens: torch.Tensor, batch_size: int
+        self, embedding: nn.Module, tokens: torch.Tensor, batch_size: int, shorter: int
     ) -> tuple[torch.Tensor, dict[str, Arguments]]:
         """Feed tokens int64 [samples, T] through everything but the layers: what enters the first of them, fp32
         [samples, T, D], and what each is passed, by its path. Where layers are passed what left the embedding, it lies
-        beside the hidden states, [samples, T, 2 D]."""
+        beside the hidden states, [samples, T, 2 D]. shorter: what batches of that size are passed is recorded too."""
         layers = {block.path: self.model.get_submodule(block.path) for block in self.spec.blocks}
         ends = {path: self.model.get_submodule(path) for path in (self.spec.final_norm, self.spec.head)}
         embedded = self.model.get_submodule(self.spec.embedding)
@@ -62,6 +62,8 @@ class Skeleton:
             assert first.hidden is not None
             entering = first.hidden.float()
             hidden.append(torch.cat([entering] * 2, -1) if self.spec.passes_embedding else entering)
+        if shorter:
+            self.model(input_ids=tokens[:shorter], use_cache=False)
         for path, module in {**layers, **ends, self.spec.embedding: embedded}.items():
             put(self.model, path, module)
         return torch.cat(hidden), {path: recorder.arguments for path, recorder in recorders.items()}

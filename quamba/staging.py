@@ -116,7 +116,7 @@ def claim(output: Path) -> tuple[Path, int | None]:
             break
         if held is None and tries:
             shutil.rmtree(folder, ignore_errors=True)
-    folder.chmod(0o755)
+    publish(folder)
     return folder, held
 
 
@@ -170,6 +170,13 @@ def exchange(a: Path, b: Path) -> bool:
     if renameat2 is None:
         return False
     return bool(renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0)
+
+
+def publish(path: Path) -> None:
+    """Let everybody read a file or a directory whom the umask lets: tempfile and safetensors make private ones."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def sync(path: Path) -> None:

@@ -6,6 +6,8 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,6 +193,17 @@ def graphs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(quamba.decoding, "Captured", Captures)
     return made
+
+
+@pytest.fixture(scope="module")
+def kernel_benchmark():
+    """What imports a file of kernels/benchmarks by its name; these import one another so, as they do when they run."""
+    folder = Path(__file__).resolve().parents[1] / "kernels" / "benchmarks"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield import_module
+    for file in folder.glob("*.py"):
+        sys.modules.pop(file.stem, None)
 
 
 FAKE_NVCC = """#!{python}

@@ -1,8 +1,6 @@
 """What of the decode benchmark needs no GPU: its problems, the chain of bound ops, its gate and table."""
 
 import json
-import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -10,17 +8,10 @@ import torch
 
 from quamba_kernels import OPS, Setting
 
-FOLDER = Path(__file__).resolve().parents[1] / "kernels" / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def bench():
-    """The benchmark, which imports its neighbours by name, as it does when it runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        yield import_module("decode")
-    for name in ("decode", "timing"):
-        sys.modules.pop(name)
+def bench(kernel_benchmark):
+    return kernel_benchmark("decode")
 
 
 def problems(bench, state: str):
@@ -65,7 +56,8 @@ def test_bytes_are_those_of_the_states_and_more(bench) -> None:
 def test_the_files_hold_what_was_measured(bench, tmp_path: Path) -> None:
     row = {"model": "one", "op": "ssd_decode", "state": "int8", "batch": 1, "implementation": "cuda"}
     good = {**row, "status": "ok", "us": 2.0, "us_p10": 1.5, "us_p90": 2.5, "gb_s": 1500.0, "copy_share": 0.5}
-    bench.write(tmp_path / "a.json", {"seed": 1}, [good, {**row, "status": "failed", "reason": "it broke"}])
+    rows = [good, {**row, "status": "failed", "reason": "it broke"}]
+    bench.write(tmp_path / "a.json", {"seed": 1}, rows, bench.table(rows))
     assert json.loads((tmp_path / "a.json").read_text())["rows"][0] == good
     text = (tmp_path / "a.md").read_text()
     assert "| one | ssd_decode | int8 | 1 | cuda | 2.00 | 1.50..2.50 | 1500 | 50 |" in text and "it broke" in text

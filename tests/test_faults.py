@@ -153,8 +153,8 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config: bytes": (write("config.json", b"\xff\xfe\x00"), "config.json cannot be read as JSON"),
     "config: deep": (write("config.json", '{"a":' + "[" * 10**5), "config.json cannot be read as JSON"),
     "config: a list": (write("config.json", "[]"), "config.json should hold a JSON object, and holds a list"),
-    "config: unknown type": (config(model_type="gpt5"), "config.json cannot be read: .*gpt5"),
-    "config: type is a list": (config(model_type=["mamba2"]), "config.json cannot be read"),
+    "config: unknown type": (config(model_type="gpt5"), "type 'gpt5', which transformers .*known types are .*mamba2"),
+    "config: type is a list": (config(model_type=["mamba2"]), r"type \['mamba2'\], which transformers .* does not"),
     "config: another type": (config(model_type="bert"), "model type 'bert' is not supported; known types are .*mamba2"),
     "config: code": (
         config(model_type="own", auto_map={"AutoConfig": "own.Config"}),

@@ -14,7 +14,7 @@ from quamba.decoding import returned_cache
 from quamba.evaluate import perplexity
 from quamba.models import ARCHITECTURES, describe
 from quamba.modules.linear import Linear
-from quamba.recipe import Recipe, parse_recipe, stock_recipes
+from quamba.recipe import Recipe, load_recipe, parse_recipe, stock_recipes
 
 EXACT = parse_recipe({"rotate": {"residual": True, "output": True}, "cluster": {}}, "exact")
 CASES = [(name, i) for name in HOSTED for i in range(1 if name in LINEAR else len(ARCHITECTURES[name].tiny))]
@@ -111,3 +111,14 @@ def test_every_recipe(original, recipe: str, tmp_path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(embedded.calibration_text().read_text(encoding="utf-8")[:600], encoding="utf-8")
     assert perplexity(quantised, tokenizer, text, window=32, max_windows=2)["value"] > 1
+
+
+@pytest.mark.parametrize("name", ["bamba", "zamba2"])
+def test_the_samples_that_decide_clusters_may_end_within_a_batch(name: str, build, tmp_path) -> None:
+    model = build(name, {**ARCHITECTURES[name].tiny[0], "vocab_size": 2048})
+    model.save_pretrained(tmp_path / "original")
+    AutoTokenizer.from_pretrained(embedded.checkpoint(embedded.names()[0])).save_pretrained(tmp_path / "original")
+    stock = load_recipe("w8a8")
+    recipe = stock.model_copy(update={"cluster": stock.cluster.model_copy(update={"samples": 5})})
+    quamba.quantize(tmp_path / "original", recipe, tmp_path / "q", device="cpu", samples=8, seqlen=32)
+    assert change(logits(quamba.load(tmp_path / "q", device="cpu")[0]), logits(model)) < 0.35

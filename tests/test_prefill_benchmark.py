@@ -1,27 +1,18 @@
 """What of the benchmark of a prompt's kernels needs no GPU: its problems, gate, table and command line."""
 
 import json
-import sys
-from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 
 from quamba_kernels import OPS
 
-FOLDER = Path(__file__).resolve().parents[1] / "kernels" / "benchmarks"
 TOKENS = 200
 
 
 @pytest.fixture(scope="module")
-def prefill():
-    """The benchmark, which imports its neighbour by name, as it does when it runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        yield import_module("prefill")
-    for name in ("prefill", "timing"):
-        sys.modules.pop(name)
+def prefill(kernel_benchmark):
+    return kernel_benchmark("prefill")
 
 
 @pytest.fixture
@@ -64,7 +55,7 @@ def test_results_are_written_as_json_and_as_a_table(prefill, tmp_path) -> None:
     place = {"model": "tiny", "op": "rms_norm", "variant": "static", "tokens": 1, "implementation": "cuda"}
     good = {"status": "ok", "us": 2.0, "us_p10": 1.9, "us_p90": 2.1, "gb_s": 1500.0, "copy_share": 0.5}
     rows = [{**place, **good}, {**place, "status": "failed", "reason": "ValueError: wrong"}]
-    prefill.write(tmp_path / "out.json", {"device": "none"}, rows)
+    prefill.write(tmp_path / "out.json", {"device": "none"}, rows, prefill.table(rows))
     assert json.loads((tmp_path / "out.json").read_text())["rows"] == rows
     lines = (tmp_path / "out.md").read_text().splitlines()
     assert "| 2.00 | 1.90..2.10 | 1500 | 50 | - |" in lines[2] and "ValueError: wrong" in lines[3]

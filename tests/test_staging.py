@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,14 @@ def test_what_was_moved_aside_comes_back(tmp_path):
     (aside / "config.json").write_text(json.dumps({"old": True}))
     tidy(tmp_path / "q")
     assert json.loads((tmp_path / "q" / "config.json").read_text()) == {"old": True}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_whom_the_umask_lets_may_read_the_output(umask, tiny_checkpoint, quantise):
+    folder, before = tiny_checkpoint("mamba2")[0], os.umask(umask)
+    try:
+        made = quantise(folder, "w8a8")
+    finally:
+        os.umask(before)
+    assert made.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert {file.stat().st_mode & 0o777 for file in made.iterdir()} == {0o666 & ~umask}

@@ -13,24 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from report import Row, add_options, header, write
 from timing import copies_needed, copy_bandwidth, launches_needed, replay
 
 from quamba_kernels import OPS, Op, Setting
 from quamba_kernels.ops import decode as bodies
 from quamba_kernels.testing import TOLERANCE, change, disagreement, flat
 
-Row = dict[str, Any]
 BATCHES = (1, 16, 64, 128, 256)
 STATES = ("fp16", "int8")
 MOST_BYTES = 40 << 30
@@ -183,18 +179,6 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path | None, header: Row, rows: Sequence[Row]) -> None:
-    """The JSON file and the table beside it, each replaced as a whole."""
-    if path is None:
-        return
-    whole = json.dumps({**header, "rows": rows}, indent=1) + "\n"
-    contents = {path: whole, path.with_suffix(".md"): table(rows) + "\n"}
-    for target, content in contents.items():
-        part = target.with_name(target.name + ".part")
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, target)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,10 +187,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batches", nargs="+", type=int, default=list(BATCHES), metavar="B")
     made.add_argument("--states", nargs="+", choices=STATES, default=list(STATES))
     made.add_argument("--no-chain", action="store_true", help="the fused steps alone")
-    made.add_argument("--replays", type=int, default=20, help="timed replays of each graph")
-    made.add_argument("--budget-s", type=float, default=400.0, help="stop cleanly after this many seconds")
-    made.add_argument("--seed", type=int, help="of the random inputs; drawn anew unless given")
-    made.add_argument("--output", type=Path, help="a JSON file for the results; a .md of the same name for the table")
+    add_options(made, replays=20, budget_s=400.0)
     return made
 
 
@@ -219,12 +200,8 @@ def main(arguments: argparse.Namespace) -> int:
     seed = torch.seed() % (1 << 32) if arguments.seed is None else arguments.seed
     rng = torch.Generator("cuda").manual_seed(seed)
     bandwidth = copy_bandwidth()
-    header: Row = {
-        "device": torch.cuda.get_device_name(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]), "seed": seed, "torch": torch.__version__,
-        "cuda": torch.version.cuda, "copy_gb_s": bandwidth, "complete": False,
-    }  # fmt: skip
-    print(json.dumps(header), flush=True)
+    head = header(seed, bandwidth)
+    print(json.dumps(head), flush=True)
     rows: list[Row] = []
     chosen = [m for m in MODELS if m.name in arguments.models]
     wanted = [(m, b, s) for m in chosen for b in arguments.batches for s in arguments.states]
@@ -239,10 +216,10 @@ def main(arguments: argparse.Namespace) -> int:
                 rows.append({**labels, "bytes": given.moved, **measure(run, given, arguments.replays, bandwidth)})
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
                 torch.cuda.empty_cache()
-        write(arguments.output, header, rows)
+        write(arguments.output, head, rows, table(rows))
     else:
-        header["complete"] = True
-    write(arguments.output, {**header, "seconds": time.monotonic() - started}, rows)
+        head["complete"] = True
+    write(arguments.output, {**head, "seconds": time.monotonic() - started}, rows, table(rows))
     print(table(rows))
     return 1 if any(row["status"] == "failed" and row["implementation"] != "chain" for row in rows) else 0
 

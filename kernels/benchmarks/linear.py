@@ -10,13 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import problems
@@ -24,9 +20,9 @@ import targets
 import torch
 from peers import NAMES, Packed, Peer, installed
 from problems import FP16, ROWS, SHAPES, Inputs, Problem, Shape, inputs, problem, reference, sampled
+from report import Row, add_options, header, write
 from timing import Time, copies_needed, copy_bandwidth, launches_needed, replay
 
-Row = dict[str, Any]
 WIDEST_INPUTS = 128 << 20
 """Bytes of rotating activations."""
 
@@ -220,28 +216,16 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--ops", nargs="+", choices=problems.OPS, default=list(problems.OPS))
     made.add_argument("--rows", nargs="+", type=int, default=list(ROWS), metavar="M", help="numbers of tokens")
     made.add_argument("--peers", nargs="*", choices=NAMES, default=list(NAMES), help="none for ours alone")
-    made.add_argument("--replays", type=int, default=20, help="timed replays of each graph")
     made.add_argument("--quick", action="store_true", help="mamba2-2.7b's projections, M = 1, 16, 2048, 7 replays")
     made.add_argument("--long-heads", action="store_true", help=f"lm_head at {problems.LONG_PROMPT} rows and more too")
     made.add_argument("--tune-gemlite", action="store_true", help="tune gemlite for every shape: minutes for each")
-    made.add_argument("--budget-s", type=float, default=480.0, help="stop cleanly after this many seconds")
-    made.add_argument("--seed", type=int, help="of the random inputs; drawn anew unless given")
-    made.add_argument("--output", type=Path, help="a JSON file for the results; a .md of the same name for the tables")
+    add_options(made, replays=20, budget_s=480.0)
     return made
 
 
-def write(path: Path | None, header: Row, rows: Sequence[Row]) -> None:
-    """The JSON file and the tables beside it, each replaced as a whole."""
-    if path is None:
-        return
-    contents = {
-        path: json.dumps({**header, "rows": rows}, indent=1) + "\n",
-        path.with_suffix(".md"): f"{targets.scoreboard(rows)}\n\n{targets.table(rows)}\n",
-    }
-    for target, content in contents.items():
-        part = target.with_name(target.name + ".part")
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, target)
+def tables(rows: Sequence[Row]) -> str:
+    """The scoreboard, then the times."""
+    return f"{targets.scoreboard(rows)}\n\n{targets.table(rows)}"
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -258,16 +242,12 @@ def main(arguments: argparse.Namespace) -> int:
     peers, versions = installed(arguments.peers, arguments.tune_gemlite)
     shapes = [s for s in SHAPES if s.model in arguments.models and s.role in arguments.roles]
     bandwidth = copy_bandwidth()
-    header: Row = {
-        "device": torch.cuda.get_device_name(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]), "seed": seed, "torch": torch.__version__,
-        "cuda": torch.version.cuda, "peers": versions, "copy_gb_s": bandwidth,
-        "l2_bytes": torch.cuda.get_device_properties(0).L2_cache_size, "complete": False,
-    }  # fmt: skip
-    print(json.dumps(header), flush=True)
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    head = header(seed, bandwidth, peers=versions, l2_bytes=l2_bytes)
+    print(json.dumps(head), flush=True)
     for peer in peers:
         peer.prepare([(s, op, m) for s in shapes for op in arguments.ops for m in wanted_rows(arguments, s)])
-    header["prepare_s"] = time.monotonic() - started
+    head["prepare_s"] = time.monotonic() - started
     rows: list[Row] = []
     deadline = started + arguments.budget_s
     for shape in shapes:
@@ -276,13 +256,13 @@ def main(arguments: argparse.Namespace) -> int:
         try:
             run_shape(shape, arguments, peers, rng, bandwidth, deadline, rows)
         except BrokenDevice as error:
-            write(arguments.output, {**header, "broken": str(error)}, rows)
+            write(arguments.output, {**head, "broken": str(error)}, rows, tables(rows))
             print(f"{targets.table(rows)}\n\n{error}; run the rest without it (--peers)", file=sys.stderr)
             return 1
-        write(arguments.output, header, rows)
-    header |= {"complete": time.monotonic() <= deadline, "copy_gb_s_after": copy_bandwidth(),
-               "seconds": time.monotonic() - started}  # fmt: skip
-    write(arguments.output, header, rows)
+        write(arguments.output, head, rows, tables(rows))
+    head |= {"complete": time.monotonic() <= deadline, "copy_gb_s_after": copy_bandwidth(),
+             "seconds": time.monotonic() - started}  # fmt: skip
+    write(arguments.output, head, rows, tables(rows))
     print(f"{targets.table(rows)}\n\n{targets.scoreboard(rows)}\n")
     print("\n".join(targets.problems_of(rows)))
     ours_failed = [r for r in rows if r["status"] == "failed" and r["implementation"].startswith(targets.OURS)]

@@ -12,22 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from report import Row, add_options, header, write
 from timing import copy_bandwidth, launches_needed, replay
 
 from quamba_kernels import OPS, Setting
 from quamba_kernels.testing import TOLERANCE, change, disagreement, flat
 
-Row = dict[str, Any]
 TOKENS = (1, 512, 2048, 8192)
 CHECKED = 192
 """Tokens of a prompt that are compared with the torch body: no op looks ahead."""
@@ -223,18 +219,6 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path | None, header: Row, rows: Sequence[Row]) -> None:
-    """The JSON file and the table beside it, each replaced as a whole."""
-    if path is None:
-        return
-    data = json.dumps({**header, "rows": rows}, indent=1)
-    contents = {path: f"{data}\n", path.with_suffix(".md"): f"{table(rows)}\n"}
-    for target, content in contents.items():
-        part = target.with_name(target.name + ".part")
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, target)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -243,11 +227,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--models", nargs="+", choices=names, default=names)
     made.add_argument("--ops", nargs="+", choices=ops, default=ops)
     made.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS), metavar="T")
-    made.add_argument("--replays", type=int, default=10, help="timed replays of each graph")
     made.add_argument("--scan-variants", action="store_true", help="the selective scan in all its ways")
-    made.add_argument("--budget-s", type=float, default=240.0, help="stop cleanly after this many seconds")
-    made.add_argument("--seed", type=int, help="of the random inputs; drawn anew unless given")
-    made.add_argument("--output", type=Path, help="a JSON file for the results; a .md of the same name for the table")
+    add_options(made, replays=10, budget_s=240.0)
     return made
 
 
@@ -259,12 +240,8 @@ def main(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     seed = torch.seed() % (1 << 32) if arguments.seed is None else arguments.seed
     rng, bandwidth = torch.Generator("cuda").manual_seed(seed), copy_bandwidth()
-    header: Row = {
-        "device": torch.cuda.get_device_name(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]), "seed": seed, "torch": torch.__version__,
-        "cuda": torch.version.cuda, "copy_gb_s": bandwidth, "complete": False,
-    }  # fmt: skip
-    print(json.dumps(header), flush=True)
+    head = header(seed, bandwidth)
+    print(json.dumps(head), flush=True)
     rows: list[Row] = []
     for model in MODELS:
         for tokens in arguments.tokens if model.name in arguments.models else ():
@@ -278,9 +255,9 @@ def main(arguments: argparse.Namespace) -> int:
                     rows.append({"model": model.name, **row})
                     print(table(rows[-1:]).splitlines()[-1], flush=True)
             torch.cuda.empty_cache()
-            write(arguments.output, header, rows)
-    header["complete"] = time.monotonic() - started <= arguments.budget_s
-    write(arguments.output, header, rows)
+            write(arguments.output, head, rows, table(rows))
+    head["complete"] = time.monotonic() - started <= arguments.budget_s
+    write(arguments.output, head, rows, table(rows))
     return int(any(r["status"] == "failed" for r in rows))
 
 

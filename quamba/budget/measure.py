@@ -89,7 +89,7 @@ class Measurement:
             for name in model.params:
                 skeleton.take(name, self.checkpoint.tensor(name))
         batch_size = self.recipe.calibration.batch_size
-        hidden, arguments = pipeline.enter(embedding, self.tokens, skeleton, batch_size)
+        hidden, arguments = pipeline.enter(embedding, self.tokens, skeleton, self.recipe)
         stream = calibrate.Samples(hidden, batch_size, self.device)
         floats = pipeline.in_floats(self.checkpoint, self.recipe, self.rotation, skeleton, arguments, self.device)
         self.uses = later_uses(model, arguments, self._split(stream)[0], 0, floats)

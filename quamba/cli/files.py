@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quamba.errors import UserError
+from quamba.staging import publish
 
 
 def check_place(path: Path | None) -> None:
@@ -47,9 +48,7 @@ def write(path: Path, content: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(partial, 0o666 & ~umask)  # mkstemp makes files private; a result is as public as any other
+        publish(Path(partial))
         os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)

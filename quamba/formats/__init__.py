@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
+from quamba.discovery import members
 from quamba.errors import UserError
 from quamba.formats.format import Format
 
-FORMATS: dict[str, Format] = {}
-for _module in pkgutil.iter_modules(__path__):
-    _format = getattr(importlib.import_module(f"{__name__}.{_module.name}"), "FORMAT", None)
-    if _format is not None:
-        FORMATS[_format.name] = _format
+FORMATS: dict[str, Format] = {made.name: made for made in members(__name__, "FORMAT")}
 
 
 def get(name: str) -> Format:

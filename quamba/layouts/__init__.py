@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from pathlib import Path
 
+from quamba.discovery import members
 from quamba.errors import UserError
 from quamba.layouts.layout import Index, Layout, Stored
 
 __all__ = ["Index", "LAYOUTS", "Layout", "Stored", "find"]
 
-LAYOUTS: dict[str, Layout] = {}
-for _module in pkgutil.iter_modules(__path__):
-    _layout = getattr(importlib.import_module(f"{__name__}.{_module.name}"), "LAYOUT", None)
-    if _layout is not None:
-        LAYOUTS[_layout.name] = _layout
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in members(__name__, "LAYOUT")}
 
 
 def find(path: Path) -> Layout:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING, __version__
 
 from quamba.errors import UserError
 from quamba.layouts import pickles
@@ -26,7 +27,14 @@ def matches(path: Path) -> bool:
 
 def config(path: Path) -> Any:
     """The config of the language model: of a checkpoint that sees or hears too, the part that reads and writes text,
-    where that is of a known type. Raises UserError as read_config does."""
+    where that is of a known type. Raises UserError as read_config does, and for a type that transformers lacks."""
+    stated = read_json(path / "config.json")
+    kind = stated["model_type"]
+    if "auto_map" not in stated and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+        raise UserError(
+            f"{path} has the model type {kind!r}, which transformers {__version__} does not have; known types are "
+            f"{', '.join(sorted(ARCHITECTURES))}, and of others in transformers the linears alone (--linears-only)"
+        )
     whole = read_config(path)
     if whole.model_type in ARCHITECTURES:
         return whole

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.functional import elu, normalize, relu, sigmoid, silu
@@ -18,7 +20,31 @@ L2_EPS = L1_EPS = 1e-6
 ACTIVATIONS = {"silu": silu, "relu": relu, "elu": lambda x: elu(x) + 1, "identity": lambda x: x}
 
 
-class DeltaNet(Mixer):
+class Leave(nn.Module):
+    """What the delta rules share after the scan."""
+
+    g_proj: nn.Linear
+    o_proj: nn.Linear
+    v_size: int
+
+    def add_leave(self, config: Any, values: int, *, gated: bool, activation: str = "swish") -> None:
+        """Add the output gate, the norm over each head and the projection."""
+        self.gated = gated
+        if gated:
+            self.g_proj = nn.Linear(config.hidden_size, values, bias=False)
+            self.o_norm: nn.Module = GatedRMSNorm(self.v_size, config.norm_eps, activation=activation)
+        else:
+            self.o_norm = RMSNorm(self.v_size, config.norm_eps)
+        self.o_proj = nn.Linear(values, config.hidden_size, bias=False)
+
+    def leave(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """o [B, T, H, P] of the scan -> [B, T, D]."""
+        o = self.o_norm(o, heads(self.g_proj(x), self.v_size)) if self.gated else self.o_norm(o)
+        out: torch.Tensor = self.o_proj(o.flatten(2))
+        return out
+
+
+class DeltaNet(Mixer, Leave):
     """q, k = norm(act(conv(proj(x)))), v = silu(conv(v_proj(x))), beta = sigmoid(b_proj(x)).
 
     Raises UserError for an activation or a norm of q and k that fla does not have either.
@@ -39,19 +65,14 @@ class DeltaNet(Mixer):
         self.q_proj = nn.Linear(size, keys, bias=False)
         self.k_proj = nn.Linear(size, keys, bias=False)
         self.v_proj = nn.Linear(size, values, bias=False)
-        self.use_beta, self.use_short_conv, self.use_gate = config.use_beta, config.use_short_conv, config.use_gate
+        self.use_beta, self.use_short_conv = config.use_beta, config.use_short_conv
         if self.use_beta:
             self.b_proj = nn.Linear(size, config.num_heads, bias=False)
         if self.use_short_conv:
             self.q_conv1d = ShortConvolution(keys, config.conv_size, activation=False)
             self.k_conv1d = ShortConvolution(keys, config.conv_size, activation=False)
             self.v_conv1d = ShortConvolution(values, config.conv_size)
-        if self.use_gate:
-            self.g_proj = nn.Linear(size, values, bias=False)
-            self.o_norm: nn.Module = GatedRMSNorm(self.v_size, config.norm_eps)
-        else:
-            self.o_norm = RMSNorm(self.v_size, config.norm_eps)
-        self.o_proj = nn.Linear(values, size, bias=False)
+        self.add_leave(config, values, gated=config.use_gate)
 
     def mix(
         self,
@@ -60,10 +81,8 @@ class DeltaNet(Mixer):
         state: LayerState | None,
         carry: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        q, k, v = masked(self.q_proj(x), mask), masked(self.k_proj(x), mask), masked(self.v_proj(x), mask)
-        if self.use_short_conv:
-            q, k, v = self.q_conv1d(q, state, "q"), self.k_conv1d(k, state, "k"), self.v_conv1d(v, state, "v")
-        else:
+        q, k, v = self.project(x, mask, state)
+        if not self.use_short_conv:
             v = silu(v)
         q, k = (heads(self.activation(t), self.k_size) for t in (q, k))
         if not self.l2:
@@ -75,6 +94,4 @@ class DeltaNet(Mixer):
             (beta * self.beta_range).unsqueeze(2), None, scale=self.k_size**-0.5,
             norm_eps=L2_EPS if self.l2 else None, out_dtype=x.dtype, **scales,
         )  # fmt: skip
-        o = self.o_norm(o, heads(self.g_proj(x), self.v_size)) if self.use_gate else self.o_norm(o)
-        out: torch.Tensor = self.o_proj(o.flatten(2))
-        return out
+        return self.leave(o, x)

@@ -9,14 +9,14 @@ from torch.nn.functional import sigmoid, silu, softplus
 from quamba.linear_attention.cache import LayerState
 from quamba.linear_attention.configs import GatedDeltaNetConfig
 from quamba.linear_attention.conv import ShortConvolution
+from quamba.linear_attention.delta_net import Leave
 from quamba.linear_attention.mixer import Mixer, heads, masked
-from quamba.linear_attention.norm import GatedRMSNorm, RMSNorm
 from quamba_kernels import ops
 
 L2_EPS = 1e-6
 
 
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(Mixer, Leave):
     """q, k, v = silu(conv(proj(x))); beta = sigmoid(b_proj(x)); g = -exp(A_log) softplus(a_proj(x) + dt_bias)."""
 
     def __init__(self, config: GatedDeltaNetConfig, layer: int) -> None:
@@ -32,19 +32,12 @@ class GatedDeltaNet(Mixer):
         self.b_proj = nn.Linear(size, v_heads, bias=False)
         self.A_log = nn.Parameter(torch.zeros(v_heads))
         self.dt_bias = nn.Parameter(torch.zeros(v_heads))
-        self.use_short_conv, self.use_gate = config.use_short_conv, config.use_gate
+        self.use_short_conv = config.use_short_conv
         if self.use_short_conv:
             self.q_conv1d = ShortConvolution(keys, config.conv_size)
             self.k_conv1d = ShortConvolution(keys, config.conv_size)
             self.v_conv1d = ShortConvolution(values, config.conv_size)
-        if self.use_gate:
-            self.g_proj = nn.Linear(size, values, bias=False)
-            self.o_norm: nn.Module = GatedRMSNorm(
-                self.v_size, config.norm_eps, activation=config.output_gate_activation
-            )
-        else:
-            self.o_norm = RMSNorm(self.v_size, config.norm_eps)
-        self.o_proj = nn.Linear(values, size, bias=False)
+        self.add_leave(config, values, gated=config.use_gate, activation=config.output_gate_activation)
 
     def mix(
         self,
@@ -53,10 +46,8 @@ class GatedDeltaNet(Mixer):
         state: LayerState | None,
         carry: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        q, k, v = masked(self.q_proj(x), mask), masked(self.k_proj(x), mask), masked(self.v_proj(x), mask)
-        if self.use_short_conv:
-            q, k, v = self.q_conv1d(q, state, "q"), self.k_conv1d(k, state, "k"), self.v_conv1d(v, state, "v")
-        else:
+        q, k, v = self.project(x, mask, state)
+        if not self.use_short_conv:
             q, k, v = silu(q), silu(k), silu(v)
         beta = sigmoid(self.b_proj(x).float()) * self.beta_range
         g = -torch.exp(self.A_log.float()) * softplus(self.a_proj(x).float() + self.dt_bias.float())
@@ -67,6 +58,4 @@ class GatedDeltaNet(Mixer):
             (ops.delta_scan, ops.delta_update), state, q, k.unsqueeze(2), v.unsqueeze(2), beta.unsqueeze(2),
             g.unsqueeze(-1), scale=self.k_size**-0.5, norm_eps=L2_EPS, out_dtype=x.dtype, **scales,
         )  # fmt: skip
-        o = self.o_norm(o, heads(self.g_proj(x), self.v_size)) if self.use_gate else self.o_norm(o)
-        out: torch.Tensor = self.o_proj(o.flatten(2))
-        return out
+        return self.leave(o, x)

@@ -9,13 +9,13 @@ from torch.nn.functional import sigmoid, silu, softplus
 from quamba.linear_attention.cache import LayerState
 from quamba.linear_attention.configs import GatedDeltaProductConfig
 from quamba.linear_attention.conv import ShortConvolution
+from quamba.linear_attention.delta_net import Leave
 from quamba.linear_attention.gated_deltanet import L2_EPS
 from quamba.linear_attention.mixer import Mixer, heads, masked
-from quamba.linear_attention.norm import GatedRMSNorm, RMSNorm
 from quamba_kernels import ops
 
 
-class GatedDeltaProduct(Mixer):
+class GatedDeltaProduct(Mixer, Leave):
     """num_householder keys, values and betas for every query; without the forget gate nothing decays."""
 
     def __init__(self, config: GatedDeltaProductConfig, layer: int) -> None:
@@ -29,7 +29,6 @@ class GatedDeltaProduct(Mixer):
         self.v_proj = nn.Linear(size, values * self.steps, bias=False)
         self.b_proj = nn.Linear(size, count * self.steps, bias=False)
         self.use_forget_gate, self.use_short_conv = config.use_forget_gate, config.use_short_conv
-        self.use_gate = config.use_output_gate
         if self.use_forget_gate:
             self.a_proj = nn.Linear(size, count, bias=False)
             self.A_log = nn.Parameter(torch.zeros(count))
@@ -38,12 +37,7 @@ class GatedDeltaProduct(Mixer):
             self.q_conv1d = ShortConvolution(keys, config.conv_size)
             self.k_conv1d = ShortConvolution(keys * self.steps, config.conv_size)
             self.v_conv1d = ShortConvolution(values * self.steps, config.conv_size)
-        if self.use_gate:
-            self.g_proj = nn.Linear(size, values, bias=False)
-            self.o_norm: nn.Module = GatedRMSNorm(self.v_size, config.norm_eps)
-        else:
-            self.o_norm = RMSNorm(self.v_size, config.norm_eps)
-        self.o_proj = nn.Linear(values, size, bias=False)
+        self.add_leave(config, values, gated=config.use_output_gate)
 
     def mix(
         self,
@@ -52,10 +46,8 @@ class GatedDeltaProduct(Mixer):
         state: LayerState | None,
         carry: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        q, k, v = masked(self.q_proj(x), mask), masked(self.k_proj(x), mask), masked(self.v_proj(x), mask)
-        if self.use_short_conv:
-            q, k, v = self.q_conv1d(q, state, "q"), self.k_conv1d(k, state, "k"), self.v_conv1d(v, state, "v")
-        else:
+        q, k, v = self.project(x, mask, state)
+        if not self.use_short_conv:
             q, k, v = silu(q), silu(k), silu(v)
         k, v = (t.unflatten(-1, (self.steps, -1, n)) for t, n in ((k, self.k_size), (masked(v, mask), self.v_size)))
         beta = sigmoid(self.b_proj(x).float()).unflatten(-1, (self.steps, -1)) * self.beta_range
@@ -68,6 +60,4 @@ class GatedDeltaProduct(Mixer):
             (ops.delta_scan, ops.delta_update), state, q, k, v, beta, g, scale=self.k_size**-0.5, norm_eps=L2_EPS,
             out_dtype=x.dtype, **scales,
         )  # fmt: skip
-        o = self.o_norm(o, heads(self.g_proj(x), self.v_size)) if self.use_gate else self.o_norm(o)
-        out: torch.Tensor = self.o_proj(o.flatten(2))
-        return out
+        return self.leave(o, x)

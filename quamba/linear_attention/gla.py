@@ -76,9 +76,7 @@ class GatedLinearAttention(Mixer, Leave):
         state: LayerState | None,
         carry: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        q, k, v = masked(self.q_proj(x), mask), masked(self.k_proj(x), mask), masked(self.v_proj(x), mask)
-        if self.use_short_conv:
-            q, k, v = self.q_conv1d(q, state, "q"), self.k_conv1d(k, state, "k"), self.v_conv1d(v, state, "v")
+        q, k, v = self.project(x, mask, state)
         g = logsigmoid(self.gk_proj(x).float()) / GATE_NORMALIZER
         if self.clamp_min is not None:
             g = g.clamp_min(self.clamp_min)

@@ -48,10 +48,8 @@ class KimiDeltaAttention(Mixer):
         state: LayerState | None,
         carry: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        q, k, v = masked(self.q_proj(x), mask), masked(self.k_proj(x), mask), masked(self.v_proj(x), mask)
-        if self.use_short_conv:
-            q, k, v = self.q_conv1d(q, state, "q"), self.k_conv1d(k, state, "k"), self.v_conv1d(v, state, "v")
-        else:
+        q, k, v = self.project(x, mask, state)
+        if not self.use_short_conv:
             q, k, v = silu(q), silu(k), silu(v)
         beta = sigmoid(self.b_proj(x).float()) * self.beta_range
         rate = torch.exp(self.A_log.float()).unsqueeze(-1)

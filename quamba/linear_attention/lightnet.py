@@ -46,9 +46,7 @@ class LightNetAttention(Mixer):
         state: LayerState | None,
         carry: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        q, k, v = masked(self.q_proj(x), mask), masked(self.k_proj(x), mask), masked(self.v_proj(x), mask)
-        if self.use_short_conv:
-            q, k, v = self.q_conv1d(q, state, "q"), self.k_conv1d(k, state, "k"), self.v_conv1d(v, state, "v")
+        q, k, v = self.project(x, mask, state)
         k, g = self._normalise(k.float() if mask is None else k.float().masked_fill(mask == 0, NO_KEY), state)
         (q, v), scales = self.enter(q=heads(silu(q), self.k_size), v=heads(masked(v, mask), self.v_size))
         o = self.scan(

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import logsigmoid, relu, sigmoid, silu
 from transformers.cache_utils import Cache
 
 from quamba.errors import UserError
 from quamba.linear_attention.cache import LayerState, state_of
+from quamba.linear_attention.conv import ShortConvolution
 from quamba.modules.scan_inputs import ScanInputs
 from quamba.modules.state import DTYPES
 from quamba_kernels import Backend, Op, Setting, ops
@@ -23,7 +25,16 @@ FEATURE_MAPS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class Mixer(ScanInputs):
-    """Subclasses define ``mix``; projections are modules that are called, so that they can be replaced in place."""
+    """Subclasses define ``mix``; projections are modules that are called, so that they can be replaced in place.
+    Those that ``project`` have the parts named below, the convolutions only with use_short_conv."""
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    use_short_conv: bool
+    q_conv1d: ShortConvolution
+    k_conv1d: ShortConvolution
+    v_conv1d: ShortConvolution
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
@@ -61,6 +72,15 @@ class Mixer(ScanInputs):
     ) -> torch.Tensor:
         """x [B, T, D] -> the same; mask [B, T, 1] of x's type."""
         raise NotImplementedError
+
+    def project(
+        self, x: torch.Tensor, mask: torch.Tensor | None, state: LayerState | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values [B, T, C] of x, after their convolutions where there are any."""
+        q, k, v = masked(self.q_proj(x), mask), masked(self.k_proj(x), mask), masked(self.v_proj(x), mask)
+        if self.use_short_conv:
+            q, k, v = self.q_conv1d(q, state, "q"), self.k_conv1d(k, state, "k"), self.v_conv1d(v, state, "v")
+        return q, k, v
 
     def scan(
         self,

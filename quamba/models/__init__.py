@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from quamba import formats
+from quamba.discovery import members
 from quamba.errors import UserError
 from quamba.models.spec import Architecture, Axis, ModelSpec
 from quamba.pretrained import UNREADABLE, sentence
 from quamba.recipe import Recipe
 
-ARCHITECTURES: dict[str, Architecture] = {}
-for _module in pkgutil.iter_modules(__path__):
-    _arch = getattr(importlib.import_module(f"{__name__}.{_module.name}"), "ARCH", None)
-    if _arch is not None:
-        ARCHITECTURES[_arch.model_type] = _arch
+ARCHITECTURES: dict[str, Architecture] = {arch.model_type: arch for arch in members(__name__, "ARCH")}
 
 
 def architecture(config: Any) -> Architecture:

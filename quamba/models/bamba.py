@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quamba.models.parts import attention, mlp, ssd
+from quamba.models.parts import attention, mamba2, mlp
 from quamba.models.spec import Architecture, BlockSpec, MixerSpec, ModelSpec, Sublayer, require
 
 
@@ -15,14 +15,7 @@ def _mixer(config: Any, kind: str) -> MixerSpec:
         return attention(
             "self_attn", width, heads, config.num_key_value_heads, head_dim, rope=True, bias=config.attention_bias
         )
-    sizes = {
-        "D": width, "H": config.mamba_n_heads, "P": config.mamba_d_head, "G": config.mamba_n_groups,
-        "N": config.mamba_d_state, "W": config.mamba_d_conv,
-    }  # fmt: skip
-    low, high = (float(limit) for limit in config.time_step_limit)
-    return ssd(
-        "mamba", sizes, bias=config.mamba_proj_bias, conv_bias=config.mamba_conv_bias, dt_limit=(low, high)
-    )  # fmt: skip
+    return mamba2(config)
 
 
 def describe(config: Any) -> ModelSpec:

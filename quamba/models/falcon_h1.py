@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quamba.models.parts import attention, mlp, ssd
+from quamba.models.parts import attention, mamba2, mlp
 from quamba.models.spec import Architecture, BlockSpec, ModelSpec, Sublayer, require
 
 
@@ -15,16 +15,10 @@ def describe(config: Any) -> ModelSpec:
     if config.mamba_rms_norm:
         require(config, "mamba_norm_before_gate", False)
     width, heads = config.hidden_size, config.num_attention_heads
-    sizes = {
-        "D": width, "H": config.mamba_n_heads, "P": config.mamba_d_head, "G": config.mamba_n_groups,
-        "N": config.mamba_d_state, "W": config.mamba_d_conv,
-    }  # fmt: skip
-    low, high = config.time_step_limit
     if config.mamba_proj_bias and config.ssm_in_multiplier != 1:
         require(config, "mamba_proj_bias", False)  # its input is multiplied, and a bias would not be
-    recurrent = ssd(
-        "mamba", sizes, bias=config.mamba_proj_bias, out_bias=config.projectors_bias, conv_bias=config.mamba_conv_bias,
-        norm=config.mamba_rms_norm, dt_limit=(float(low), float(high)),
+    recurrent = mamba2(
+        config, out_bias=config.projectors_bias, norm=config.mamba_rms_norm,
         factors=tuple(config.ssm_in_multiplier * m for m in config.ssm_multipliers),
     )  # fmt: skip
     head_dim = getattr(config, "head_dim", None) or width // heads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from quamba.models.spec import Axis, MixerSpec, Output, OutSite, Param, Proj, Scan, ScanInput, Segment
 
@@ -64,6 +65,18 @@ def ssd(
     return MixerSpec(
         path, {a.name: a for a in axes}, tuple(params), projs, inputs, Scan("ssd", "scalar"), out, sizes,
         conv_bias=conv_bias, dt_limit=dt_limit, eps=eps,
+    )  # fmt: skip
+
+
+def mamba2(config: Any, **more: Any) -> MixerSpec:
+    """Mamba2's mixer where a config has its sizes and biases under mamba_*, at the path ``mamba``; more: of ``ssd``."""
+    sizes = {
+        "D": config.hidden_size, "H": config.mamba_n_heads, "P": config.mamba_d_head, "G": config.mamba_n_groups,
+        "N": config.mamba_d_state, "W": config.mamba_d_conv,
+    }  # fmt: skip
+    low, high = (float(limit) for limit in config.time_step_limit)
+    return ssd(
+        "mamba", sizes, bias=config.mamba_proj_bias, conv_bias=config.mamba_conv_bias, dt_limit=(low, high), **more
     )  # fmt: skip
 
 

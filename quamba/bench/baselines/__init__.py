@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Sequence
 
 import torch
 
 from quamba.bench.contender import Baseline
+from quamba.discovery import members
 from quamba.errors import UserError
 
-BASELINES: dict[str, Baseline] = {}
-for _module in pkgutil.iter_modules(__path__):
-    BASELINES |= importlib.import_module(f"{__name__}.{_module.name}").BASELINES
+BASELINES: dict[str, Baseline] = {
+    name: baseline for file in members(__name__, "BASELINES") for name, baseline in file.items()
+}
 
 
 def check(names: Sequence[str], device: torch.device) -> list[str]:
