@@ -200,7 +200,7 @@ bool can_finish(const QuambaDecode& q, Rotation& rotation) {
 
 cudaError_t launch_finish(const QuambaDecode& q, const Rotation& rotation, int shared_channels, int sms, void* stream) {
   const int inner = q.H * q.P, small = rotation.base <= 20;
-  const FinishParams params{q, rotation, inner, shared_channels};
+  const FinishParams params{q, rotation, inner, shared_channels, false};
   if (can_slice(params, sms)) return launch_slices(params, stream);
   const int quads = small && inner <= 8 * kMaxThreads<2> ? 2 : inner <= 16 * kMaxThreads<4> ? 4 : 8;
   const int least = quads == 2 ? 64 : 128, most = quads == 2 ? kMaxThreads<2> : kMaxThreads<4>;

@@ -11,6 +11,7 @@ struct FinishParams {
   QuambaDecode q;
   Rotation rotation;
   int channels, shared_channels;  // I; channels of the convolution's state that are shifted here
+  bool rehearse;                  // decode_finish_slices.cu
 };
 
 // The `block`th of `blocks` blocks that shift the convolution's state of B and C.
@@ -34,6 +35,6 @@ inline int shifters(const QuambaDecode& q, int shared_channels, int threads) {
 
 // Whether decode_finish_slices.cu serves a call and is the faster of the two, and its launch.
 bool can_slice(const FinishParams& p, int sms);
-cudaError_t launch_slices(const FinishParams& p, void* stream);
+cudaError_t launch_slices(FinishParams p, void* stream);
 
 }  // namespace quamba::decode

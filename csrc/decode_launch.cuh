@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include "launch.cuh"
+
 namespace quamba::decode {
 
 inline bool hopper() {
@@ -27,11 +29,11 @@ cudaError_t launch(void (*kernel)(Params), const Params& params, dim3 grid, int 
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = hopper() ? 1 : 0;
-  if (shared > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error != cudaSuccess) return error;
-  }
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, params);
+  cudaError_t error = prefer_shared(kernel);
+  if (error == cudaSuccess && shared > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+  error = cudaLaunchKernelEx(&config, kernel, params);
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 

@@ -14,6 +14,13 @@ inline cudaError_t device_attribute(cudaDeviceAttr attribute, int& value) {
   return error != cudaSuccess ? error : cudaDeviceGetAttribute(&value, attribute, ordinal);
 }
 
+// A multiprocessor divides its memory anew between L1 and shared memory only when it is empty. So all kernels of a decode
+// step ask for the same, that the next one, which may want most of it, finds room beside them.
+template <class Kernel>
+cudaError_t prefer_shared(Kernel kernel) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+}
+
 // Launch kernel(params). From sm_90 on it may start while the kernel before it still runs, so it has to call
 // wait_for_previous_kernel before it touches anything that is not a constant of the model; not where ``early`` is false.
 template <class Params>

@@ -142,6 +142,16 @@ __global__ void __launch_bounds__(32 * Config<KIND, R, NT, RING>::kWarps, Config
   while (true) {
     const int following = tile + plan.groups;
     const bool more = following < plan.tiles;
+    // with splits, token n is finished by block n % splits
+    const int leap = plan.splits, offset = plan.splits > 1 ? split : 0, channel_row = tile * rows + row;
+    const auto residual_of = [&](int i) {
+      const int token = i * leap + offset;
+      return q.residual && token < tokens && channel_row < q.O
+                 ? load_float(q.residual, static_cast<int64_t>(m0 + token) * q.O + channel_row, q.residual_dtype)
+                 : -0.0f;
+    };
+    float early = -0.0f;  // of few tokens, what the thread's first result is added to is asked for before the products
+    if constexpr (NT == 1) early = residual_of(token0);
     Acc acc[R][NT][4] = {};
     for (int c = 0; c < plan.chunks; ++c) {
       const bool final = c + 1 == plan.chunks;
@@ -205,9 +215,9 @@ __global__ void __launch_bounds__(32 * Config<KIND, R, NT, RING>::kWarps, Config
           if (token < tokens) reinterpret_cast<Acc*>(sums)[at] = acc[r][n][c];
         }
     __syncthreads();
-    // with splits, token n is finished by block n % splits, which gets the sums of all as [split][n / splits]
+    // with splits, the block that finishes a token gets the sums of all as [split][n / splits]
     const uint32_t* from = sums + row;
-    int count = plan.wk, by = slice, leap = 1, offset = 0;
+    int count = plan.wk, by = slice;
     if (plan.splits > 1) {
       uint32_t* const gathered = sums + plan.wk * slice;
       const int share = (tokens + plan.splits - 1) / plan.splits;
@@ -221,20 +231,14 @@ __global__ void __launch_bounds__(32 * Config<KIND, R, NT, RING>::kWarps, Config
         mailbox_wait(mailbox, parity);
         parity ^= 1;
       }
-      from = gathered + row, count = plan.splits, by = share * column, leap = plan.splits, offset = split;
+      from = gathered + row, count = plan.splits, by = share * column;
     }
-    const int channel_row = tile * rows + row;
     constexpr int kBatch = 4;  // residuals are asked for together
     for (int i0 = token0; i0 * leap + offset < tokens && channel_row < q.O; i0 += kBatch * stride) {
       float residual[kBatch];
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const int token = (i0 + u * stride) * leap + offset;
-        residual[u] = q.residual && token < tokens
-                          ? load_float(q.residual, static_cast<int64_t>(m0 + token) * q.O + channel_row,
-                                       q.residual_dtype)
-                          : -0.0f;
-      }
+      for (int u = 0; u < kBatch; ++u)
+        residual[u] = NT == 1 && u == 0 && i0 == token0 ? early : residual_of(i0 + u * stride);
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const int i = i0 + u * stride, token = i * leap + offset;

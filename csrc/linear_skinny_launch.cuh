@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "launch.cuh"
 #include "linear_skinny.cuh"
 #include "linear_skinny_measured.h"
 
@@ -109,6 +110,7 @@ cudaError_t cached_choice(const Shape& s, Choice& choice, bool& clusters) {
     // a plan that was measured for a near problem may not fit this one
     if (!best.kernel && (error = choose_kernel<KIND, FOLD>(s, d, Forced{}, best)) != cudaSuccess) return error;
 #endif
+    if (best.kernel && d.clusters && (error = prefer_shared(best.kernel)) != cudaSuccess) return error;
     e = {ordinal, d.clusters, s, best};
   }
   choice = e.choice;

@@ -27,25 +27,38 @@ constexpr int kPieces = kXPieces<kKind>, kPiece = 16;  // of a lane's x in a ste
 constexpr int kOctet = 8, kMostHeld = 4;  // elements that a thread makes at a time; how often, at most
 constexpr int kPrologueTokens = 2;
 constexpr int kPrefetched = 6;   // stages beyond the ring that L2 is asked for
+// A multiprocessor's registers hold 11 warps of one linear beside 13 of the next, but not 13 twice.
+constexpr int kRegisters = 80, kIdleWarps = 2;
 
 struct Params {
   QuambaStream s;
   int row_bytes, groups, scale_bytes;  // of a row of w and of its group scales
   unsigned group_magic;
   int strips, runs, run_steps, steps;  // steps of 64 bytes: of a run of a row in a stage, of a row
-  int warps, stages, round;  // round: strips that are added up together
+  int warps, idle, stages, round;  // idle: warps that take room alone; round: strips that are added up together
   int pitch, odd, stage_bytes;  // between even rows in a stage, from an even to the odd row, of a stage
   int x_slots, x_plane, x_bytes, token_pitch, sums_bytes, sums, shared_bytes;
 };
 
+// How L2 is to treat the weights of a decode step: they are read once, and what the step comes back to (states,
+// activations, the kernels' instructions) should not make room for them.
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(evict_first())
+      : "memory");
 }
 
 __device__ __forceinline__ void bulk_prefetch(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(from), "r"(bytes), "l"(evict_first())
+               : "memory");
 }
 
 // Where 16 bytes of x lie: piece `at` of a token, in the order of K.
@@ -91,7 +104,7 @@ __device__ __forceinline__ RawOctet constant_octet(const void* data, int type, i
 // gain: of the same octets; partial: a float a warp, twice.
 template <int HELD>
 __device__ __forceinline__ void make_input(uint4* x, float* x_scales, float* partial, const RawOctet (&gain)[HELD],
-                                           float in_scale, const Params& p) {
+                                           float in_scale, const Params& p, bool real) {
   const QuambaStream& s = p.s;
   const int octets = s.linear.K / kOctet, places = p.steps * kPieces * 4 * (kPiece / kOctet), type = s.linear.x_dtype;
   const bool wide = type == QUAMBA_F32;
@@ -102,7 +115,7 @@ __device__ __forceinline__ void make_input(uint4* x, float* x_scales, float* par
 #pragma unroll
     for (int h = 0; h < HELD; ++h) {
       const int at = threadIdx.x + h * blockDim.x;
-      if (at >= octets) continue;
+      if (!real || at >= octets) continue;
       raw[h].low = __ldcg(from + (wide ? 2 * at : at));
       if (wide) raw[h].high = __ldcg(from + 2 * at + 1);
     }
@@ -149,7 +162,7 @@ __device__ __forceinline__ void make_input(uint4* x, float* x_scales, float* par
 
 // HELD: octets of x that a thread makes of a token; 0: x comes as codes.
 template <int HELD>
-__global__ void __launch_bounds__(32 * (kWarps + 1), 2) linear_stream(const __grid_constant__ Params p) {
+__global__ void __maxnreg__(kRegisters) linear_stream(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) char shared[];
   const QuambaLinear& q = p.s.linear;
   launch_dependents();
@@ -220,14 +233,22 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 2) linear_stream(const __gr
       if (p.s.norm_weight && at * kOctet < q.K) gain[h] = constant_octet(p.s.norm_weight, p.s.norm_weight_dtype, at);
     }
   }
-  wait_for_previous_kernel();
   if constexpr (HELD > 0) {
-    make_input<HELD>(x, x_scales, reinterpret_cast<float*>(sums), gain, in_scale, p);
+    // First on zeros, so that the instructions have been fetched when the turn comes: the weights of a layer drive them out
+    // of the caches in between.
+#pragma unroll 1
+    for (int real = 0; real < 2; ++real) {
+      if (real) wait_for_previous_kernel();
+      make_input<HELD>(x, x_scales, reinterpret_cast<float*>(sums), gain, in_scale, p, real);
+      __syncthreads();
+    }
   } else {
+    wait_for_previous_kernel();
     if (threadIdx.x < q.M) x_scales[threadIdx.x] = __ldcg(q.x_scale + (q.x_scale_count > 1 ? threadIdx.x : 0));
     copy_input(x, p);
+    __syncthreads();
   }
-  __syncthreads();
+  if (warp > p.warps) return;
 
   if (warp == p.warps) {
     for (int u = p.stages; u < units; ++u) {
@@ -247,6 +268,11 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 2) linear_stream(const __gr
     uint32_t* const mine = sums + parity * (p.sums_bytes / 4) + warp * slice;
     const int last = min(strip + p.round, end);
     if (strip != begin) channel = channel_of(strip);
+    // what the thread adds to its first result is on its way while it multiplies
+    const int rows = (last - strip) * kStripRows, first_n = strip * kStripRows + threadIdx.x % rows;
+    float early = -0.0f;
+    if (q.residual && threadIdx.x < rows * tokens && first_n < q.O)
+      early = load_float(q.residual, static_cast<int64_t>(threadIdx.x / rows) * q.O + first_n, q.residual_dtype);
     const auto multiply_strips = [&](auto strips, int at) {
       constexpr int R = decltype(strips)::value;
       int acc[R][1][4] = {};
@@ -298,7 +324,6 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 2) linear_stream(const __gr
 #pragma unroll 1
     for (; at + 1 < last; at += 2) multiply_strips(std::integral_constant<int, 2>{}, at);
     if (at < last) multiply_strips(std::integral_constant<int, 1>{}, at);
-    const int rows = (last - strip) * kStripRows;
     if (threadIdx.x < rows) channels[threadIdx.x + parity * p.round * kStripRows] = channel;
     sync_threads(1, count);
     const uint32_t* const from = sums + parity * (p.sums_bytes / 4);
@@ -306,7 +331,8 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 2) linear_stream(const __gr
       const int token = i / rows, r = i - token * rows, n = strip * kStripRows + r;
       if (n >= q.O) continue;
       const int64_t to = static_cast<int64_t>(token) * q.O + n;
-      const float residual = q.residual ? load_float(q.residual, to, q.residual_dtype) : -0.0f;
+      const float residual =
+          q.residual && i != threadIdx.x ? load_float(q.residual, to, q.residual_dtype) : early;
       const float v = static_cast<float>(
           sum<int>(from + (r / kStripRows * tokens + token) * p.token_pitch + r % kStripRows, p.warps, slice));
       finish<kKind>(q, channels[r + parity * p.round * kStripRows], v, x_scales[token], residual, to);
@@ -345,12 +371,17 @@ bool plan(Params& p, const Device& d, int most) {
   const int prologue = p.s.prologue ? 2 * 4 * (kWarps + 1) : 0;
   const int epilogue = p.sums * (p.sums_bytes + p.round * kStripRows * static_cast<int>(sizeof(Channel)));
   p.shared_bytes = 16 * kMaxStages + 64 + p.x_bytes + std::max(prologue, epilogue);
-  // two blocks on a multiprocessor if two stages fit; else one with all there is
-  p.stages = ((d.shared_per_sm / 2 - 1024) - p.shared_bytes) / p.stage_bytes;
-  if (p.stages < std::min(4, most * p.runs)) p.stages = (d.shared_per_block - p.shared_bytes) / p.stage_bytes;
-  p.stages = std::min({p.stages, most * p.runs, kMaxStages});
+  // A linear with much to keep takes more than half of a multiprocessor, so that its blocks, which come while others still
+  // run, do not crowd two on one; what follows it has the rest to arrive beside it. Others are kept apart by registers.
+  const int all = d.shared_per_sm - 2048, wanted = std::min(most * p.runs, kMaxStages);
+  const auto within = [&](int bytes) { return std::min((bytes - p.shared_bytes) / p.stage_bytes, wanted); };
+  const bool large = p.shared_bytes + wanted * p.stage_bytes > d.shared_per_sm / 2;
+  p.stages = within(large ? all * 5 / 8 : all * 3 / 8);
+  if (p.stages < std::min(3, wanted)) p.stages = within(d.shared_per_block);
   p.shared_bytes += p.stages * p.stage_bytes;
-  return p.stages >= std::min(2, most * p.runs);
+  if (large) p.shared_bytes = std::max(p.shared_bytes, d.shared_per_sm / 2);
+  p.idle = !large && !p.s.prologue && p.strips >= d.sms ? kIdleWarps : 0;
+  return p.stages >= std::min(2, wanted);
 }
 
 int launch(const QuambaStream& s, cudaStream_t stream) {
@@ -371,13 +402,14 @@ int launch(const QuambaStream& s, cudaStream_t stream) {
   p.strips = (q.O + kStripRows - 1) / kStripRows;
   const int blocks = std::min(d.sms, p.strips);
   if (!plan(p, d, (p.strips + blocks - 1) / blocks)) return QUAMBA_UNSUPPORTED;
-  const int octets = p.steps * kPieces * 4 * (kPiece / kOctet), threads = 32 * (p.warps + 1);
+  const int octets = p.steps * kPieces * 4 * (kPiece / kOctet), threads = 32 * (p.warps + 1 + p.idle);
   const int held = s.prologue ? (octets + threads - 1) / threads : 0;
   if (held > kMostHeld) return QUAMBA_UNSUPPORTED;
   constexpr decltype(&linear_stream<0>) kKernels[] = {linear_stream<0>, linear_stream<1>, linear_stream<2>,
                                                       linear_stream<3>, linear_stream<4>};
   const auto kernel = kKernels[held];
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_per_block);
+  if (error == cudaSuccess) error = prefer_shared(kernel);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
