@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(cons
     copy_async(&t.heads[row], p.terms.heads + index / q.P, true);
     if (row % 2 == 0) copy_async(&t.rows[row], p.terms.rows + index, true);
     if (row % 4 == 0) copy_async(&t.scales[row], q.state_scale + index, true);
-    t.draws[row] = noisy ? draw(key, static_cast<unsigned>(index)) : 0;
+    t.draws[row] = noisy ? row_draw(key, static_cast<unsigned>(index)) : 0;
   };
   // A lane's piece of pass `pass` from the pointer on, of which `left` rows from its own on are there. The lane itself reads
   // it back.
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(cons
   unsigned dither[kCount], C[kCount / 4];
   float B[kCount], C_unit = 1.f, both = 0.f;  // both: of B and C
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) dither[i] = noisy ? draw(key, static_cast<unsigned>(p.total) + column + i) : 0;
+  for (int i = 0; i < kCount; ++i) dither[i] = noisy ? column_draw(key, static_cast<unsigned>(p.total) + column + i) : 0;
   int boundary = 0, slot = 0;  // rows from the boundary on have other B and C
   unsigned heads = 0, pairs = 0, words = 0;  // places of the lane's row in the tile
 

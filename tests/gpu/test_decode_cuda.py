@@ -173,6 +173,17 @@ def test_stochastic_rounding_is_unbiased(batch: int) -> None:
     assert abs(float(gap.mean())) < 2e-3 and float(gap.abs().max()) < 1.0 and float(gap.std()) < 0.4
 
 
+def test_codes_of_values_beside_an_integer_are_off_by_one_at_most() -> None:
+    """An input of zero leaves the old codes, a last place above or below an integer: where the dither wraps around and the
+    torch body's does not, or the other way round, such a code is off by 2."""
+    _, case = model_case("mamba2-2.7b", 65, torch.int8, noisy=True)
+    case.args[2].clamp_(max=-1)[..., 0] = 127
+    case.kwargs["x_scale"].zero_()
+    for draw in range(24):
+        case.args[4][1] = draw
+        check("ssd_decode", case, f"draw {draw}")
+
+
 @pytest.mark.parametrize(("G", "N"), [(1, 64), (2, 64), (2, 128), (4, 128), (1, 256), (2, 256)])
 def test_groups_that_shares_of_many_sequences_straddle(G: int, N: int) -> None:
     """As many rows as the device streams in one wave, which its blocks share out without regard to groups."""
