@@ -224,7 +224,8 @@ def test_groups_that_shares_of_many_sequences_straddle(H: int, G: int, N: int) -
         options = {
             "conv_in_scale": positive(1), "conv_weight_scale": positive(channels) * 0.2,
             "conv_out_scale": positive(channels), "x_scale": positive(H, P), "B_scale": positive(G),
-            "C_scale": positive(G), "z_scale": positive(1), "block": min(inner, 256), "per_token": True, "dt_limit": (0.01, 2.0),
+            "C_scale": positive(G), "z_scale": positive(1), "block": min(inner, 256), "per_token": True,
+            "dt_limit": (0.01, 2.0),
         }  # fmt: skip
         check("ssd_decode", Case(f"H={H} G={G} N={N} rng={noise is not None}", given, options, dtype=torch.bfloat16))
 
