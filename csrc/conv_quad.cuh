@@ -94,6 +94,65 @@ __device__ __forceinline__ unsigned quad_codes(const float (&y)[4]) {
                    static_cast<unsigned>(static_cast<int>(y[2])), static_cast<unsigned>(static_cast<int>(y[3])));
 }
 
+// The same of a convolution in 16-bit floats, whose products and sums are rounded one by one as in convolve.
+struct HalfTaps {
+  uint4 weight[2];  // of two channels each
+  float bias[4];
+};
+
+__device__ __forceinline__ HalfTaps half_taps(const QuambaDecode& q, int c) {
+  HalfTaps t{};
+  t.weight[0] = constant_quad(static_cast<const uint4*>(q.conv_weight) + c / 2);
+  t.weight[1] = constant_quad(static_cast<const uint4*>(q.conv_weight) + c / 2 + 1);
+  if (q.conv_bias && q.conv_bias_type == QUAMBA_F32) {
+    quad_of(static_cast<const float*>(q.conv_bias), 4, c, t.bias);
+  } else if (q.conv_bias) {
+    const uint2 two = constant_pair(static_cast<const uint2*>(q.conv_bias) + c / 4);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) t.bias[j] = half_of(two, j, q.conv_bias_type);
+  }
+  return t;
+}
+
+struct HalfWindow {
+  uint2* at;
+  uint2 past[3];
+};
+
+__device__ __forceinline__ HalfWindow half_window(const QuambaDecode& q, int batch, int c) {
+  HalfWindow w;
+  w.at = reinterpret_cast<uint2*>(static_cast<char*>(q.conv_state) + 2 * (3ll * batch * q.channels + c));
+#pragma unroll
+  for (int i = 0; i < 3; ++i) w.past[i] = __ldcg(w.at + i * (q.channels / 4));
+  return w;
+}
+
+__device__ __forceinline__ void convolve_halves(const QuambaDecode& q, const HalfTaps& t, const HalfWindow& w,
+                                                const uint2& x, float (&y)[4]) {
+  const int in = Types<true>::input(q);
+  w.at[0] = w.past[1], w.at[q.channels / 4] = w.past[2], w.at[q.channels / 4 * 2] = x;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const uint4& two = t.weight[j / 2];
+    const uint2 taps = j % 2 ? make_uint2(two.z, two.w) : make_uint2(two.x, two.y);
+    float v = __fmul_rn(half_of(w.past[0], j, in), half_of(taps, 0, q.conv_weight_type));
+    v = __fadd_rn(v, __fmul_rn(half_of(w.past[1], j, in), half_of(taps, 1, q.conv_weight_type)));
+    v = __fadd_rn(v, __fmul_rn(half_of(w.past[2], j, in), half_of(taps, 2, q.conv_weight_type)));
+    v = __fadd_rn(v, __fmul_rn(half_of(x, j, in), half_of(taps, 3, q.conv_weight_type)));
+    if (q.conv_bias) v = __fadd_rn(v, t.bias[j]);
+    y[j] = rounded(silu(v), in);
+  }
+}
+
+// Whether four channels of 16-bit floats lie as these functions read them.
+inline bool has_half_quads(const QuambaDecode& q) {
+  const auto aligned = [](const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+  const auto half = [](int type) { return type == QUAMBA_F16 || type == QUAMBA_BF16; };
+  return half(q.in) && q.conv_state_type == q.in && half(q.conv_weight_type) && !q.conv_in_scale &&
+         !q.conv_weight_scale && !q.conv_out_scale && aligned(q.conv_weight, 16) && aligned(q.conv_bias, 16) &&
+         q.channels % 4 == 0 && aligned(q.conv_state, 8) && aligned(q.x, 8) && q.x_stride % 4 == 0;
+}
+
 // Whether four channels of codes lie as these functions read them.
 inline bool has_quads(const QuambaDecode& q) {
   const auto aligned = [](const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };

@@ -214,8 +214,14 @@ __device__ __forceinline__ unsigned dither_key(const long long* rng) {
   return mix(static_cast<unsigned>(__ldcg(rng)) ^ mix(static_cast<unsigned>(__ldcg(rng + 1))));
 }
 
-// As 32 bits behind the point, so that the sum of two wraps around to its fraction.
-__device__ __forceinline__ unsigned draw(unsigned key, unsigned index) { return mix(index + key); }
+// As 32 bits behind the point, of which fp32 keeps 24, so that the sum of two wraps around to its fraction. It has to wrap
+// where the fp32 sum of ops/state.py does, which rounds to 1 from 1 - 2^-25 on: that is added to a row's. Where one wrapped
+// and the other did not, codes of values beside an integer were off by 2.
+__device__ __forceinline__ unsigned column_draw(unsigned key, unsigned index) {
+  return __float2uint_rz(fminf(__uint2float_rn(mix(index + key)), 4294967040.f));
+}
+
+__device__ __forceinline__ unsigned row_draw(unsigned key, unsigned index) { return column_draw(key, index) + 128; }
 
 // COUNT neighbouring elements of a row of the state, as they are stored.
 template <typename State, int COUNT>
@@ -316,14 +322,14 @@ __device__ __forceinline__ float inverse_of(float peak, bool noisy) {
 
 // 1.5 * 2^23 leaves a sum whose last place is 1: added to nearest it rounds half to even, added downwards it is the floor;
 // the code is the low byte either way.
-__device__ __forceinline__ void round_row(float (&h)[16], float inverse, bool noisy, unsigned row_draw,
+__device__ __forceinline__ void round_row(float (&h)[16], float inverse, bool noisy, unsigned of_row,
                                           const unsigned (&column)[16], Stored<int8_t, 16>& s) {
   constexpr float kRounder = 12582912.f;
   if (noisy) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       // 1 + dither: its upper 23 bits behind the exponent of 1.
-      const float dither = __uint_as_float(__funnelshift_r(row_draw + column[i], 0x7f, 9));
+      const float dither = __uint_as_float(__funnelshift_r(of_row + column[i], 0x7f, 9));
       h[i] = __fadd_rd(__fmaf_rn(h[i], inverse, dither), kRounder - 1.f);
     }
   } else {
@@ -341,13 +347,13 @@ __device__ __forceinline__ void round_row(float (&h)[16], float inverse, bool no
 
 // Quantises a row that LANES lanes hold; returns its scale.
 template <int LANES>
-__device__ __forceinline__ float quantize_row(float (&h)[16], bool noisy, unsigned row_draw, const unsigned (&column)[16],
+__device__ __forceinline__ float quantize_row(float (&h)[16], bool noisy, unsigned of_row, const unsigned (&column)[16],
                                               Stored<int8_t, 16>& s) {
   float peak = 0.f;
 #pragma unroll
   for (int i = 0; i < 16; ++i) peak = fmaxf(peak, fabsf(h[i]));
   peak = max_lanes<LANES>(peak);
-  round_row(h, inverse_of(peak, noisy), noisy, row_draw, column, s);
+  round_row(h, inverse_of(peak, noisy), noisy, of_row, column, s);
   return scale_of(peak);
 }
 

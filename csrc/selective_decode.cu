@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) selective_rows(const 
   const bool noisy = kCodes && q.rng;
   const unsigned key = noisy ? dither_key(q.rng) : 0;
   if (noisy && threadIdx.x < kStates)
-    columns[threadIdx.x] = draw(key, static_cast<unsigned>(q.batch) * inner + threadIdx.x);
+    columns[threadIdx.x] = column_draw(key, static_cast<unsigned>(q.batch) * inner + threadIdx.x);
   __syncthreads();
   unsigned dither[kCodes ? COUNT : 1];
   if constexpr (kCodes)
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) selective_rows(const 
       Stored<State, COUNT> stored;
       float row_scale = 0.f;
       if constexpr (kCodes)
-        row_scale = quantize_row<kLanes>(h, noisy, noisy ? draw(key, static_cast<unsigned>(at)) : 0, dither, stored);
+        row_scale = quantize_row<kLanes>(h, noisy, noisy ? row_draw(key, static_cast<unsigned>(at)) : 0, dither, stored);
       else
         pack(h, stored);
       if (!exists) continue;

@@ -149,9 +149,9 @@ __global__ void __launch_bounds__(SsdConfig<State, N, COUNT>::kThreads, SsdConfi
     const unsigned all = static_cast<unsigned>(q.batch) * inner;
     for (int i = threadIdx.x; i < N + rows; i += kThreads) {
       if (i < N)
-        columns[i] = draw(key, all + i);
+        columns[i] = column_draw(key, all + i);
       else
-        draws[i - N] = draw(key, static_cast<unsigned>(row0) + i - N);
+        draws[i - N] = row_draw(key, static_cast<unsigned>(row0) + i - N);
     }
   }
   __syncthreads();

@@ -14,9 +14,10 @@ struct InputsParams {
   SsdTerms terms;
 };
 
+// Codes: convolution, x, B and C in codes, else in 16-bit floats.
+template <bool Codes>
 __global__ void __launch_bounds__(kInputThreads) ssd_inputs(const __grid_constant__ InputsParams p) {
   const QuambaDecode& q = p.q;
-  launch_dependents();
   const int c = 4 * (blockIdx.x * kInputThreads + threadIdx.x), batch = blockIdx.y, inner = q.H * q.P, shared = q.G * q.N;
   if (c >= q.channels) return;
   const bool is_x = c < inner, is_B = !is_x && c < inner + shared;
@@ -24,27 +25,44 @@ __global__ void __launch_bounds__(kInputThreads) ssd_inputs(const __grid_constan
   const int in = Types<true>::input(q);
   const bool opens_head = is_x && c % q.P == 0;
 
-  const QuadTaps taps = quad_taps(q, c);
-  float unit[4], z_scale[4], A = 0.f, D = 0.f, dt_bias = 0.f, B_scale = 1.f;
+  const auto taps = [&] {
+    if constexpr (Codes)
+      return quad_taps(q, c);
+    else
+      return half_taps(q, c);
+  }();
+  float unit[4], z_scale[4], A = 0.f, D = 0.f, dt_bias = 0.f;
   if (is_x) {
     quad_of(q.x_scale, q.x_count, c, unit);
     quad_of(q.z_scale, q.z_count, c, z_scale);
     if (opens_head) A = constant(q.A, head, 0.f), D = constant(q.D, head, 0.f), dt_bias = constant(q.dt_bias, head, 0.f);
-  } else if (is_B) {
-    B_scale = constant(q.B_scale, q.B_count > 1 ? column / q.N : 0, 1.f);
   }
 
   wait_for_previous_kernel();
+  launch_dependents();  // not earlier: ssd_stream reads the state at once
   const uint2 x = fetch_halves(is_x ? q.x : is_B ? q.B : q.C, batch * (is_x ? q.x_stride : q.bc_stride) + column);
-  const QuadWindow window = quad_window(q, batch, c);
+  const auto window = [&] {
+    if constexpr (Codes)
+      return quad_window(q, batch, c);
+    else
+      return half_window(q, batch, c);
+  }();
   uint2 z = make_uint2(0, 0);
   if (is_x) z = fetch_halves(q.z, batch * q.z_stride + c);
   const long long place_dt = batch * q.dt_stride + head;
   unsigned dt_word = 0;
   if (opens_head) dt_word = fetch(q.dt, in, place_dt);
 
+  // the dither of the columns
+  if (blockIdx.x == 0 && batch == 0 && q.rng)
+    for (int n = threadIdx.x; n < q.N; n += min(kInputThreads, q.channels / 4))
+      p.terms.dither[n] = column_draw(dither_key(q.rng), static_cast<unsigned>(q.batch) * inner + n);
+
   float y[4];
-  convolve_quad(q, taps, window, x, y);
+  if constexpr (Codes)
+    convolve_quad(q, taps, window, x, y);
+  else
+    convolve_halves(q, taps, window, x, y);
   if (is_x) {
     float4* const rows = reinterpret_cast<float4*>(p.terms.rows + static_cast<long long>(batch) * inner + c);
     float gate[4];
@@ -57,17 +75,20 @@ __global__ void __launch_bounds__(kInputThreads) ssd_inputs(const __grid_constan
       const float dt = fminf(fmaxf(softplus(raw), q.dt_min), q.dt_max);
       p.terms.heads[static_cast<long long>(batch) * q.H + head] = make_float4(expf(__fmul_rn(dt, A)), dt, D, 0.f);
     }
-  } else if (is_B) {
-    *reinterpret_cast<float4*>(p.terms.B + static_cast<long long>(batch) * shared + column) =
-        make_float4(y[0] * B_scale, y[1] * B_scale, y[2] * B_scale, y[3] * B_scale);
   } else {
-    *reinterpret_cast<unsigned*>(p.terms.C + static_cast<long long>(batch) * shared + column) = quad_codes(y);
+    void* const to = is_B ? p.terms.B : p.terms.C;
+    const long long at = (static_cast<long long>(batch) * shared + column) / 4;
+    if constexpr (Codes)
+      static_cast<unsigned*>(to)[at] = quad_codes(y);
+    else
+      static_cast<float4*>(to)[at] = make_float4(y[0], y[1], y[2], y[3]);
   }
 }
 
 cudaError_t launch_inputs(const QuambaDecode& q, const SsdTerms& terms, void* stream) {
   const dim3 grid((q.channels / 4 + kInputThreads - 1) / kInputThreads, q.batch);
-  return launch(ssd_inputs, InputsParams{q, terms}, grid, kInputThreads, 0, stream);
+  const auto kernel = q.C_scale ? ssd_inputs<true> : ssd_inputs<false>;
+  return launch(kernel, InputsParams{q, terms}, grid, kInputThreads, 0, stream);
 }
 
 }  // namespace quamba::decode

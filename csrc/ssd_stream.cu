@@ -1,221 +1,307 @@
 // The recurrence of Mamba2 over the int8 states of many sequences, from what ssd_inputs.cu made of the projection.
 //
-// The state of a batch is one run of rows of N, in which B and C change with every group. A block takes its share of the
-// run, without regard to groups: LANES threads hold a row, 16 bytes each, and walk down with a ring of copies in flight, in
-// shared memory, that never drains; what belongs to rows comes there a tile ahead. Two rows at a time, because their sums and
-// maxima over the lanes, and what belongs to a row, then cost half: each half of the lanes ends with one of them.
+// The state of a batch is one run of rows of N, in which B and C change with every group. A warp takes tiles of 32
+// rows by itself, without a barrier of the block; all warps sweep the run together, for the memory's pages. A tile
+// comes to shared memory by bulk copies of the copy engine, which cost one thread one instruction (elsewhere by
+// cp.async), while the one before it is worked on. What belongs to a row is made by the lane of its number, before its
+// tile and after it; in between, LANES lanes hold a row, 16 bytes each, two rows at a time, because their sums and
+// maxima over the lanes then cost half: each half of the lanes ends with one of them.
 //
-// Budget, N = 128: 2 bytes of traffic an element, so 3 TB/s leave 19 instructions each on an H100. Unpacking takes 2.3,
-// the recurrence 2 (all fp32), y 0.3 (it is linear in the codes, so dp4a with those of C), the maximum 1, rounding 2 and
-// dither 2, packing 0.8: 10.3, and the rest of a row 3.
+// With old codes q, scale s and input b = dt x B a row becomes h = decay s q + b. What is kept is g = h / (decay s),
+// so that an element takes one product; its codes are those of h. A row whose decay s is too small for that (or 0)
+// forgets q.
+//
+// Budget, N = 128: 2 bytes of traffic an element, so 3 TB/s leave 19 instructions each on an H100, and 9.5 of those
+// that its integer units take. Unpacking takes 2.3, the recurrence 1, y 0.3 (it is linear in the codes, so dp4a with
+// those of C), the maximum 1, dither 2, rounding 2, packing 0.8: 9.4, of which integer units take 5, and what a pair
+// of rows and a tile take beside their elements 4.
 #include <algorithm>
-#include <cstddef>
-#include <cstdlib>
+#include <type_traits>
 
 #include "conv_quad.cuh"
 #include "decode_launch.cuh"
 #include "ssd_stream.h"
+#include "tma.cuh"
 
 namespace quamba::decode {
 
-constexpr int kStreamThreads = 256, kStreamBlocks = 2, kCount = 16, kTile = 256;
-constexpr int kDeepest = 4;  // pairs of passes on their way
-constexpr int kShare = 640;  // rows of a block: in one wave of larger shares a sixth of the time was its tail
+constexpr int kStreamWarps = 4, kStreamBlocks = 4, kCount = 16, kTile = 32;
+constexpr int kShare = 5;    // tiles of a warp at most: more waves of blocks keep the sweep together
 constexpr int kLeast = 256;  // rows a multiprocessor from which on the launch of ssd_inputs pays
 
 struct StreamParams {
   QuambaDecode q;
   SsdTerms terms;
-  int share, total, group_rows;  // rows of a block, of the batch, of a group
+  int tiles, group_tiles;  // of the batch, of a group
+  unsigned head_magic;     // ceil(2^32 / P)
 };
 
-struct __align__(16) TileTerms {
-  float4 heads[kTile];
-  float2 rows[kTile];
-  float scales[kTile];
-  unsigned draws[kTile];
+template <int N, bool Codes>
+struct __align__(128) Tile {
+  uint4 state[kTile * N / 16];
+  uint4 B[N / (Codes ? 16 : 4)], C[N / (Codes ? 16 : 4)];
 };
 
-// Totals over LANES lanes of two rows at once: the lower half of the lanes leaves with that of `a`, the upper with b's.
-template <int LANES, class F>
-__device__ __forceinline__ float fold(float a, float b, bool upper, F combine) {
-  float v = combine(upper ? b : a, __shfl_xor_sync(~0u, upper ? a : b, LANES / 2));
+template <int N, bool Codes>
+struct __align__(128) WarpMemory {
+  Tile<N, Codes> tiles[2];
+  uint2 rows[kTile];      // g of one B; the draw
+  float2 results[kTile];  // max |g|; sum of q C, or of g C
+  unsigned long long full[2];
+};
+
+// Combines two rows over LANES lanes at once: the lower half of the lanes leaves with that of `a`, the upper with b's.
+template <int LANES, class T, class F>
+__device__ __forceinline__ T fold(T a, T b, bool upper, F combine) {
+  T v = combine(upper ? b : a, __shfl_xor_sync(~0u, upper ? a : b, LANES / 2));
 #pragma unroll
   for (int step = LANES / 4; step; step /= 2) v = combine(v, __shfl_xor_sync(~0u, v, step));
   return v;
 }
 
-template <int N>
-__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(const __grid_constant__ StreamParams p) {
-  constexpr int kLanes = N / kCount, kPass = kStreamThreads / kLanes, kPair = 2 * kPass;
-  constexpr int kDepth = kTile / kPair < kDeepest ? kTile / kPair : kDeepest;  // pairs of passes on their way
-  static_assert(kTile % kPair == 0 && kLanes >= 4, "a tile is whole pairs of passes");
-  __shared__ __align__(16) char tiles[2 * sizeof(TileTerms)];
-  __shared__ uint4 ring[2 * kDepth][kStreamThreads];
+__device__ __forceinline__ void unpack_word(unsigned word, float* h) {
+  word ^= kFlip;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) h[j] = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + j)) - 8388736.f;
+}
+
+// BYTES to shared memory: on Hopper by the copy engine, which counts them at `barrier`.
+template <int BYTES>
+__device__ __forceinline__ void fetch(void* to, const void* from, unsigned barrier, int lane) {
+#if __CUDA_ARCH__ >= 900
+  if (lane == 0)
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(to)),
+        "l"(from), "n"(BYTES), "r"(barrier)
+        : "memory");
+#else
+#pragma unroll
+  for (int at = 0; at < BYTES; at += 512) {
+    const int mine = at + lane * 16;
+    if (mine < BYTES) copy_async(static_cast<char*>(to) + mine, static_cast<const char*>(from) + mine, true);
+  }
+#endif
+}
+
+// Codes: B and C in codes, else in floats.
+template <int N, bool Codes, bool Noisy>
+__global__ void __launch_bounds__(32 * kStreamWarps, kStreamBlocks)
+    ssd_stream(const __grid_constant__ StreamParams p) {
+  constexpr int kLanes = N / kCount, kPass = 32 / kLanes, kPairs = kTile / kPass / 2;
+  using Shared = Tile<N, Codes>;
+  static_assert(kLanes >= 4, "a row lies in four lanes at least");
+  static_assert(sizeof(Shared) == sizeof(Shared::state) + 2 * sizeof(Shared::B), "as its barrier counts");
+  extern __shared__ __align__(128) char shared[];
   const QuambaDecode& q = p.q;
   launch_dependents();
 
-  const int begin = blockIdx.x * p.share, rows = min(p.share, p.total - begin), row = threadIdx.x;
-  const int own = threadIdx.x / kLanes, column = threadIdx.x % kLanes * kCount;
-  const bool upper = threadIdx.x % kLanes >= kLanes / 2;
-  int8_t* state = static_cast<int8_t*>(q.state) + static_cast<long long>(begin + own) * N + column;
-  // of two rows, a lane reports that of its half
-  const int after = upper ? kPass : 0;
-  const bool reports = threadIdx.x % (kLanes / 2) == 0;
-  float* scale_out = q.state_scale + begin + own + after;
-  float* u_out = static_cast<float*>(q.workspace) + begin + own + after;
-  for (int at = own; at < min(rows, kDepth * kPair); at += kPass)
-    if (column % 32 == 0) prefetch_l2(state + (at - own) * N);
+  const int lane = threadIdx.x % 32, own = lane / kLanes, column = lane % kLanes * kCount;
+  const bool upper = lane % kLanes >= kLanes / 2, reports = lane % (kLanes / 2) == 0;
+  const int warps = gridDim.x * kStreamWarps, first = blockIdx.x * kStreamWarps + threadIdx.x / 32;
+  if (first >= p.tiles) return;
+  WarpMemory<N, Codes>& m = reinterpret_cast<WarpMemory<N, Codes>*>(shared)[threadIdx.x / 32];
+  const auto barrier = [&](int stage) { return shared_address(&m.full[stage]); };
+  const auto fetch_state = [&](int stage, int tile) {
+#if __CUDA_ARCH__ >= 900
+    if (lane == 0) arrive_expecting(barrier(stage), sizeof(Shared));
+#endif
+    const int8_t* const from = static_cast<const int8_t*>(q.state) + static_cast<long long>(tile) * kTile * N;
+    fetch<sizeof(Shared::state)>(m.tiles[stage].state, from, barrier(stage), lane);
+  };
+  const auto fetch_terms = [&](int stage, int tile) {
+    const long long at = static_cast<long long>(tile / p.group_tiles) * static_cast<int>(sizeof(Shared::B));
+    fetch<sizeof(Shared::B)>(m.tiles[stage].B, static_cast<const char*>(p.terms.B) + at, barrier(stage), lane);
+    fetch<sizeof(Shared::C)>(m.tiles[stage].C, static_cast<const char*>(p.terms.C) + at, barrier(stage), lane);
+  };
+#if __CUDA_ARCH__ >= 900
+  if (lane == 0) {
+    init_barrier(barrier(0), 1);
+    init_barrier(barrier(1), 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+#endif
+  // ahead of the wait: ssd_inputs lets this kernel start once what wrote the state before has ended
+  fetch_state(0, first);
+  const float B_one = constant(q.B_scale, 0, 1.f), C_one = constant(q.C_scale, 0, 1.f);
 
   wait_for_previous_kernel();
-  const bool noisy = q.rng;
-  const unsigned key = noisy ? dither_key(q.rng) : 0;
-  const auto stage = [&](int tile) {
-    const int at = tile * kTile + row;
-    if (at >= rows) return;
-    TileTerms& t = reinterpret_cast<TileTerms*>(tiles)[tile % 2];
-    const int index = begin + at;
-    copy_async(&t.heads[row], p.terms.heads + index / q.P, true);
-    if (row % 2 == 0) copy_async(&t.rows[row], p.terms.rows + index, true);
-    if (row % 4 == 0) copy_async(&t.scales[row], q.state_scale + index, true);
-    t.draws[row] = noisy ? draw(key, static_cast<unsigned>(index)) : 0;
-  };
-  // A lane's piece of pass `pass` from the pointer on, of which `left` rows from its own on are there. The lane itself reads
-  // it back.
-  const auto fetch_pass = [&](uint4* place, int pass, int left) {
-    if (pass * kPass < left) copy_async(place, state + pass * kPass * N, true);
-  };
-  stage(0);
+  fetch_terms(0, first);
+  const unsigned key = Noisy ? dither_key(q.rng) : 0;
+  unsigned dither[kCount];
 #pragma unroll
-  for (int u = 0; u < kDepth; ++u) {
-    fetch_pass(&ring[2 * u][row], 2 * u, rows - own);
-    fetch_pass(&ring[2 * u + 1][row], 2 * u + 1, rows - own);
-    copy_async_commit();
+  for (int i = 0; i < kCount / 4; ++i) {
+    uint4 four = make_uint4(0, 0, 0, 0);
+    if (Noisy) four = __ldcg(reinterpret_cast<const uint4*>(p.terms.dither + column) + i);
+    dither[4 * i] = four.x, dither[4 * i + 1] = four.y, dither[4 * i + 2] = four.z, dither[4 * i + 3] = four.w;
   }
-  unsigned dither[kCount], C[kCount / 4];
-  float B[kCount], C_unit = 1.f, both = 0.f;  // both: of B and C
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) dither[i] = noisy ? draw(key, static_cast<unsigned>(p.total) + column + i) : 0;
-  int boundary = 0, slot = 0;  // rows from the boundary on have other B and C
-  unsigned heads = 0, pairs = 0, words = 0;  // places of the lane's row in the tile
+  // what the lane's row of a tile brings, as it lies
+  float2 row{};
+  float4 head{};
+  float scale = 0.f;
+  const auto look_up = [&](int tile) {
+    const unsigned index = tile * kTile + lane;
+    row = __ldcg(p.terms.rows + index);
+    head = __ldcg(p.terms.heads + __umulhi(index, p.head_magic));
+    scale = __ldcg(q.state_scale + index);
+  };
+  look_up(first);
 
+  int stage = 0;
+  unsigned parity = 0;
 #pragma unroll 1
-  for (int from = 0; from < rows; from += kPair) {
-    copy_async_wait_but<kDepth - 1>();
-    if (from % kTile == 0) {
-      __syncthreads();  // this tile is there, and the one before has been read
-      const int tile = from / kTile;
-      stage(tile + 1);
-      heads = tile % 2 * sizeof(TileTerms) + own * sizeof(float4);
-      pairs = tile % 2 * sizeof(TileTerms) + own * sizeof(float2);
-      words = tile % 2 * sizeof(TileTerms) + own * sizeof(float);
+  for (int tile = first; tile < p.tiles; tile += warps) {
+    float B_unit = B_one, C_unit = C_one;
+    if (q.B_count > 1 || q.C_count > 1) {
+      const int g = tile / p.group_tiles % q.G;
+      B_unit = constant(q.B_scale, q.B_count > 1 ? g : 0, 1.f);
+      C_unit = constant(q.C_scale, q.C_count > 1 ? g : 0, 1.f);
     }
-    if (from >= boundary) {
-      const int index = (begin + from) / p.group_rows;
-      boundary = (index + 1) * p.group_rows - begin;
-      const float4* const bs = reinterpret_cast<const float4*>(p.terms.B + static_cast<long long>(index) * N + column);
-      const uint4 cs = __ldcg(reinterpret_cast<const uint4*>(p.terms.C + static_cast<long long>(index) * N + column));
-      C_unit = constant(q.C_scale, q.C_count > 1 ? index % q.G : 0, 1.f);
-      C[0] = cs.x, C[1] = cs.y, C[2] = cs.z, C[3] = cs.w;
-      both = 0.f;
+    const float input = __fmul_rn(head.y, row.x) * B_unit, skip = __fmul_rn(row.x, head.z), gate = row.y;
+    float decay = head.x * scale, rate = quotient(input, decay);
+    const bool forgets = !(fabsf(rate) < 0x1p80f) && input != 0.f;
+    if (forgets) decay = fabsf(input), rate = input > 0.f ? 1.f : -1.f;
+    if (input == 0.f) rate = 0.f;
+    m.rows[lane] = make_uint2(__float_as_uint(rate),
+                              Noisy ? row_draw(key, static_cast<unsigned>(tile * kTile + lane)) : 0);
+    const int next = tile + warps;
+    if (next < p.tiles) look_up(next);
+
+    Shared& held_tile = m.tiles[stage];
+#if __CUDA_ARCH__ >= 900
+    wait(barrier(stage), parity);
+#else
+    copy_async_wait();
+#endif
+    __syncwarp();
+    if (next < p.tiles) {
+      fetch_state(stage ^ 1, next);
+      fetch_terms(stage ^ 1, next);
+    }
+    if (__any_sync(~0u, forgets)) {
+      if (forgets)
+        for (int i = 0; i < N / 16; ++i) held_tile.state[lane * (N / 16) + i] = make_uint4(0, 0, 0, 0);
+#if __CUDA_ARCH__ >= 900
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+      __syncwarp();
+    }
+    unsigned C[Codes ? kCount / 4 : 1];
+    float B[kCount], Cs[Codes ? 1 : kCount], both = 0.f;  // both: B C of codes
+    if constexpr (Codes) {
+      const uint4 b = held_tile.B[column / kCount], c = held_tile.C[column / kCount];
+      unpack_word(b.x, B), unpack_word(b.y, B + 4), unpack_word(b.z, B + 8), unpack_word(b.w, B + 12);
+      C[0] = c.x, C[1] = c.y, C[2] = c.z, C[3] = c.w;
+      int sum = __dp4a(static_cast<int>(b.x), static_cast<int>(c.x), 0);
+      sum = __dp4a(static_cast<int>(b.y), static_cast<int>(c.y), sum);
+      sum = __dp4a(static_cast<int>(b.z), static_cast<int>(c.z), sum);
+      sum = __dp4a(static_cast<int>(b.w), static_cast<int>(c.w), sum);
+#pragma unroll
+      for (int step = kLanes / 2; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      both = static_cast<float>(sum);
+    } else {
 #pragma unroll
       for (int i = 0; i < kCount / 4; ++i) {
-        const float4 b = __ldcg(bs + i);
+        const float4 b = reinterpret_cast<const float4*>(held_tile.B)[column / 4 + i];
+        const float4 c = reinterpret_cast<const float4*>(held_tile.C)[column / 4 + i];
         B[4 * i] = b.x, B[4 * i + 1] = b.y, B[4 * i + 2] = b.z, B[4 * i + 3] = b.w;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) both = fmaf(B[4 * i + j], to_float(C[i] >> 8 * j, QUAMBA_I8), both);
+        Cs[4 * i] = c.x, Cs[4 * i + 1] = c.y, Cs[4 * i + 2] = c.z, Cs[4 * i + 3] = c.w;
       }
     }
-    const auto head_of = [&](int pass) {
-      return reinterpret_cast<const float4*>(tiles + heads + pass * kPass * sizeof(float4));
-    };
-    const auto terms_of = [&](int pass) {
-      return reinterpret_cast<const float2*>(tiles + offsetof(TileTerms, rows) + pairs + pass * kPass * sizeof(float2));
-    };
-    const auto word_of = [&](int member, int pass) {
-      return reinterpret_cast<const unsigned*>(tiles + member + words + pass * kPass * sizeof(float));
-    };
-    const int left = rows - from - own;
-    uint4* const place = &ring[slot][row];
-    float h[2][kCount], y[2], peak[2];
-    unsigned draws[2];
+
+    int8_t* out = static_cast<int8_t*>(q.state) + static_cast<long long>(tile) * kTile * N + lane * 16;
+    const uint4* from = held_tile.state + lane;
+    const uint2* terms = m.rows + own;
+    float2* to = m.results + own + (upper ? kPass : 0);
+#pragma unroll 1
+    for (int pair = 0; pair < kPairs; ++pair) {
+      float g[2][kCount], peak[2];
+      std::conditional_t<Codes, int, float> dot[2];
+      unsigned shift[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const uint4 held = place[r * kStreamThreads];
-      const float2 rates = *reinterpret_cast<const float2*>(head_of(r));
-      const float decay = rates.x * *reinterpret_cast<const float*>(word_of(offsetof(TileTerms, scales), r));
-      const float input = __fmul_rn(rates.y, terms_of(r)->x);
-      draws[r] = *word_of(offsetof(TileTerms, draws), r);
-      int dot = __dp4a(static_cast<int>(held.x), static_cast<int>(C[0]), 0);
-      dot = __dp4a(static_cast<int>(held.y), static_cast<int>(C[1]), dot);
-      dot = __dp4a(static_cast<int>(held.z), static_cast<int>(C[2]), dot);
-      dot = __dp4a(static_cast<int>(held.w), static_cast<int>(C[3]), dot);
-      y[r] = fmaf(decay, static_cast<float>(dot), input * both);
-      const unsigned codes[4] = {held.x ^ kFlip, held.y ^ kFlip, held.z ^ kFlip, held.w ^ kFlip};
-      unpack(codes, h[r]);
-      float peaks[2] = {0.f, 0.f};
+      for (int r = 0; r < 2; ++r) {
+        const uint4 held = from[r * 32];
+        const uint2 term = terms[r * kPass];
+        const float rate = __uint_as_float(term.x);
+        shift[r] = term.y;
+        unpack_word(held.x, g[r]), unpack_word(held.y, g[r] + 4);
+        unpack_word(held.z, g[r] + 8), unpack_word(held.w, g[r] + 12);
+        float peaks[2] = {0.f, 0.f};
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        h[r][i] = fmaf(decay, h[r][i], input * B[i]);
-        peaks[i % 2] = fmaxf(peaks[i % 2], fabsf(h[r][i]));
+        for (int i = 0; i < kCount; ++i) {
+          g[r][i] = fmaf(rate, B[i], g[r][i]);
+          peaks[i % 2] = fmaxf(peaks[i % 2], fabsf(g[r][i]));
+        }
+        peak[r] = fmaxf(peaks[0], peaks[1]);
+        if constexpr (Codes) {
+          dot[r] = __dp4a(static_cast<int>(held.x), static_cast<int>(C[0]), 0);
+          dot[r] = __dp4a(static_cast<int>(held.y), static_cast<int>(C[1]), dot[r]);
+          dot[r] = __dp4a(static_cast<int>(held.z), static_cast<int>(C[2]), dot[r]);
+          dot[r] = __dp4a(static_cast<int>(held.w), static_cast<int>(C[3]), dot[r]);
+        } else {
+          dot[r] = 0.f;
+#pragma unroll
+          for (int i = 0; i < kCount; ++i) dot[r] = fmaf(g[r][i], Cs[i], dot[r]);
+        }
       }
-      peak[r] = fmaxf(peaks[0], peaks[1]);
-    }
-    fetch_pass(place, 2 * kDepth, left);
-    fetch_pass(place + kStreamThreads, 2 * kDepth + 1, left);
-    copy_async_commit();
-    slot = slot + 2 == 2 * kDepth ? 0 : slot + 2;
-    const float most = fold<kLanes>(peak[0], peak[1], upper, [](float a, float b) { return fmaxf(a, b); });
-    const float total = fold<kLanes>(y[0], y[1], upper, [](float a, float b) { return a + b; });
-    const float mine = inverse_of(most, noisy), other = __shfl_xor_sync(~0u, mine, kLanes / 2);
-    const float inverse[2] = {upper ? other : mine, upper ? mine : other};
+      const float most = fold<kLanes>(peak[0], peak[1], upper, [](float a, float b) { return fmaxf(a, b); });
+      const float total = static_cast<float>(fold<kLanes>(dot[0], dot[1], upper, [](auto a, auto b) { return a + b; }));
+      if (reports) *to = make_float2(most, total);
+      const float mine = inverse_of(most, Noisy), other = __shfl_xor_sync(~0u, mine, kLanes / 2);
+      const float inverse[2] = {upper ? other : mine, upper ? mine : other};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      Stored<int8_t, kCount> stored;
-      round_row(h[r], inverse[r], noisy, draws[r], dither, stored);
-      if (r * kPass < left) stored.store(state + r * kPass * N);
+      for (int r = 0; r < 2; ++r) {
+        Stored<int8_t, kCount> stored;
+        round_row(g[r], inverse[r], Noisy, shift[r], dither, stored);
+        stored.store(out + r * 512);
+      }
+      out += 1024, from += 64, terms += 2 * kPass, to += 2 * kPass;
     }
-    if (reports && after < left) {
-      const float2 term = terms_of(0)[after];
-      *scale_out = scale_of(most);
-      *u_out = fmaf(total, C_unit, __fmul_rn(term.x, head_of(0)[after].z)) * term.y;
-    }
-    state += kPair * N, scale_out += kPair, u_out += kPair;
-    heads += kPair * sizeof(float4), pairs += kPair * sizeof(float2), words += kPair * sizeof(float);
+    __syncwarp();
+    const float2 result = m.results[lane];
+    const long long index = static_cast<long long>(tile) * kTile + lane;
+    const float y = Codes ? fmaf(decay, result.y, input * both) * C_unit : decay * result.y;
+    q.state_scale[index] = scale_of(result.x * decay);
+    static_cast<float*>(q.workspace)[index] = (y + skip) * gate;
+    parity ^= stage, stage ^= 1;
   }
 }
 
 bool can_stream(const QuambaDecode& q, int sms) {
-  if (q.state_type != QUAMBA_I8 || !has_quads(q) || !q.C_scale || (q.N != 64 && q.N != 128 && q.N != 256)) return false;
   const auto aligned = [](const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
-  const int two_passes = 2 * kStreamThreads * kCount / q.N, total = q.batch * q.H * q.P;
-  return aligned(q.z, 8) && aligned(q.B, 8) && aligned(q.C, 8) && aligned(q.x_scale, 16) &&
-         aligned(q.z_scale, 16) && aligned(q.state_scale, 16) &&
-         q.z_stride % 4 == 0 && q.bc_stride % 4 == 0 && q.P % 4 == 0 && q.H / q.G * q.P % two_passes == 0 &&
-         q.workspace_bytes >= ssd_terms(q).bytes && total >= kLeast * sms;
+  const long long total = static_cast<long long>(q.batch) * q.H * q.P;
+  return q.state_type == QUAMBA_I8 && (q.C_scale ? has_quads(q) : has_half_quads(q)) &&
+         (q.N == 64 || q.N == 128 || q.N == 256) && aligned(q.z, 8) && aligned(q.B, 8) &&
+         aligned(q.C, 8) && aligned(q.x_scale, 16) && aligned(q.z_scale, 16) &&
+         q.z_stride % 4 == 0 && q.bc_stride % 4 == 0 && q.P % 4 == 0 && q.H / q.G * q.P % kTile == 0 &&
+         q.workspace_bytes >= ssd_terms(q).bytes && total >= kLeast * sms && total * q.P < 1ll << 32;
+}
+
+template <int N, bool Codes, bool Noisy>
+cudaError_t launch_share(const QuambaDecode& q, const SsdTerms& terms, int sms, void* stream) {
+  constexpr int kShared = kStreamWarps * sizeof(WarpMemory<N, Codes>);
+  const int tiles = q.batch * q.H * q.P / kTile, slots = std::min(kStreamBlocks, 227 * 1024 / (kShared + 1024)) * sms;
+  const auto each = [&](int waves) { return (tiles - 1) / (slots * kStreamWarps * waves) + 1; };  // tiles of a warp
+  const int share = each((each(1) - 1) / kShare + 1), blocks = (tiles - 1) / (share * kStreamWarps) + 1;
+  const unsigned magic = static_cast<unsigned>(((1ull << 32) + q.P - 1) / q.P);
+  const StreamParams params{q, terms, tiles, q.H / q.G * q.P / kTile, magic};
+  return launch(ssd_stream<N, Codes, Noisy>, params, dim3(blocks), 32 * kStreamWarps, kShared, stream);
 }
 
 template <int N>
-cudaError_t launch_share(const QuambaDecode& q, const SsdTerms& terms, int sms, void* stream) {
-  constexpr int kStep = 2 * kStreamThreads * kCount / N;
-  const int total = q.batch * q.H * q.P, slots = kStreamBlocks * sms;
-  // whole waves: every block the same share of the rows, about kShare, in pairs of passes
-  int waves = std::max(1, (total + slots * (kShare / 2)) / (slots * kShare));
-#ifdef QUAMBA_TUNE
-  if (const char* text = std::getenv("QUAMBA_DECODE_WAVES")) waves = std::atoi(text);
-#endif
-  const int blocks = waves * slots, share = ((total + blocks - 1) / blocks + kStep - 1) / kStep * kStep;
-  const StreamParams params{q, terms, share, total, q.H / q.G * q.P};
-  return launch(ssd_stream<N>, params, dim3((total + share - 1) / share), kStreamThreads, 0, stream);
+cudaError_t launch_kind(const QuambaDecode& q, const SsdTerms& terms, int sms, void* stream) {
+  const auto kernel = q.C_scale ? (q.rng ? launch_share<N, true, true> : launch_share<N, true, false>)
+                                : (q.rng ? launch_share<N, false, true> : launch_share<N, false, false>);
+  return kernel(q, terms, sms, stream);
 }
 
 int launch_stream(const QuambaDecode& q, int sms, void* stream) {
   const SsdTerms terms = ssd_terms(q);
   const cudaError_t error = launch_inputs(q, terms, stream);
   if (error != cudaSuccess) return error;
-  if (q.N == 64) return launch_share<64>(q, terms, sms, stream);
-  if (q.N == 128) return launch_share<128>(q, terms, sms, stream);
-  return launch_share<256>(q, terms, sms, stream);
+  if (q.N == 64) return launch_kind<64>(q, terms, sms, stream);
+  if (q.N == 128) return launch_kind<128>(q, terms, sms, stream);
+  return launch_kind<256>(q, terms, sms, stream);
 }
 
 }  // namespace quamba::decode

@@ -7,16 +7,16 @@ namespace quamba::decode {
 
 // What ssd_inputs leaves in the workspace, behind u [B, I].
 struct SsdTerms {
-  float2* rows;        // [B, I]: x, silu(z)
-  float4* heads;       // [B, H]: exp(dt A), dt, D, unused
-  float* B;            // [B, G N]
-  signed char* C;      // [B, G N] codes
-  long long bytes;     // of the workspace in all
+  float2* rows;       // [B, I]: x, silu(z)
+  float4* heads;      // [B, H]: exp(dt A), dt, D, unused
+  void *B, *C;        // [B, G N]: codes, or fp32 where they have no scale
+  unsigned* dither;   // [N]: draws of the columns
+  long long bytes;    // of the workspace in all
 };
 
 inline SsdTerms ssd_terms(const QuambaDecode& q) {
   const long long rows = static_cast<long long>(q.batch) * q.H * q.P, heads = static_cast<long long>(q.batch) * q.H;
-  const long long columns = static_cast<long long>(q.batch) * q.G * q.N;
+  const long long columns = static_cast<long long>(q.batch) * q.G * q.N * (q.C_scale ? 1 : 4);
   long long at = 0;
   const auto take = [&](long long bytes) {
     char* const place = static_cast<char*>(q.workspace) + at;
@@ -27,8 +27,9 @@ inline SsdTerms ssd_terms(const QuambaDecode& q) {
   SsdTerms terms{};
   terms.rows = reinterpret_cast<float2*>(take(8 * rows));
   terms.heads = reinterpret_cast<float4*>(take(16 * heads));
-  terms.B = reinterpret_cast<float*>(take(4 * columns));
-  terms.C = reinterpret_cast<signed char*>(take(columns));
+  terms.B = take(columns);
+  terms.C = take(columns);
+  terms.dither = reinterpret_cast<unsigned*>(take(4 * q.N));
   terms.bytes = at;
   return terms;
 }
