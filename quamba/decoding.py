@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
+from transformers import DynamicCache
 
 from quamba.errors import UserError
 from quamba.placement import entry, together
@@ -71,8 +72,10 @@ class Decoder:
         self.cache: dict[str, Any] = {}
         self._ids: torch.Tensor | None = None
         self._mask: torch.Tensor | None = None
+        taken = inspect.signature(model.forward).parameters
         # not every model counts its tokens where its first layer is recurrent
-        self._counts = "position_ids" in inspect.signature(model.forward).parameters
+        self._counts = "position_ids" in taken
+        self._takes, self._owns = "past_key_values" in taken, False
         self._position: torch.Tensor | None = None
         self.captured = Captured(self._step, capture=capture and together(model) and model.device.type == "cuda")
 
@@ -88,6 +91,8 @@ class Decoder:
             cache.reset()
         if self._position is not None:
             self._position.zero_()
+        if self._owns:
+            self._own(ids)
         self._mask = mask
         positions = {} if mask is None else {"steps": (mask.cumsum(-1) - 1).clamp_min(0), "attention_mask": mask}
         return self.forward(ids, logits_to_keep=1, **positions)
@@ -109,15 +114,31 @@ class Decoder:
         """
         if self._counts:
             options["position_ids"] = self._positions(ids, steps)
-        if self.cache and not self.static and self._mask is not None:
+        if self.cache and not self.static and self._mask is not None and "attention_mask" not in options:
             self._mask = torch.cat([self._mask, torch.ones_like(ids)], 1)  # attention looks back at the padding
             options["attention_mask"] = self._mask
         output = self.model(ids, use_cache=True, **options, **self.cache)
-        self.cache = returned_cache(output)
+        found = returned_cache(output)
+        if not found and not self.cache and self._takes:
+            self._own(ids)
+            output = self.model(ids, use_cache=True, **options, **self.cache)
+            self._owns = any(getattr(layer, "is_initialized", False) for layer in self.cache["past_key_values"].layers)
+        self.cache = found or (self.cache if self._owns else {})
         if not self.cache:
             raise UserError(f"{type(self.model).__name__} returns no cache, so it cannot decode one token at a time")
         logits: torch.Tensor = output.logits[:, -1]
         return logits
+
+    def _own(self, ids: torch.Tensor) -> None:
+        """Begin a cache for a model that takes one and returns none; what such a model keeps in its modules too, a pass
+        without a cache makes it forget."""
+        self.model(ids[:, :1], use_cache=False)
+        self.cache = {"past_key_values": DynamicCache(config=self.model.config)}
+
+    def check_whole(self) -> None:
+        """Raises UserError where the cache is not all that the model remembers, so that its bytes say too little."""
+        if self._owns:
+            raise UserError(f"{type(self.model).__name__} keeps states in its modules, so they cannot be measured")
 
     @property
     def static(self) -> bool:

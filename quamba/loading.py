@@ -9,7 +9,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from quamba import layouts
-from quamba.checkpoint import Checkpoint, resolve
+from quamba.checkpoint import FLOATS, Checkpoint, resolve
 from quamba.errors import UserError
 from quamba.integrations import transformers as integration
 from quamba.layouts import Index
@@ -66,11 +66,24 @@ def load(
     if device_map is not None:
         if not layout.native:
             raise UserError(f"{path} is not in Hugging Face's layout, which a device map needs; load it without one")
-        return native(path, config, dtype, device_map=device_map, offload_folder=offload_folder).eval(), opened
+        model = native(path, config, dtype, device_map=device_map, offload_folder=offload_folder).eval()
+        check_finite(path, model, index)
+        return model, opened
     model = native(path, config, dtype) if layout.native else converted(path, index, config, opened, dtype)
+    check_finite(path, model, index)
     if original:
         integration.use_operators(model)
     return model.to(where).eval(), opened
+
+
+def check_finite(path: Path, model: Any, index: Index) -> None:
+    """Raises UserError for NaN or Inf in what the checkpoint gave the model: codes would hide it. What waits on the
+    disk is not looked at."""
+    given = {**dict(model.named_parameters()), **{n: t for n, t in model.state_dict().items() if n in index}}
+    for name, tensor in given.items():
+        looked_at = tensor.dtype in FLOATS and tensor.numel() and not tensor.is_meta
+        if looked_at and not all(edge.isfinite() for edge in tensor.aminmax()):
+            raise UserError(f"tensor {name!r} of {path} holds NaN or Inf; download or quantise it again")
 
 
 def native(path: Path, config: Any, dtype: torch.dtype | None, **options: Any) -> Any:

@@ -244,6 +244,18 @@ def test_hybrids_are_searched_too(model_type, tiny_checkpoint, text, tmp_path):
     assert {option.scheme for option in found.choice} == {"8", "4"}
 
 
+def test_a_group_that_does_not_divide_is_named_by_what_it_falls_back_on(tiny_checkpoint, text, tmp_path):
+    """A recipe that asks for groups of 64 among 96 features, and nowhere else, is refused."""
+    folder, _ = tiny_checkpoint("bamba")
+    linears = {"default": {"format": "float"}, "down_proj": {"format": "w4a8", "group_size": 32}}
+    schemes = Schemes("two", {"8": {"format": "w8a8"}, "4": {"format": "w4a8", "group_size": 64}}, samples=2)
+    options = {"calibration_text": text, "samples": 2, "seqlen": 16, "device": "cpu"}
+    found = search(folder, parse_recipe({"linears": linears}, "one"), "7", schemes=schemes, **options)
+    assert {option.scheme: option.spec.group_size for option in found.choice}["4"] == 48
+    quamba.quantize(folder, found.recipe, tmp_path / "q", **options)
+    assert stored(tmp_path / "q") == found.linears + found.fixed
+
+
 @pytest.mark.parametrize("model_type, layer, role", [
     ("zamba2", 1, "q_proj"), ("zamba2", 1, "adapter_up_proj"), ("rwkv7", 0, "v_proj"), ("rwkv7", 1, "k_proj"),
 ])  # fmt: skip

@@ -8,7 +8,9 @@ import quamba
 from architectures import OWN, PLAIN
 from quamba import generation
 from quamba.bench import materialise
+from quamba.bench.request import TransformersRequest
 from quamba.decoding import Captured, Continuation, Decoder
+from quamba.errors import UserError
 from quamba.generation import Generator
 from quamba.models import ARCHITECTURES
 from quamba.recipe import load_recipe
@@ -149,3 +151,16 @@ def test_sampling_draws_anew_and_again_by_its_seed():
     assert all(torch.equal(a, sampler(logits)) for a in draws)
     sampler.restart(2)
     assert not torch.equal(draws[0], sampler(logits))
+
+
+def test_a_model_that_keeps_states_in_its_modules_decodes_and_begins_anew(stock, prompts):
+    """It takes a cache and returns none; a prompt of one token is to it what a step is."""
+    model = quamba.load(stock("w8a8", "recurrent_gemma"), device="cpu")[0]
+    with torch.inference_mode():
+        wanted = model(prompts, use_cache=False).logits
+        decoder = Decoder(model)
+        for first in (3, 1, 1, 4):
+            steps = [decoder.prefill(prompts[:, :first])] + [decoder.step(ids) for ids in prompts[:, first:].unbind(1)]
+            assert torch.allclose(torch.stack(steps, 1), wanted[:, first - 1 :], atol=1e-5), first
+    with pytest.raises(UserError, match="RecurrentGemmaForCausalLM keeps states in its modules, so they cannot be"):
+        TransformersRequest(model, prompts, 4).prefill()

@@ -136,6 +136,7 @@ class Counter:
         decoder = Decoder(self.model, capture=False)
         prefill = self._pass(decoder.prefill, batch, tokens)
         live = self._live
+        decoder.check_whole()
         decode = self._pass(decoder.forward, batch, 1)
         layers = [layer for cache in decoder.cache.values() for layer in cache.layers]
         state = sum(layer.bytes for layer in layers if isinstance(layer, RecurrentState))

@@ -60,6 +60,7 @@ class TransformersRequest(Request):
 
     def _begin(self) -> torch.Tensor:
         logits = self.text.begin(self.ids)
+        self.text.decoder.check_whole()
         self._prefill.capture = self._prefill.capture and self.text.decoder.static
         return logits
 

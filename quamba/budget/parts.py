@@ -13,6 +13,7 @@ from quamba.budget.schemes import Schemes
 from quamba.checkpoint import Checkpoint
 from quamba.ends import plain
 from quamba.errors import UserError
+from quamba.formats.format import divides, group_size
 from quamba.lending import Lent
 from quamba.models.spec import ModelSpec, Proj, Sublayer
 from quamba.modules.embedding import Embedding
@@ -101,6 +102,13 @@ def _part(
         return []
     options: dict[str, Option] = {}
     for name, (changes, offered) in schemes.offered(spec).items():
+        inputs = [features for *_, features in shapes]
+        if formats.get(offered.format).grouped and not divides(offered.group_size, inputs):
+            sizes = {group_size(offered.group_size, features) for features in inputs}
+            if len(sizes) > 1:  # no one size says what each would have
+                continue
+            changes = {**changes, "group_size": sizes.pop()}  # a recipe that asks for the other one is refused
+            offered = offered.model_copy(update=changes)
         try:
             stored = [formats.get(offered.format).tensors(features, outs, offered) for _, outs, features in shapes]
         except UserError:  # a size that the format cannot hold

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,6 +22,12 @@ def group_size(asked: int, features: int, multiple: int = 8) -> int:
         if features % size == 0 and size % multiple == 0:
             return size
     return features
+
+
+def divides(size: int, features: Iterable[int]) -> bool:
+    """Whether a group size can be meant for linears of these input features: one that is wider than the row means the
+    whole row, and one that some divide falls back where it does not."""
+    return any(size >= each or each % size == 0 for each in features)
 
 
 class Grid(ABC):

@@ -47,7 +47,7 @@ class QuambaConfig(QuantizationConfigMixin):
         self.format_version = format_version
         if linears_only is not None:
             self.linears_only = linears_only
-        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+        if format_version not in range(1, FORMAT_VERSION + 1):
             raise UserError(
                 f"this directory has quamba format version {format_version}, this quamba reads up to {FORMAT_VERSION}: "
                 "upgrade quamba"

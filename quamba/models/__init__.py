@@ -10,6 +10,7 @@ import torch
 from quamba import formats
 from quamba.discovery import members
 from quamba.errors import UserError
+from quamba.formats.format import divides
 from quamba.models.spec import Architecture, Axis, ModelSpec
 from quamba.pretrained import UNREADABLE, sentence
 from quamba.recipe import Recipe
@@ -115,6 +116,5 @@ def check_recipe(recipe: Recipe, model: ModelSpec) -> None:
                 if formats.get(spec.format).grouped:
                     asked.setdefault(spec.group_size, set()).add(sub.mixer.size(proj.input))
     for size, sizes in asked.items():
-        # a group wider than the row means the whole row; one that some divide falls back where it does not
-        if all(size < features and features % size for features in sizes):
+        if not divides(size, sizes):
             raise UserError(f"recipe {recipe.name}: group_size {size} divides none of the input sizes {sorted(sizes)}")
