@@ -203,7 +203,8 @@ int launch_rows(const QuambaRows& a, bool norm, void* stream) {
                 : held > 1  ? with(normalise_rows<kMany, kAny>, normalise_rows<kMany, QUAMBA_F32>,
                                    normalise_rows<kMany, QUAMBA_F16>, normalise_rows<kMany, QUAMBA_BF16>)
                             : normalise_rows<0, kAny>;
-  if (held == 1) prefer_shared(kernel);
+  if (held == 1)
+    if (cudaError_t error = prefer_shared(kernel); error != cudaSuccess) return error;
   return launch(kernel, p, dim3(static_cast<unsigned>(a.rows)), threads, stream);
 }
 
