@@ -11,7 +11,7 @@ struct Choice {
   int tile_m, tile_n, cluster;
   char kind;    // 'c': two warp groups on one tile; 'p': each on its own, in turns; 's': stream-K, like 'c'
   float rate;   // the share of the tensor cores' peak that the main loop reaches
-  float extra;  // cycles a tile costs besides: its epilogue, which in a pingpong mostly hides behind the other tile
+  float extra;  // cycles a tile of 16-bit results costs besides; a pingpong hides most of its epilogue
   int (*launch)(const QuambaLinear&, int sms, cudaStream_t);
   long long (*workspace)(const QuambaLinear&, int sms);
 };
@@ -23,6 +23,8 @@ struct Choices {
 };
 
 Choices large_tiles();
+Choices wide_tiles();
 Choices small_tiles();
+Choices split_tiles();
 
 }  // namespace quamba::w8a8

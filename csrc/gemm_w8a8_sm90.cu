@@ -9,7 +9,7 @@
 namespace quamba::w8a8 {
 
 using Families = Choices (*[])();
-constexpr Families kFamilies = {large_tiles, small_tiles};
+constexpr Families kFamilies = {large_tiles, wide_tiles, small_tiles, split_tiles};
 
 int multiprocessors() {
   int device = 0, count = 0;
@@ -20,21 +20,23 @@ int multiprocessors() {
 }
 
 // Estimated cycles: whole waves of tiles, or for stream-K the tiles' work spread evenly. In a pingpong two tiles share
-// a multiprocessor, and what follows the last main loop shows.
+// a multiprocessor, and what follows the last main loop shows. An epilogue takes as long as its bytes.
 float cycles(const Choice& c, const QuambaLinear& a, int sms) {
   auto up = [](long long n, long long d) { return (n + d - 1) / d; };
+  auto bytes = [](int type) { return type == QUAMBA_F32 ? 4 : 2; };
   long long rows = up(up(a.M, c.tile_m), c.cluster) * c.cluster, tiles = rows * up(a.O, c.tile_n);
   float tile = up(a.K, 128) * 128.f * c.tile_m * c.tile_n / (4096.f * c.rate);
+  float moved = (a.out_scale ? 2 : bytes(a.y_dtype)) + (a.residual ? bytes(a.residual_dtype) : 0), more = moved / 2.f;
   if (c.kind == 's') {
     float sum = 2 * tiles < sms ? 20000.f : 4000.f;  // the fewer the tiles, the more blocks add to one in turn
-    return tile * tiles / sms + c.extra * up(tiles, sms) + sum;
+    return tile * tiles / sms + more * c.extra * up(tiles, sms) + sum;
   }
   long long waves = up(tiles, sms / c.cluster * c.cluster);
   if (c.kind == 'p') {
-    float finish = c.tile_m * c.tile_n / 4.f;
+    float finish = more * c.tile_m * c.tile_n / 4.f;
     return waves * std::max(tile + c.extra, (tile + finish) / 2.f) + finish;
   }
-  return waves * (tile + c.extra);
+  return waves * (tile + more * c.extra);
 }
 
 #ifdef QUAMBA_TUNE

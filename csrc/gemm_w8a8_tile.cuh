@@ -5,6 +5,10 @@
 // bias, residual and y at run time, so that a tile is one kernel and not one for each combination.
 #pragma once
 
+// Defining CUTLASS_ENABLE_GDC_FOR_SM90 before lets a kernel be set up while the one before it still runs; CUTLASS's
+// stream-K does not compile with it.
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // instructions of 160 columns
+
 #include <cstdlib>
 #include <type_traits>
 
@@ -85,6 +89,12 @@ class Epilogue {
   const Params& params;
 };
 
+#ifdef CUTLASS_ENABLE_GDC_FOR_SM90
+constexpr bool kEarly = true;
+#else
+constexpr bool kEarly = false;
+#endif
+
 template <int TileM, int TileN, int ClusterM, class Schedule, class Scheduler>
 struct Config {
   using Tile = Shape<Int<TileM>, Int<TileN>, _128>;
@@ -134,16 +144,18 @@ struct Config {
     cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize);
     if (error != cudaSuccess) return error;
-    cudaLaunchAttribute cluster;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {ClusterM, 1, 1};
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {ClusterM, 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = Kernel::get_grid_shape(params);
     config.blockDim = Kernel::get_block_shape();
     config.dynamicSmemBytes = Kernel::SharedStorageSize;
     config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = kEarly ? 2 : 1;
     error = cudaLaunchKernelEx(&config, kernel, params);
     return error != cudaSuccess ? error : cudaGetLastError();
   }

@@ -1,7 +1,8 @@
-// Into how many segments the SSD scan cuts a sequence, and its two launches: operands, then states and outputs.
+// Into how many segments the SSD scan cuts a sequence, and its two launches: operands, then states and outputs. There
+// are two ways to do it: that of ssd_scan_sm90.cuh where it serves, and that of ssd_scan.cuh.
 #include <algorithm>
 
-#include "ssd_scan.cuh"
+#include "ssd_scan_sm90.cuh"
 
 namespace {
 
@@ -21,9 +22,11 @@ struct Scratch {
     const long long states = static_cast<long long>(a.sequences) * a.H * (cuts - 1);
     slots = a.cu_seqlens ? a.T / tokens + a.sequences : a.sequences * ((a.T + tokens - 1) / tokens);
     operands = 0;
-    exponents = operands + slots * a.G * 2 * tokens * kPitch * (a.N > 64 ? a.N / 64 : 1);
-    steps = exponents + (slots * a.G * 2 * 4 + 15) / 16 * 16;
-    flags = steps + slots * a.H * 4 * (tokens == 64 ? kRecord<64> : kRecord<32>);
+    exponents = operands + slots * a.G * (hopper::serves(a) ? hopper::kSlotBytes
+                                                            : 2 * tokens * kPitch * (a.N > 64 ? a.N / 64 : 1));
+    steps = exponents + slots * a.G * 16;
+    const int record = hopper::serves(a) ? hopper::kHeadRecord : tokens == 64 ? kRecord<64> : kRecord<32>;
+    flags = steps + slots * a.H * 4 * record;
     local = flags + (states * 4 + 15) / 16 * 16;
     left = local + states * a.P * a.N * 4;
     bytes = left + states * 4;
@@ -40,13 +43,15 @@ int cuts_of(const QuambaSsdScan& a) {
   if (device_attribute(cudaDevAttrMultiProcessorCount, processors) != cudaSuccess ||
       device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, shared) != cudaSuccess)
     return 1;
+  const long long chunks = ((a.cu_seqlens ? a.T / a.sequences : a.T) + tokens_of(a) - 1) / tokens_of(a);
+  const long long most = max(min(chunks / 2, 0LL + kMostCuts), 1LL);
+  if (hopper::serves(a))
+    return static_cast<int>(max(min(processors / hopper::blocks_of(a), most), 1LL));
   const int tokens = tokens_of(a), panels = 3 * (a.N > 64 ? a.N / 64 : 1) + 1 + (a.P > 64 ? a.P / 64 : 1);
   const int bytes = tokens * (kPitch * panels + a.P * size_of(a.x_dtype)) + 3584;  // of a block
   const int resident = min(blocks_by_registers(a.N, a.P), max(shared / bytes, 1));
   const long long at_once = static_cast<long long>(resident) * processors;
-  const long long chunks = ((a.cu_seqlens ? a.T / a.sequences : a.T) + tokens - 1) / tokens;
-  const long long cuts = min(at_once / (static_cast<long long>(a.H) * a.sequences), min(chunks / 2, 0LL + kMostCuts));
-  return static_cast<int>(max(cuts, 1LL));
+  return static_cast<int>(max(min(at_once / (static_cast<long long>(a.H) * a.sequences), most), 1LL));
 }
 
 bool in_sixteens(const void* data, int type, long long token, long long batch, long long part) {
@@ -94,6 +99,12 @@ extern "C" int quamba_ssd_scan(const QuambaSsdScan* args, void* stream) {
   p.steps = reinterpret_cast<float*>(base + scratch.steps);
   p.flags = reinterpret_cast<int*>(base + scratch.flags);
   p.local = reinterpret_cast<float*>(base + scratch.local), p.left = reinterpret_cast<float*>(base + scratch.left);
+  if constexpr (kHopper) {
+    if (hopper::serves(a)) {
+      const int status = hopper::launch_inputs(p, stream);
+      return status == QUAMBA_OK ? hopper::launch_scan(p, stream) : status;
+    }
+  }
   if (int status = launch_operands(p, tokens_of(a), stream); status != QUAMBA_OK) return status;
   return launch_states(p, stream);
 }

@@ -1,90 +1,11 @@
 // What the SSD scan makes of its inputs chunk by chunk: B and C as operands in fp16, once for all heads of a group, and
 // dt as decays and weights.
-#include "ssd_scan.cuh"
+#include "ssd_scan_steps.cuh"
 
 namespace quamba::ssd {
 namespace {
 
 constexpr int kThreads = 128, kHeads = 16;  // of a block that turns to dt: a sector holds so many
-constexpr int kLeastStep = -24;             // the exponent of dt below which C B^T dt is not scaled up
-
-// Where a slot's chunk lies: its sequence's row and its tokens, none if it is empty.
-struct Place {
-  long long batch, first, end;
-};
-
-template <int Tokens>
-__device__ __forceinline__ Place place_of(const QuambaSsdScan& a, long long slot) {
-  if (!a.cu_seqlens) {
-    const long long chunks = (a.T + Tokens - 1) / Tokens;
-    return {slot / chunks, slot % chunks * Tokens, a.T};
-  }
-  auto bound = [&](int s) { return min(max(static_cast<long long>(__ldg(a.cu_seqlens + s)), 0LL), a.T); };
-  int low = 0, high = a.sequences - 1;  // the last sequence whose slots begin here or before
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (first_slot(a, bound(middle), middle, Tokens) <= slot)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  const long long begin = bound(low);
-  return {0, begin + (slot - first_slot(a, begin, low, Tokens)) * Tokens, bound(low + 1)};
-}
-
-// The record of a head, by a warp.
-template <int Tokens>
-__device__ __forceinline__ void steps(const Params& p, const Place& place, long long slot, int head) {
-  constexpr int kEach = Tokens / 32;
-  const QuambaSsdScan& a = p.a;
-  const int lane = threadIdx.x % 32;
-  const float rate = kLog2e * __ldg(a.A + head), bias = a.dt_bias ? load_float(a.dt_bias, a.dt_bias_dtype, head) : 0.f;
-  float dt[kEach], decay[kEach], sum = 0.f, most = 0.f;
-#pragma unroll
-  for (int e = 0; e < kEach; ++e) {
-    const long long t = place.first + lane * kEach + e;
-    dt[e] = 0.f;  // beyond the last token dt = 0 leaves the state alone
-    if (t < place.end) {
-      const float v = load_float(a.dt, a.dt_dtype, place.batch * a.dt_batch + t * a.dt_token + head);
-      dt[e] = fminf(fmaxf(softplus(v + bias), a.lowest), a.highest);
-    }
-  }
-#pragma unroll
-  for (int e = 0; e < kEach; ++e) decay[e] = sum = __fmaf_rn(dt[e], rate, sum), most = fmaxf(most, dt[e]);
-  float before = sum, after = sum;  // both from their own end, so that neither is a difference of long sums
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const float v = __shfl_up_sync(~0u, before, step), w = __shfl_down_sync(~0u, after, step);
-    if (lane >= step) before += v;
-    if (lane < 32 - step) after += w;
-  }
-  const float total = __shfl_sync(~0u, before, 31);
-  before = __shfl_up_sync(~0u, before, 1), after = __shfl_down_sync(~0u, after, 1);
-  if (lane == 0) before = 0.f;
-  if (lane == 31) after = 0.f;
-  float weight[kEach], weights = 0.f;
-#pragma unroll
-  for (int e = kEach - 1; e >= 0; --e) {
-    decay[e] += before;
-    weight[e] = dt[e] * exp2_approximate(after);
-    after = __fmaf_rn(dt[e], rate, after);
-    weights += weight[e];
-  }
-#pragma unroll
-  for (int step = 16; step; step /= 2) weights += __shfl_xor_sync(~0u, weights, step);
-  most = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(most)));
-  float* record = const_cast<float*>(p.steps) + (slot * a.H + head) * kRecord<Tokens>;
-#pragma unroll
-  for (int e = 0; e < kEach; ++e) {
-    const int at = lane * kEach + e;
-    record[at] = decay[e];
-    record[Tokens + at] = decay[e] - log2_approximate(dt[e]);
-    record[2 * Tokens + at] = weight[e];
-  }
-  if (lane == 0)
-    *reinterpret_cast<float4*>(record + 3 * Tokens) =
-        make_float4(total, log2_approximate(weights), static_cast<float>(exponent_of(most, kLeastStep)), 0.f);
-}
 
 // Blocks of a slot: B and C of each group, then kHeads heads each.
 template <int N, int Tokens>

@@ -39,6 +39,11 @@ __device__ __forceinline__ uint64_t described(uint32_t at, uint32_t panel) {
   return static_cast<uint64_t>(at >> 4) | static_cast<uint64_t>(panel >> 4) << 16 | 64ull << 32 | 1ull << 62;
 }
 
+// The same so many bytes further on.
+__device__ __forceinline__ uint64_t moved(uint64_t d, int bytes) {
+  return (d & 0xffffffff00000000ull) | (static_cast<uint32_t>(d) + static_cast<uint32_t>(bytes >> 4));
+}
+
 #define QUAMBA_SUMS4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define QUAMBA_SUMS8(i) QUAMBA_SUMS4(i), QUAMBA_SUMS4(i + 4)
 #define QUAMBA_SUMS16(i) QUAMBA_SUMS8(i), QUAMBA_SUMS8(i + 8)
@@ -131,13 +136,14 @@ struct Products {
   static __device__ __forceinline__ void carry(float (&y)[8 * kBlocks], const uint32_t (&h)[N / 16][4], uint32_t c) {
     if constexpr (kGroups) {
 #if QUAMBA_SM >= 90
+      const uint64_t right = described(c, 16);
       begin();
 #pragma unroll
       for (int k = 0; k < N / 16; ++k)
         if (k == 0)
-          multiply_group<Tokens, false, true>(y, h[k], described(c, 16));
+          multiply_group<Tokens, false, true>(y, h[k], right);
         else
-          multiply_group<Tokens, false>(y, h[k], described(c + k / 4 * (Tokens * kPitch) + k % 4 * 32, 16));
+          multiply_group<Tokens, false>(y, h[k], moved(right, k / 4 * (Tokens * kPitch) + k % 4 * 32));
       commit();
 #endif
     } else {
@@ -160,9 +166,10 @@ struct Products {
   static __device__ __forceinline__ void apply(float (&y)[8 * kBlocks], const uint32_t (&x)[kBlocks][4], uint32_t m) {
     if constexpr (kGroups) {
 #if QUAMBA_SM >= 90
+      const uint64_t right = described(m, 16);
       begin();
 #pragma unroll
-      for (int s = 0; s < kBlocks; ++s) multiply_group<Tokens, false>(y, x[s], described(m + 32 * s, 16));
+      for (int s = 0; s < kBlocks; ++s) multiply_group<Tokens, false>(y, x[s], moved(right, 32 * s));
       commit();
 #endif
     } else {
@@ -178,24 +185,27 @@ struct Products {
     }
   }
 
-  // h += (high + low)^T B
+  // h += (high + low)^T B, or without low
+  template <bool Both = true>
   static __device__ __forceinline__ void update(float (&h)[N / 2], const uint32_t (&high)[kBlocks][4],
                                                 const uint32_t (&low)[kBlocks][4], uint32_t b) {
     if constexpr (kGroups) {
 #if QUAMBA_SM >= 90
       constexpr int kColumns = N < 128 ? N : 128;
+      const uint64_t first = described(b, Tokens * kPitch);
       begin();
 #pragma unroll
       for (int s = 0; s < kBlocks; ++s)
 #pragma unroll
         for (int n = 0; n < N; n += kColumns) {
-          const uint64_t right = described(b + n / 64 * (Tokens * kPitch) + 16 * s * kPitch, Tokens * kPitch);
+          const uint64_t right = moved(first, n / 64 * (Tokens * kPitch) + 16 * s * kPitch);
           multiply_group<kColumns, true>(h + n / 2, high[s], right);
-          multiply_group<kColumns, true>(h + n / 2, low[s], right);
+          if constexpr (Both) multiply_group<kColumns, true>(h + n / 2, low[s], right);
         }
       commit();
 #endif
     } else {
+      static_assert(Both);
       constexpr int kPairs = N < 32 ? 1 : 2;  // products in a row have different sums
 #pragma unroll
       for (int s = 0; s < kBlocks; ++s)

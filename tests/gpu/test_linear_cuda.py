@@ -123,6 +123,17 @@ def test_shapes_of_models(name: str) -> None:
 
 
 @pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("shape", [(2560, 10576, 128), (5120, 2560, 128), (2560, 2568, 128)])
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts(name: str, shape: tuple[int, int, int]) -> None:
+    """The tiles of many rows, with ends that they do not divide and every epilogue."""
+    for rows in (2048, 1930, 4100):
+        given = draw(name, rows, shape)
+        for options in variants(name, rows, shape[1]):
+            check(name, given, options, f"{rows} rows {shape} {list(options)}")
+
+
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_kernel_between_serves_every_shape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that fill no tile, columns that fill no step or lie across groups, out features that fill no tile."""

@@ -1,0 +1,125 @@
+// What heads of a group share in the SSD scan on Hopper, chunk by chunk, and dt as decays and weights.
+#include "ssd_scan_sm90.cuh"
+
+namespace quamba::ssd::hopper {
+namespace {
+
+constexpr int kThreads = 256, kHeads = 16;  // of a block that turns to dt: a sector holds so many
+
+// Blocks of a slot: one for each group, then kHeads heads each.
+__global__ void __launch_bounds__(kThreads) ssd_chunks(const __grid_constant__ Params p) {
+  constexpr int kPieces = kTokens * kN / 8, kEach = kPieces / kThreads;  // of 16 bits
+  extern __shared__ __align__(1024) unsigned char shared[];
+  __shared__ float most[3][kThreads / 32];
+  const QuambaSsdScan& a = p.a;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  launch_dependents();
+  wait_for_previous_kernel();
+  const int blocks = a.G + (a.H - 1) / kHeads + 1, block = blockIdx.x % blocks;
+  const long long slot = blockIdx.x / blocks;
+  const long long states = static_cast<long long>(a.sequences) * a.H * (p.cuts - 1);
+  const long long threads = static_cast<long long>(gridDim.x) * kThreads;
+  for (long long i = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x; i < states; i += threads)
+    p.flags[i] = 0;
+  const Place place = place_of<kTokens>(a, slot);
+  if (place.first >= place.end) return;
+  if (block >= a.G) {
+    const int first = (block - a.G) * kHeads + warp;
+#pragma unroll
+    for (int i = 0; i < kHeads; i += kThreads / 32)
+      if (first + i < a.H) steps<kTokens, true>(p, place, slot, first + i);
+    return;
+  }
+  const int group = block;
+  const long long at = slot * a.G + group;
+  unsigned char* const to = const_cast<unsigned char*>(p.operands) + at * kSlotBytes;
+  auto greatest = [](float x, float y) { return fmaxf(x, y); };
+  int exponents[3];
+#pragma unroll
+  for (int is_c = 0; is_c < 2; ++is_c) {
+    const int type = is_c ? a.c_dtype : a.b_dtype, size = size_of(type);
+    const long long token = is_c ? a.c_token : a.b_token;
+    const long long row = (is_c ? place.batch * a.c_batch + group * a.c_group
+                                : place.batch * a.b_batch + group * a.b_group) + place.first * token;
+    const unsigned char* from = static_cast<const unsigned char*>(is_c ? a.c : a.b) + row * size;
+    auto load = [&](int row, int piece) {
+      return place.first + row < place.end ? __ldcg(reinterpret_cast<const uint4*>(from + row * token * size) + piece)
+                                           : make_uint4(0, 0, 0, 0);
+    };
+    unsigned char* const operand = shared + is_c * kOperands;
+    if (type == QUAMBA_I8) {
+      uint4 v[kEach / 2];
+#pragma unroll
+      for (int k = 0; k < kEach / 2; ++k) v[k] = load((threadIdx.x + k * kThreads) / 8, threadIdx.x % 8);
+#pragma unroll
+      for (int k = 0; k < kEach / 2; ++k)
+        store_codes<kTokens>(operand, (threadIdx.x + k * kThreads) / 8, threadIdx.x % 8, v[k]);
+      exponents[is_c] = 0;
+    } else {
+      uint4 v[kEach];
+      float largest = 0.f;
+#pragma unroll
+      for (int k = 0; k < kEach; ++k) v[k] = load((threadIdx.x + k * kThreads) / 16, threadIdx.x % 16);
+#pragma unroll
+      for (int k = 0; k < kEach; ++k) largest = fmaxf(largest, largest_of(v[k], type));
+      const int e = scale_of(block_reduce(largest, most[is_c], greatest)), piece = threadIdx.x % 16;
+#pragma unroll
+      for (int k = 0; k < kEach; ++k) {
+        const int row = (threadIdx.x + k * kThreads) / 16;
+        *reinterpret_cast<uint4*>(operand + place_in<kTokens>(row, piece / 2, piece % 2)) =
+            scaled_halves(v[k], type, power_of_two(-e));
+      }
+      exponents[is_c] = e;
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = threadIdx.x; i < 2 * kOperands / 16; i += kThreads)
+    reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(shared)[i];
+
+  const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  constexpr int kTurns = (kBlocks - 1) / (kThreads / 32) + 1;
+  float sums[kTurns][8], largest = 0.f;
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int i = warp + turn * (kThreads / 32);
+    if (i >= kBlocks) break;
+#pragma unroll
+    for (float& sum : sums[turn]) sum = 0.f;
+#pragma unroll
+    for (int k = 0; k < kN / 16; ++k) {
+      uint32_t left[4], right[4];
+      left_along<kTokens>(left, base + kOperands, 16 * block_row(i / 4, i % 4), k);
+      right_along<kTokens>(right, base, 16 * block_column(i / 4, i % 4), k);
+      multiply(sums[turn], left, right[0], right[1]);
+      multiply(sums[turn] + 4, left, right[2], right[3]);
+    }
+#pragma unroll
+    for (float sum : sums[turn]) largest = fmaxf(largest, fabsf(sum));
+  }
+  // products of integers, or of halves of which the largest are about as large as those
+  exponents[2] = exponent_of(block_reduce(largest, most[2], greatest), 0) + 1 - kHighest;
+  const float factor = power_of_two(-exponents[2]);
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int i = warp + turn * (kThreads / 32);
+    if (i >= kBlocks) break;
+    uint32_t v[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) v[j] = pack_f16(sums[turn][2 * j] * factor, sums[turn][2 * j + 1] * factor);
+    *reinterpret_cast<uint4*>(to + 2 * kOperands + i * kBlockBytes + 16 * lane) = make_uint4(v[0], v[1], v[2], v[3]);
+  }
+  if (threadIdx.x == 0)
+    reinterpret_cast<int4*>(const_cast<int*>(p.exponents))[at] = make_int4(exponents[0], exponents[1], exponents[2], 0);
+}
+
+}  // namespace
+
+int launch_inputs(const Params& p, void* stream) {
+  const long long grid = p.slots * (p.a.G + (p.a.H - 1) / kHeads + 1);
+  if (grid > 0x7fffffffLL) return QUAMBA_UNSUPPORTED;
+  const int shared = 2 * kOperands;
+  return grid ? launch(ssd_chunks, p, dim3(static_cast<unsigned>(grid)), kThreads, stream, shared) : QUAMBA_OK;
+}
+
+}  // namespace quamba::ssd::hopper
