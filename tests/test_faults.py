@@ -335,6 +335,7 @@ PACKED, SCALE = IN_PROJ + "_packed", IN_PROJ + "_scale"
 QUANTISED: dict[str, tuple[Callable[[Path], object], str]] = {
     "newer format": (stamp(format_version=2), "has quamba format version 2, this quamba reads up to 1: up"),
     "format below all": (stamp(format_version=-1), "has quamba format version -1, this quamba reads up to 1"),
+    "floats for codes": (tensors(lambda t: t.update({PACKED: t[PACKED].float()})), "should be torch.int8, and is F32"),
     "NaN in a scale": (value(SCALE, 5, float("nan")), f"tensor '{SCALE}' of .* holds NaN or Inf"),
     "no format": (stamp(format_version="new"), "has quamba format version new, this quamba reads up to 1"),
     "another method": (stamp(quant_method="bitsandwich"), "lacks the tensor"),

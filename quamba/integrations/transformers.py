@@ -26,6 +26,8 @@ from quamba.recipe import FLOAT, FORMAT_VERSION, Recipe, parse_recipe
 from quamba.transforms import fold_factors
 
 NAME = "quamba"
+CODES = {torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8"}
+"""Types that hold codes, as safetensors names them."""
 
 
 class QuambaConfig(QuantizationConfigMixin):
@@ -83,6 +85,9 @@ class QuambaQuantizer(HfQuantizer):
             if got != tuple(tensor.shape):
                 wanted = f"tensor {name!r} should be {list(tensor.shape)} by config and recipe"
                 raise UserError(f"{wanted}, and is {'missing' if got is None else list(got)}; quantise the model again")
+            kind = stored[name].type
+            if kind and kind != CODES.get(tensor.dtype, kind):  # transformers would convert it
+                raise UserError(f"tensor {name!r} should be {tensor.dtype}, and is {kind}; quantise the model again")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         waiting: tuple[str, ...] = ()

@@ -79,10 +79,11 @@ def contents(file: Path) -> Index:
 def _safetensors(file: Path) -> Index:
     try:
         with safe_open(file, "pt") as opened:
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            told = {name: (tuple(tensor.get_shape()), tensor.get_dtype()) for name, tensor in found.items()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a readable safetensors file: {error}; download it again") from None
-    return {name: Stored(shape, partial(_read, file, name)) for name, shape in shapes.items()}
+    return {name: Stored(shape, partial(_read, file, name), kind) for name, (shape, kind) in told.items()}
 
 
 def _read(file: Path, name: str) -> torch.Tensor:

@@ -16,10 +16,12 @@ from quamba.errors import UserError
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file; nothing of it is in memory before it is read, and nothing once what was read is dropped."""
+    """One tensor in a file; nothing of it is in memory before it is read, and nothing once what was read is dropped.
+    type: as safetensors names it ("I8"), "" elsewhere."""
 
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+    type: str = ""
 
 
 Index = dict[str, Stored]
