@@ -26,6 +26,16 @@ def read_text(path: str | Path) -> str:
     return text
 
 
+def check_prompt(prompt: str) -> None:
+    """Raise UserError for a prompt of nothing but white space, and for one that is not UTF-8."""
+    if not prompt.strip():
+        raise UserError("The prompt is empty; give at least one word to continue.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # Python stands in for such bytes of the command line
+        raise UserError("The prompt is not UTF-8 text; give it in that encoding.") from None
+
+
 def check_windows(window: int, max_windows: int | None = None, batch_size: int | None = None) -> None:
     """Raise UserError unless the window has a token to predict and the counts are positive."""
     if window < 2:

@@ -20,6 +20,8 @@ from quamba.errors import UserError
 _SYSTEM_ERRORS = {
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS,
 }  # fmt: skip
+# What torch says, on a CPU and on a GPU, in errors of no kind of their own or of one that comes with torch.
+_NO_MEMORY = ("can't allocate memory", "out of memory")
 _ENVIRONMENT_ERRORS = (
     ("quamba_kernels.registry", "BackendUnavailable"),
     ("quamba_kernels.cuda.toolchain", "CannotBuild"),
@@ -61,6 +63,8 @@ def _users_mistake(error: Exception) -> str | None:
         return str(error.format_message())
     if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
         return f"{error.filename or 'A file'} cannot be read or written: {error.strerror}"
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        return "There is not enough memory for what was asked; give fewer or shorter sequences, or a larger machine"
     # The environment asks for a backend or for objects that cannot be had. Looked up, not imported: torch would come.
     for module, name in _ENVIRONMENT_ERRORS:
         if module in sys.modules and isinstance(error, getattr(sys.modules[module], name)):

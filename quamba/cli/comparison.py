@@ -9,8 +9,7 @@ import typer
 
 from quamba.cli import console, files
 from quamba.cli.options import Device, Dtype
-from quamba.errors import UserError
-from quamba.windows import read_text
+from quamba.windows import check_prompt, read_text
 
 if TYPE_CHECKING:
     from quamba.inspection import Comparison
@@ -53,8 +52,8 @@ def run(
     files.check_place(json_file)
     if text is not None:
         read_text(text)
-    if prompt is not None and not prompt.strip():
-        raise UserError("The prompt is empty; give at least one word to continue.")
+    if prompt is not None:
+        check_prompt(prompt)
     console.settle()
     import torch
 

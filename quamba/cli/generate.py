@@ -9,6 +9,7 @@ import typer
 from quamba.cli import console
 from quamba.cli.options import Device, Model, Tokenizer
 from quamba.errors import UserError
+from quamba.windows import check_prompt
 
 
 def run(
@@ -33,8 +34,7 @@ def run(
 
     Example: quamba generate mamba2-tiny --prompt "The first step is" --max-new-tokens 40
     """
-    if not prompt.strip():
-        raise UserError("The prompt is empty; give at least one word to continue.")
+    check_prompt(prompt)
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"--top-p is above 0 and at most 1, and {top_p} was given.")
     if top_p is not None and temperature == 0:
