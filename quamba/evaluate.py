@@ -54,8 +54,8 @@ def perplexity(
     whole model, all call this, and all return the same number, that of one process.
 
     Returns file, windows, tokens (the number predicted) and value (inf where float64 has no room for it).
-    Raises UserError for a text that is missing, empty or shorter than a window, for counts out of range, and for a
-    model without a cache if stepwise.
+    Raises UserError for a text that is missing, empty or shorter than a window, for counts out of range, for a model
+    without a cache if stepwise, and where the loss is not a number.
     """
     check_windows(window, max_windows, batch_size)
     text = read_text(path)
@@ -71,7 +71,13 @@ def perplexity(
             report = _within(progress, done, len(batch), sum(map(len, own)))
             losses.append((_loss_stepwise if stepwise else _loss_prefill)(model, batch.to(device), report))
             done += len(batch)
-    total = sum(ranks.gather(losses, len(batches)))
+    losses = ranks.gather(losses, len(batches))
+    if any(map(math.isnan, losses)):
+        raise UserError(
+            f"the loss on '{path}' is not a number: activations of the model overflow {model.dtype}; "
+            "give a wider --dtype, and if it is float32 look at the checkpoint's weights"
+        )
+    total = sum(losses)
     tokens = count * (window - 1)
     return {"file": str(path), "windows": count, "tokens": tokens, "value": _exponential(total / tokens)}
 

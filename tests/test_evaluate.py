@@ -182,3 +182,11 @@ def test_task_mistakes_are_told_in_a_sentence(mamba2, tasks_path):
 def test_metrics_lose_the_default_filter_and_what_is_no_number():
     metrics = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": "N/A", "f1,none": math.nan, "exact_match,strict": 1}
     assert _clean(metrics) == {"acc": 0.5, "exact_match@strict": 1.0}
+
+
+def test_a_loss_that_is_no_number_is_an_error(text):
+    model, tokenizer = load("mamba2-tiny", device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7] = math.nan
+    with pytest.raises(UserError, match=r"the loss on .*text.txt' is not a number: activations .* torch.float32"):
+        evaluate.perplexity(model, tokenizer, text, window=WINDOW, max_windows=2)

@@ -55,7 +55,7 @@ def change(got, want) -> float:
 
 
 def test_unknown_types_are_refused_without_the_flag(original, tmp_path):
-    with pytest.raises(UserError, match=r"is not supported; known types are .*mamba2.*\(--linears-only\)"):
+    with pytest.raises(UserError, match=r"is not supported; known types are .*mamba2.*\(quamba quantize --linears-only\)"):
         quamba.quantize(original[0], "w8a8", tmp_path / "q", device="cpu", samples=2, seqlen=16)
 
 

@@ -33,7 +33,8 @@ def config(path: Path) -> Any:
     if "auto_map" not in stated and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise UserError(
             f"{path} has the model type {kind!r}, which transformers {__version__} does not have; known types are "
-            f"{', '.join(sorted(ARCHITECTURES))}, and of others in transformers the linears alone (--linears-only)"
+            f"{', '.join(sorted(ARCHITECTURES))}, and of others in transformers the linears alone "
+            "(quamba quantize --linears-only)"
         )
     whole = read_config(path)
     if whole.model_type in ARCHITECTURES:

@@ -25,7 +25,7 @@ def architecture(config: Any) -> Architecture:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UserError(
             f"model type {config.model_type!r} is not supported; known types are {known}; "
-            "of others the linears alone can be quantised (--linears-only)"
+            "of others the linears alone can be quantised (quamba quantize --linears-only)"
         )
     return found
 
