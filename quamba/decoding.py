@@ -75,7 +75,7 @@ class Decoder:
         taken = inspect.signature(model.forward).parameters
         # not every model counts its tokens where its first layer is recurrent
         self._counts = "position_ids" in taken
-        self._takes, self._owns = "past_key_values" in taken, False
+        self._takes, self._owns = next((name for name in CACHE_NAMES if name in taken), None), False
         self._position: torch.Tensor | None = None
         self.captured = Captured(self._step, capture=capture and together(model) and model.device.type == "cuda")
 
@@ -122,7 +122,8 @@ class Decoder:
         if not found and not self.cache and self._takes:
             self._own(ids)
             output = self.model(ids, use_cache=True, **options, **self.cache)
-            self._owns = any(getattr(layer, "is_initialized", False) for layer in self.cache["past_key_values"].layers)
+            layers = [layer for cache in self.cache.values() for layer in cache.layers]
+            self._owns = any(getattr(layer, "is_initialized", False) for layer in layers)
         self.cache = found or (self.cache if self._owns else {})
         if not self.cache:
             raise UserError(f"{type(self.model).__name__} returns no cache, so it cannot decode one token at a time")
@@ -133,7 +134,8 @@ class Decoder:
         """Begin a cache for a model that takes one and returns none; what such a model keeps in its modules too, a pass
         without a cache makes it forget."""
         self.model(ids[:, :1], use_cache=False)
-        self.cache = {"past_key_values": DynamicCache(config=self.model.config)}
+        assert self._takes is not None
+        self.cache = {self._takes: DynamicCache(config=self.model.config)}
 
     def check_whole(self) -> None:
         """Raises UserError where the cache is not all that the model remembers, so that its bytes say too little."""

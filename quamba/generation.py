@@ -104,15 +104,15 @@ def generate(
     generator = Generator(model, stop=stop_ids(model, tokenizer))
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
     text = [ids]
-    if streamer is not None:
-        streamer.put(ids)
     for piece in generator.pieces(
         ids.to(model.device), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     ):
-        text.append(piece)
         if streamer is not None:
+            if len(text) == 1:  # not before what follows has found its memory
+                streamer.put(ids)
             for token in piece[0]:
                 streamer.put(token.view(1))
+        text.append(piece)
     if streamer is not None:
         streamer.end()
     return cast(str, tokenizer.decode(torch.cat(text, 1)[0], skip_special_tokens=True))
