@@ -16,7 +16,7 @@ from quamba.conversion import Conversion
 from quamba.errors import UserError
 from quamba.layouts.layout import read_json
 from quamba.layouts.limits import check_sizes
-from quamba.models import architecture, describe, undescribed
+from quamba.models import ARCHITECTURES, architecture, describe, undescribed
 from quamba.models.spec import BlockSpec
 from quamba.pretrained import UNREADABLE, sentence
 from quamba.skeleton import Skeleton
@@ -61,19 +61,24 @@ class Checkpoint:
     """A model directory whose tensors are read one by one, under the names that its architecture uses today."""
 
     def __init__(
-        self, source: str | Path, tokenizer: str | Path | None = None, *, linears_only: bool = False
+        self, source: str | Path, tokenizer: str | Path | None = None, *, linears_only: bool | None = False
     ) -> None:
         """tokenizer: as quamba.tokenizer.open_tokenizer takes it; None for the checkpoint's own. linears_only: of the
-        model's structure nothing needs to be known."""
+        model's structure nothing needs to be known, as in a directory of which only the linears were quantised; None
+        where no file describes its type."""
         self.source, self.path = str(source), resolve(source)
         self.layout = layouts.find(self.path)
         found = self.layout.index(self.path)
         check_sizes(self.path, len(found))
         self.config: Any = self.layout.config(self.path)
-        self.architecture = undescribed(self.config) if linears_only else architecture(self.config)
-        self.spec = self.architecture.describe(self.config) if linears_only else describe(self.config)
+        stated = getattr(self.config, "quantization_config", None)
+        self.quantised = stated is not None
+        if linears_only is None:
+            linears_only = self.config.model_type not in ARCHITECTURES
+        self.described = not linears_only and not (isinstance(stated, dict) and "linears_only" in stated)
+        self.architecture = architecture(self.config) if self.described else undescribed(self.config)
+        self.spec = describe(self.config) if self.described else self.architecture.describe(self.config)
         self._stored = {self._today(name): stored for name, stored in found.items()}
-        self.quantised = getattr(self.config, "quantization_config", None) is not None
         self._conversion: Conversion | None = None
         if self.spec.hosted and not self.quantised:
             try:

@@ -55,7 +55,9 @@ def change(got, want) -> float:
 
 
 def test_unknown_types_are_refused_without_the_flag(original, tmp_path):
-    with pytest.raises(UserError, match=r"is not supported; known types are .*mamba2.*\(quamba quantize --linears-only\)"):
+    with pytest.raises(
+        UserError, match=r"is not supported; known types are .*mamba2.*\(quamba quantize --linears-only\)"
+    ):
         quamba.quantize(original[0], "w8a8", tmp_path / "q", device="cpu", samples=2, seqlen=16)
 
 
@@ -174,3 +176,36 @@ def test_parts_on_disk_come_and_go(original, tmp_path):
     ).eval()
     assert torch.equal(logits(model), logits(whole))
     assert all(tensor.is_meta for tensor in model.state_dict().values())
+
+
+def test_inspect_and_compare(original, text, tmp_path):
+    """Layers are those that the modules show; weights are compared as they are, since nothing was transformed."""
+    folder, model = original
+    quamba.quantize(folder, "w4a8", tmp_path / "q", linears_only=True, calibration_text=text, device="cpu", samples=2,
+                    seqlen=32)  # fmt: skip
+    found = quamba.inspect(tmp_path / "q", folder, text=text, samples=2, seqlen=32, device="cpu")
+    layers = {row.layer for row in found.rows}
+    assert layers == {*range(model.config.num_hidden_layers), None}
+    assert found.bytes == sum(
+        t.numel() * t.element_size() for t in load_file(tmp_path / "q/model.safetensors").values()
+    )
+    linears = [row for row in found.rows if row.stored_as.startswith("w4a8")]
+    assert linears and all(row.layer is not None for row in linears)
+    assert all(0.02 < row.weight_error < 0.3 and 4 < row.bits < 7 for row in linears)
+    assert any(row.input is not None and row.input.peak > 0 for row in linears)
+    [table] = [row for row in found.rows if row.role == "embedding"]
+    assert table.weight_error == 0
+    plain = quamba.inspect(folder, text=text, samples=2, seqlen=32, device="cpu")
+    assert not plain.quantised and {row.layer for row in plain.rows} == layers
+
+    apart = quamba.compare(folder, tmp_path / "q", text=text, tokens=64, max_new_tokens=4, device="cpu")
+    assert len(apart.layer_errors) == model.config.num_hidden_layers
+    assert all(0 < error < 1 for error in apart.layer_errors) and apart.kl_mean > 0
+
+
+def test_an_output_is_not_quantised_again(original, text, tmp_path):
+    quamba.quantize(original[0], "w8a8", tmp_path / "q", linears_only=True, calibration_text=text, device="cpu",
+                    samples=2, seqlen=32)  # fmt: skip
+    for only in (False, True):
+        with pytest.raises(UserError, match="is quantised already; give the original"):
+            quamba.quantize(tmp_path / "q", "w8a8", tmp_path / "again", linears_only=only, device="cpu")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from quamba import formats
 from quamba.checkpoint import Checkpoint
@@ -20,6 +21,7 @@ from quamba.models.spec import BlockSpec, MixerSpec, ModelSpec, Proj
 from quamba.modules.experts import Experts
 from quamba.modules.host import turns_values
 from quamba.modules.linear import Linear
+from quamba.modules.undescribed import blocks
 from quamba.recipe import FLOAT, Recipe, parse_recipe
 from quamba.transforms import residual_rotation, residual_rotation_obstacle
 from quamba.transforms.rotate import ResidualRotation
@@ -62,19 +64,23 @@ class Opened:
     """A checkpoint, original or quantised, and the model that runs it.
 
     recipe: the one that a quantised directory holds; FLOAT for an original. rotation: of the residual stream, None
-    where it is not rotated. Raises UserError for what cannot be opened, and for a directory that another tool
-    quantised.
+    where it is not rotated. Of a type that no file describes the blocks are the layers that its modules show. Raises
+    UserError for what cannot be opened, and for a directory that another tool quantised.
     """
 
     def __init__(self, source: str | Path, device: str, dtype: torch.dtype) -> None:
-        self.checkpoint = Checkpoint(source)
-        self.spec = self.checkpoint.spec
+        self.checkpoint = Checkpoint(source, linears_only=None)
+        self.spec, self.described = self.checkpoint.spec, self.checkpoint.described
         self.recipe = _recipe_of(self.checkpoint)
         turned, seed = self.recipe.rotate.residual, self.recipe.rotate.seed
         self.rotation: ResidualRotation | None = None
-        if turned and residual_rotation_obstacle(self.spec) is None:
+        if turned and self.described and residual_rotation_obstacle(self.spec) is None:
             self.rotation = residual_rotation(self.spec.d_model, seed)
         self.model, self.tokenizer = load(source, device=device, dtype=dtype)
+        if not self.described:
+            with torch.device("meta"):
+                floats: Any = AutoModelForCausalLM.from_config(self.checkpoint.config)
+            self.spec = replace(self.spec, blocks=tuple(BlockSpec(path, (), hosted=True) for path in blocks(floats)))
         self.places = list(_places(self.model, self.spec))
 
     def windows(self, ids: torch.Tensor, batch: int) -> Iterator[torch.Tensor]:
@@ -117,8 +123,10 @@ def _places(model: Any, spec: ModelSpec) -> Iterator[Place]:
             outputs, features = (module.outputs, module.features) if own else (module.out_features, module.in_features)
             role, biased = path.rpartition(".")[2], module.bias is not None
             yield Place(layer_of(path, spec), role, path, module, outputs, features, biased, f"{path}.weight")
-    head = model.get_submodule(spec.head)
-    yield Place(None, "lm_head", spec.head, head, spec.vocab, spec.d_model, False, f"{spec.head}.weight")
+    if spec.head:
+        head = model.get_submodule(spec.head)
+        biased = getattr(head, "bias", None) is not None
+        yield Place(None, "lm_head", spec.head, head, spec.vocab, spec.d_model, biased, f"{spec.head}.weight")
 
 
 def _of_projection(model: Any, block: BlockSpec, mixer: MixerSpec, proj: Proj, layer: int) -> Iterator[Place]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,7 @@ from quamba.modules.embedding import Embedding
 from quamba.modules.host import folds
 from quamba.modules.mixer import Mixer
 from quamba.pipeline import rotated, transform
+from quamba.recipe import FLOAT
 from quamba.transforms import permute
 
 SLAB = 2**22
@@ -61,10 +62,12 @@ class Originals:
     """
 
     def __init__(self, quantised: Opened, source: str) -> None:
-        self.quantised, self.checkpoint = quantised, Checkpoint(source)
+        self.quantised, self.checkpoint = quantised, Checkpoint(source, linears_only=not quantised.described)
         ours, theirs = quantised.spec, self.checkpoint.spec
         if self.checkpoint.quantised:
             raise UserError(f"{source} is quantised; give as original the checkpoint that the model was made of")
+        if not quantised.described:  # its layers are read off the modules
+            theirs = replace(theirs, blocks=ours.blocks)
         shapes = [(len(s.blocks), s.d_model, s.vocab) for s in (ours, theirs)]
         if shapes[0] != shapes[1] or self.checkpoint.config.model_type != quantised.checkpoint.config.model_type:
             said = [
@@ -78,6 +81,9 @@ class Originals:
     def layer(self, index: int) -> dict[str, torch.Tensor]:
         """Full name -> fp64 tensor of one block, in the basis and the order of the stored one."""
         block, recipe = self.quantised.spec.blocks[index], self.quantised.recipe
+        if not self.quantised.described:
+            names = [place.weight for place in self.quantised.places if place.layer == index]
+            return {name: self.checkpoint.tensor(name).double() for name in names}
         tensors = self.checkpoint.block(block)
         found: dict[str, torch.Tensor] = {}
         for sub in block.sublayers:
@@ -111,7 +117,7 @@ class Originals:
         spec = self.quantised.spec
         weight = self.checkpoint.tensor(f"{spec.head}.weight")
         gain: torch.Tensor | float = 1.0
-        if folds(self.quantised.recipe, spec.final_norm_kind):
+        if self.quantised.described and folds(self.quantised.recipe, spec.final_norm_kind):
             gain = self.checkpoint.tensor(f"{spec.final_norm}.weight").double() + spec.final_gain_offset
 
         def rows(part: slice) -> torch.Tensor:
@@ -122,7 +128,8 @@ class Originals:
     def embedding(self) -> Deviation:
         """Of the stored embedding."""
         spec = self.quantised.spec
-        table = Embedding(spec.vocab, spec.d_model, self.quantised.recipe.embedding, dtype=torch.float32)
+        stored = self.quantised.recipe.embedding if self.quantised.described else FLOAT.embedding
+        table = Embedding(spec.vocab, spec.d_model, stored, dtype=torch.float32)
         for name, tensor in table.state_dict().items():
             tensor.copy_(self.quantised.checkpoint.tensor(f"{spec.embedding}.{name}"))
         meant, total = self.checkpoint.tensor(f"{spec.embedding}.weight"), Deviation()
