@@ -27,8 +27,15 @@ constexpr int kPieces = kXPieces<kKind>, kPiece = 16;  // of a lane's x in a ste
 constexpr int kOctet = 8, kMostHeld = 4;  // elements that a thread makes at a time; how often, at most
 constexpr int kPrologueTokens = 2;
 constexpr int kPrefetched = 6;   // stages beyond the ring that L2 is asked for
-// A multiprocessor's registers hold 11 warps of one linear beside 13 of the next, but not 13 twice.
-constexpr int kRegisters = 80, kIdleWarps = 2;
+// A multiprocessor's registers hold 11 warps of one linear beside 13 of the next, but not 13 twice. Before CUDA 12.4 there is
+// no saying so, and blocks may share a multiprocessor while others are free.
+#if CUDART_VERSION >= 12040
+constexpr int kIdleWarps = 2;
+#define QUAMBA_STREAM_BOUND __maxnreg__(80)
+#else
+constexpr int kIdleWarps = 0;
+#define QUAMBA_STREAM_BOUND __launch_bounds__(32 * (kWarps + 1), 2)
+#endif
 
 struct Params {
   QuambaStream s;
@@ -162,7 +169,7 @@ __device__ __forceinline__ void make_input(uint4* x, float* x_scales, float* par
 
 // HELD: octets of x that a thread makes of a token; 0: x comes as codes.
 template <int HELD>
-__global__ void __maxnreg__(kRegisters) linear_stream(const __grid_constant__ Params p) {
+__global__ void QUAMBA_STREAM_BOUND linear_stream(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) char shared[];
   const QuambaLinear& q = p.s.linear;
   launch_dependents();
