@@ -90,6 +90,9 @@ class Epilogue {
 };
 
 #ifdef CUTLASS_ENABLE_GDC_FOR_SM90
+#if defined(__CUDA_ARCH__) && !defined(CUTLASS_GDC_ENABLED)
+#error "this CUTLASS does not make its kernels wait for the one before; take nvidia-cutlass 4.2 or newer"
+#endif
 constexpr bool kEarly = true;
 #else
 constexpr bool kEarly = false;

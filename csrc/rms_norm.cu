@@ -32,8 +32,9 @@ __global__ void __launch_bounds__(most_threads(Held)) normalise_rows(const __gri
   launch_dependents();
   constexpr bool kEarly = Held == 1;  // few rows: what is constant is on its way before the wait
   const bool static_codes = !a.y_scale && a.out_scale && a.out_scale_count == 1;
+  const bool early_scale = kEarly && static_codes && p.norm;  // without a norm it may have been made just now
   float out_scale = 1.f;
-  if (kEarly && static_codes) out_scale = __uint_as_float(constant_word(a.out_scale));
+  if (early_scale) out_scale = __uint_as_float(constant_word(a.out_scale));
   RawOctet early{};
   if (kEarly && a.weight && p.whole_octets && static_cast<int>(threadIdx.x) < p.octets) {
     const uint4* const from = static_cast<const uint4*>(a.weight);
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(most_threads(Held)) normalise_rows(const __gri
       scale = peak > 0.f ? __fdiv_rn(peak, 127.f) : 1.f;
       if (real && threadIdx.x == 0) a.y_scale[row] = scale;
     } else if (static_codes) {
-      scale = kEarly ? out_scale : __ldg(a.out_scale);
+      scale = early_scale ? out_scale : real ? __ldcg(a.out_scale) : 1.f;
     }
     const Grid grid = make_grid(scale);
     const bool codes = a.y_scale || a.out_scale, per_channel = a.out_scale && a.out_scale_count > 1;

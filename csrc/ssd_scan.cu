@@ -80,6 +80,7 @@ extern "C" long long quamba_ssd_scan_workspace(const QuambaSsdScan* args) {
 extern "C" int quamba_ssd_scan(const QuambaSsdScan* args, void* stream) {
   const QuambaSsdScan& a = *args;
   auto is_float = [](int type) { return type == QUAMBA_F32 || type == QUAMBA_F16 || type == QUAMBA_BF16; };
+  auto lies_at = [](const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
   auto is_short = [](int type) { return type == QUAMBA_I8 || type == QUAMBA_F16 || type == QUAMBA_BF16; };
   if (a.T < 0 || a.cuts < 0 || a.cuts > kMostCuts || a.sequences < 1 || a.G < 1 || a.H < 1 || a.H % a.G ||
       (a.cu_seqlens && a.T > 0x7fffffffLL) ||
@@ -87,7 +88,8 @@ extern "C" int quamba_ssd_scan(const QuambaSsdScan* args, void* stream) {
       !is_float(a.D_dtype) || (a.dt_bias && !is_float(a.dt_bias_dtype)) || a.y_dtype == QUAMBA_I8 ||
       !is_short(a.y_dtype) || !in_sixteens(a.x, a.x_dtype, a.x_token, a.x_batch, a.x_head) ||
       !in_sixteens(a.b, a.b_dtype, a.b_token, a.b_batch, a.b_group) ||
-      !in_sixteens(a.c, a.c_dtype, a.c_token, a.c_batch, a.c_group))
+      !in_sixteens(a.c, a.c_dtype, a.c_token, a.c_batch, a.c_group) || !lies_at(a.state, 8) || !lies_at(a.last, 8) ||
+      !lies_at(a.y, 16) || !lies_at(a.workspace, 16))
     return QUAMBA_UNSUPPORTED;
   Params p{a, cuts_of(a)};
   const Scratch scratch(a, p.cuts);

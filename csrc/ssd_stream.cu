@@ -120,6 +120,7 @@ __global__ void __launch_bounds__(32 * kStreamWarps, kStreamBlocks)
     init_barrier(barrier(1), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
+  __syncwarp();
 #endif
   // ahead of the wait: ssd_inputs lets this kernel start once what wrote the state before has ended
   fetch_state(0, first);
@@ -159,7 +160,8 @@ __global__ void __launch_bounds__(32 * kStreamWarps, kStreamBlocks)
     }
     const float input = __fmul_rn(head.y, row.x) * B_unit, skip = __fmul_rn(row.x, head.z), gate = row.y;
     float decay = head.x * scale, rate = quotient(input, decay);
-    const bool forgets = !(fabsf(rate) < 0x1p80f) && input != 0.f;
+    // without an input, what is no normal number is left of nothing
+    const bool forgets = input == 0.f ? decay < 0x1p-126f : !(fabsf(rate) < 0x1p80f);
     if (forgets) decay = fabsf(input), rate = input > 0.f ? 1.f : -1.f;
     if (input == 0.f) rate = 0.f;
     m.rows[lane] = make_uint2(__float_as_uint(rate),

@@ -184,6 +184,16 @@ def test_codes_of_values_beside_an_integer_are_off_by_one_at_most() -> None:
         check("ssd_decode", case, f"draw {draw}")
 
 
+@pytest.mark.parametrize("idle", [False, True])
+def test_rows_whose_decay_underflows_are_forgotten(idle: bool) -> None:
+    """With an input and without: nothing is left of the old codes, and without one the row is zero."""
+    _, case = model_case("mamba2-2.7b", 65, torch.int8, noisy=True)
+    case.args[7].fill_(-1e6)  # A
+    if idle:
+        case.kwargs["x_scale"].zero_()
+    check("ssd_decode", case)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("model", ["mamba2-2.7b", "mamba2-8b"])
 def test_int8_states_of_float_activations(model: str, dtype: torch.dtype) -> None:
