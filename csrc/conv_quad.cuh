@@ -36,6 +36,17 @@ struct QuadTaps {
 };
 
 // Constants of channels c .. c + 3, c a multiple of 4.
+// The bias of four channels, of any type of float; left as it is where there is none.
+__device__ __forceinline__ void quad_bias(const QuambaDecode& q, int c, float (&bias)[4]) {
+  if (q.conv_bias && q.conv_bias_type == QUAMBA_F32) {
+    quad_of(static_cast<const float*>(q.conv_bias), 4, c, bias);
+  } else if (q.conv_bias) {
+    const uint2 two = constant_pair(static_cast<const uint2*>(q.conv_bias) + c / 4);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) bias[j] = half_of(two, j, q.conv_bias_type);
+  }
+}
+
 __device__ __forceinline__ QuadTaps quad_taps(const QuambaDecode& q, int c) {
   QuadTaps t{};
   const uint4 weight = constant_quad(static_cast<const uint4*>(q.conv_weight) + c / 4);
@@ -43,13 +54,7 @@ __device__ __forceinline__ QuadTaps quad_taps(const QuambaDecode& q, int c) {
   quad_of(q.conv_in_scale, q.conv_in_count, c, t.in);
   quad_of(q.conv_weight_scale, 4, c, t.weight_scale);
   quad_of(q.conv_out_scale, 4, c, t.out);
-  if (q.conv_bias && q.conv_bias_type == QUAMBA_F32) {
-    quad_of(static_cast<const float*>(q.conv_bias), 4, c, t.bias);
-  } else if (q.conv_bias) {
-    const uint2 two = constant_pair(static_cast<const uint2*>(q.conv_bias) + c / 4);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) t.bias[j] = half_of(two, j, q.conv_bias_type);
-  }
+  quad_bias(q, c, t.bias);
   return t;
 }
 
@@ -104,13 +109,7 @@ __device__ __forceinline__ HalfTaps half_taps(const QuambaDecode& q, int c) {
   HalfTaps t{};
   t.weight[0] = constant_quad(static_cast<const uint4*>(q.conv_weight) + c / 2);
   t.weight[1] = constant_quad(static_cast<const uint4*>(q.conv_weight) + c / 2 + 1);
-  if (q.conv_bias && q.conv_bias_type == QUAMBA_F32) {
-    quad_of(static_cast<const float*>(q.conv_bias), 4, c, t.bias);
-  } else if (q.conv_bias) {
-    const uint2 two = constant_pair(static_cast<const uint2*>(q.conv_bias) + c / 4);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) t.bias[j] = half_of(two, j, q.conv_bias_type);
-  }
+  quad_bias(q, c, t.bias);
   return t;
 }
 

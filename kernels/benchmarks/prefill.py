@@ -37,7 +37,7 @@ class Model(NamedTuple):
 
     name: str
     D: int
-    I: int  # noqa: E741
+    I: int
     conv: int
     at: int
     proj: int

@@ -25,7 +25,7 @@ class Shape(NamedTuple):
     model: str
     role: str
     K: int
-    O: int  # noqa: E741
+    O: int
 
 
 SHAPES = (

@@ -32,7 +32,7 @@ def backend(name: str) -> Backend:
 
 def draw(name: str, rows: int, shape: tuple[int, int, int], dtype: torch.dtype = torch.bfloat16, seed=0) -> list[Any]:
     """x, its scale if it is int8, and weights: saturating values in the first row, zeros in the last ones."""
-    K, O, S = shape  # noqa: E741
+    K, O, S = shape
     rng = torch.Generator("cuda").manual_seed(seed)
 
     def codes(low: int, high: int, *size: int) -> torch.Tensor:

@@ -35,7 +35,7 @@ K_MULTIPLE, O_MULTIPLE, S_MULTIPLE, ALIGNMENT = 32, 8, 32, 16
 K_MAX = 32768
 
 
-def shape_why_not(K: int, O: int, S: int) -> str | None:  # noqa: E741
+def shape_why_not(K: int, O: int, S: int) -> str | None:
     """Why the kernels do not take a weight [O, K] with groups of S, in a sentence."""
     if K < 1 or O < 1 or K % K_MULTIPLE or O % O_MULTIPLE:
         return f"takes K a multiple of {K_MULTIPLE} and O a multiple of {O_MULTIPLE}, got K={K} and O={O}"
@@ -87,7 +87,7 @@ class Problem:
         out_dtype: torch.dtype,
         raw: bool = False,
     ) -> None:
-        K, O, device = x.shape[-1], w.shape[0], x.device  # noqa: E741
+        K, O, device = x.shape[-1], w.shape[0], x.device
         M = x.numel() // max(K, 1)
         integers = x_scale is not None or w_multiplier is not None or w.dtype == torch.int8
         grouped = w_multiplier if integers else w_scale

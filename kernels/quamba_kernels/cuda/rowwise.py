@@ -44,7 +44,7 @@ class QuambaGate(Arguments):
     )  # fmt: skip
 
 
-def gate_why_not(I: int, block: int) -> str | None:  # noqa: E741
+def gate_why_not(I: int, block: int) -> str | None:
     """Why gate_output does not take rows of I channels with Hadamard blocks of this size, in a sentence."""
     if I > LONGEST:
         return f"holds a row in shared memory: up to {LONGEST} channels, got {I}"
@@ -107,7 +107,7 @@ def gate_output(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     y = stream("y", y, y, FLOATS)
     z = stream("z", z, y, (*FLOATS, *CODES), tuple(y.shape))
-    I = y.shape[-1]  # noqa: E741
+    I = y.shape[-1]
     if reason := gate_why_not(I, block):
         raise ValueError(f"the CUDA gate_output {reason}")
     if norm_groups and I % norm_groups:

@@ -45,7 +45,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if x.dim() != 3:
         raise ValueError(f"x has to be [B, T, I], got {list(x.shape)}")
-    batch, T, I = x.shape  # noqa: E741
+    batch, T, I = x.shape
     N = A.shape[-1]
     if reason := why_not(N):
         raise ValueError(f"the CUDA selective_scan {reason}")

@@ -43,7 +43,7 @@ def sylvester(x, OUTER: tl.constexpr, F: tl.constexpr, INNER: tl.constexpr):
 @triton.jit
 def gate_kernel(
     y_ptr, z_ptr, weight_ptr, z_scale_ptr, base_ptr, out_scale_ptr, u_ptr, token_scale_ptr,
-    I, y_stride, z_stride, eps, norm_factor,  # noqa: E741
+    I, y_stride, z_stride, eps, norm_factor,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, BASE: tl.constexpr, POWER: tl.constexpr, CHANNEL_GATE: tl.constexpr,
     ROUND_GATE: tl.constexpr, CHANNEL_SCALE: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, F1: tl.constexpr,
     F2: tl.constexpr, F3: tl.constexpr,

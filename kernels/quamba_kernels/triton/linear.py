@@ -19,7 +19,7 @@ from quamba_kernels.triton.rounding import ROUND
 @triton.jit
 def linear_kernel(
     x_ptr, x_scale_ptr, w_ptr, factor_ptr, w_scale_ptr, bias_ptr, residual_ptr,
-    out_scale_ptr, y_ptr, M, O, K, S, x_stride, residual_stride,  # noqa: E741
+    out_scale_ptr, y_ptr, M, O, K, S, x_stride, residual_stride,
     PER_ELEMENT: tl.constexpr, GROUPED: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, TOKEN_SCALE: tl.constexpr,
     CHANNEL_OUT_SCALE: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip

@@ -26,7 +26,7 @@ def load_codes(pointer, inside, scale):
 @triton.jit
 def selective_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, dt_bias_ptr, state_ptr, x_scale_ptr, B_scale_ptr, C_scale_ptr, cu_ptr,
-    y_ptr, last_ptr, local_ptr, steps_ptr, T, I, N, segments,  # noqa: E741
+    y_ptr, last_ptr, local_ptr, steps_ptr, T, I, N, segments,
     x_batch, x_token, dt_batch, dt_token, B_batch, B_token, C_batch, C_token,
     OUTPUT: tl.constexpr, CHANNEL_SCALE: tl.constexpr, BI: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip

@@ -56,7 +56,7 @@ def ssd_update_kernel(
 @triton.jit
 def selective_update_kernel(
     state_ptr, state_scale_ptr, rng_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, dt_bias_ptr,
-    x_scale_ptr, B_scale_ptr, C_scale_ptr, y_ptr, batches, I, N, x_batch, dt_batch, B_batch, C_batch,  # noqa: E741
+    x_scale_ptr, B_scale_ptr, C_scale_ptr, y_ptr, batches, I, N, x_batch, dt_batch, B_batch, C_batch,
     CHANNEL_SCALE: tl.constexpr, BI: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """BI channels of one sequence."""
