@@ -198,6 +198,15 @@ __device__ __forceinline__ void shift(const QuambaDecode& q, float in_scale, con
   store(q.conv_state, type, conv_place(q, v, kWidth - 2), newest<CODES>(q, in_scale, v));
 }
 
+// What a row of Mamba2's state brings into the recurrence, and the constants that this takes.
+struct __align__(16) Row {
+  float decay, input, skip, gate;  // exp(dt A), dt x, D x, silu(z)
+};
+
+struct Rates {
+  float A, D, dt_bias, z_scale;
+};
+
 // silu(z), z being quantised first where it has a scale.
 __device__ __forceinline__ float gate_of(const QuambaDecode& q, float z, float scale) {
   return silu(q.z_scale ? __fmul_rn(code_of(z, scale), scale) : z);

@@ -128,13 +128,19 @@ __device__ __forceinline__ void butterfly(float (&v)[SIZE]) {
       }
 }
 
+// The threads that rotate a row: those of the block.
+struct WholeBlock {
+  static __device__ __forceinline__ int threads() { return blockDim.x; }
+  static __device__ __forceinline__ void sync() { __syncthreads(); }
+};
+
 namespace hadamard {
 
 // All butterflies over SIZE elements at a distance of 1 << shift.
-template <int SIZE, bool BASE>
+template <int SIZE, bool BASE, class Team>
 __device__ __forceinline__ void pass(float* row, int channels, int shift) {
   const int items = channels / SIZE;
-  for (int item = threadIdx.x; item < items; item += blockDim.x) {
+  for (int item = threadIdx.x; item < items; item += Team::threads()) {
     int first = (((item >> shift) * SIZE) << shift) + (item & ((1 << shift) - 1));
     // powers of two are taken within a stretch of 32 or across whole stretches, so their places are equally far apart
     float* const at = row + padded(first);
@@ -151,32 +157,32 @@ __device__ __forceinline__ void pass(float* row, int channels, int shift) {
 #pragma unroll
     for (int i = 0; i < SIZE; ++i) (BASE ? row[padded(first + (i << shift))] : at[i * step]) = v[i];
   }
-  __syncthreads();
+  Team::sync();
 }
 
 }  // namespace hadamard
 
 // Rotate a row in place (see above), without the gain. `done`: factors 2 that have been dealt with, 0 or 5 (or all, if
-// there are fewer). All threads of the block take part, after a __syncthreads(). The larger bases want more than 100
+// there are fewer). All threads of the team take part, after a sync of theirs. The larger bases want more than 100
 // registers: MAX_BASE leaves them out of a kernel that is not called for them.
-template <int MAX_BASE = 36>
+template <int MAX_BASE = 36, class Team = WholeBlock>
 __device__ __forceinline__ void rotate(float* row, int channels, const Rotation& r, int done = 0) {
   while (done < r.bits) {
     const int left = r.bits - done;
     const int take = done == 0 ? (left < kFirstBits ? left : kFirstBits) : left <= 5 ? left : (left + 1) / 2;
-    if (take == 5) hadamard::pass<32, false>(row, channels, done);
-    if (take == 4) hadamard::pass<16, false>(row, channels, done);
-    if (take == 3) hadamard::pass<8, false>(row, channels, done);
-    if (take == 2) hadamard::pass<4, false>(row, channels, done);
-    if (take == 1) hadamard::pass<2, false>(row, channels, done);
+    if (take == 5) hadamard::pass<32, false, Team>(row, channels, done);
+    if (take == 4) hadamard::pass<16, false, Team>(row, channels, done);
+    if (take == 3) hadamard::pass<8, false, Team>(row, channels, done);
+    if (take == 2) hadamard::pass<4, false, Team>(row, channels, done);
+    if (take == 1) hadamard::pass<2, false, Team>(row, channels, done);
     done += take;
   }
-  if (r.base == 12) hadamard::pass<12, true>(row, channels, r.bits);
-  if (r.base == 20) hadamard::pass<20, true>(row, channels, r.bits);
+  if (r.base == 12) hadamard::pass<12, true, Team>(row, channels, r.bits);
+  if (r.base == 20) hadamard::pass<20, true, Team>(row, channels, r.bits);
   if constexpr (MAX_BASE >= 28)
-    if (r.base == 28) hadamard::pass<28, true>(row, channels, r.bits);
+    if (r.base == 28) hadamard::pass<28, true, Team>(row, channels, r.bits);
   if constexpr (MAX_BASE >= 36)
-    if (r.base == 36) hadamard::pass<36, true>(row, channels, r.bits);
+    if (r.base == 36) hadamard::pass<36, true, Team>(row, channels, r.bits);
 }
 
 }  // namespace quamba

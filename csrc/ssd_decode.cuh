@@ -30,15 +30,6 @@ struct SsdParams {
   unsigned head_magic;   // ceil(2^kMagicBits / P): head = channel * head_magic >> kMagicBits
 };
 
-// What a row of the state brings into the recurrence.
-struct __align__(16) Row {
-  float decay, input, skip, gate;  // exp(dt A), dt x, D x, silu(z)
-};
-
-struct Rates {
-  float A, D, dt_bias, z_scale;
-};
-
 template <typename State, int N, int COUNT>
 struct SsdConfig {
   static constexpr int kThreads = N >= 128 ? 256 : 128, kBlocks = 512 / kThreads;  // 128 registers a thread

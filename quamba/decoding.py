@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from quamba.errors import UserError
+from quamba.modules.stack import Stack, joined, stacks_of
 from quamba.placement import entry, together
 from quamba.sampling import Sampler
 
@@ -77,6 +78,7 @@ class Decoder:
         self._counts = "position_ids" in taken
         self._takes, self._owns = next((name for name in CACHE_NAMES if name in taken), None), False
         self._position: torch.Tensor | None = None
+        self._stacks: list[Stack] | None = None
         self.captured = Captured(self._step, capture=capture and together(model) and model.device.type == "cuda")
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -155,9 +157,16 @@ class Decoder:
         self._position.copy_(positions[:, -1:] + 1)
         return positions
 
+    def advance(self, ids: torch.Tensor) -> torch.Tensor:
+        """forward of one token each, ids int64 [B, 1], through blocks that go together where they can."""
+        if self._stacks is None:
+            self._stacks = stacks_of(self.model)
+        with joined(self._stacks):
+            return self.forward(ids)
+
     def _step(self) -> torch.Tensor:
         assert self._ids is not None
-        logits = self.forward(self._ids)
+        logits = self.advance(self._ids)
         self.captured.capture = self.captured.capture and self.static
         return logits
 
@@ -207,7 +216,7 @@ class Continuation:
         return self.captured()
 
     def _step(self) -> torch.Tensor:
-        logits = self.decoder.forward(self._next)
+        logits = self.decoder.advance(self._next)
         self.captured.capture = self.captured.capture and self.decoder.static
         return self._choose(logits)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from quamba.modules.linear import Linear
 from quamba.modules.mixer import Mixer
 from quamba.modules.norm import Norm
 from quamba.recipe import Recipe
+
+if TYPE_CHECKING:
+    from quamba.modules.stack import Stack
 
 
 class RecurrentBlock(nn.Module):
@@ -32,6 +35,7 @@ class RecurrentBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.layer_idx, self.block_spec = layer, block
+        self.stack: Stack | None = None
         self.residual_dtype = torch.float32 if model.residual_fp32 else None
         for sub in block.sublayers:
             made: dict[str, Any] = {"dtype": dtype, "device": device}
@@ -50,6 +54,12 @@ class RecurrentBlock(nn.Module):
         """hidden_states [B, T, D] -> the same; attention_mask [B, T], 0 for padding on the left. The cache is called
         cache_params before transformers 5.24."""
         cache = kwargs.get("cache_params", cache)
+        if self.stack is not None:
+            return self.stack.step(self, hidden_states, cache, attention_mask)
+        return self.alone(hidden_states, cache, attention_mask)
+
+    def alone(self, hidden_states: torch.Tensor, cache: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """The block by itself."""
         hidden = hidden_states if self.residual_dtype is None else hidden_states.to(self.residual_dtype)
         for sub in self.block_spec.sublayers:
             hidden = self.run(sub, hidden, cache=cache, mask=attention_mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from quamba_kernels import ops
-from quamba_kernels.cuda import conv, decode, linear, objects, rowwise, scan, ssd
+from quamba_kernels.cuda import conv, decode, linear, objects, rowwise, scan, ssd, stack
 from quamba_kernels.cuda.library import library
 from quamba_kernels.cuda.toolchain import CannotBuild, of_device
 from quamba_kernels.ops import Activation
@@ -211,3 +211,21 @@ def selective_decode(
         per_token, out_dtype,
     )  # fmt: skip
     return _decoded(data, scale, out_scale)
+
+
+def _why_not_stack(setting: Setting) -> str | None:
+    reason = _why_not_w4a16(setting)
+    if reason is None and of_device(torch.cuda.get_device_capability()) != "sm_90a":
+        reason = "is written for Hopper (sm_90a)"
+    return reason or (stack.why_not(setting.shape) if setting.shape else None)
+
+
+@ops.ssd_stack.backend("cuda", why_not=_why_not_stack, rank=RANK)
+def ssd_stack(
+    x, blocks, memories, *, linear, eps, gate_eps, dt_limit=NO_LIMIT, norm_groups=0, block=0, in_dtype=torch.float32
+):  # fmt: skip
+    """One launch for all blocks, for one sequence: weights stream through shared memory without a pause."""
+    kept = [[tensor for tensor in tensors if tensor is not None] for tensors in zip(*memories, strict=True)]
+    return torch.ops.quamba.ssd_stack.default(
+        x, stack.flatten(blocks), *kept, linear, eps, gate_eps, *dt_limit, norm_groups, block, in_dtype
+    )

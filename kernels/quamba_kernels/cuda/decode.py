@@ -71,7 +71,7 @@ def shape_why_not(shape: dict[str, int]) -> str | None:
     return None
 
 
-class _Call:
+class Call:
     """The struct of a call, filled from tensors that are checked and kept alive until it is made."""
 
     def __init__(self, device: torch.device, **fields: int | float) -> None:
@@ -190,7 +190,7 @@ def conv_decode(
     if out_scale is None and out_dtype != x.dtype:
         raise TypeError(f"out_dtype has to be that of x, {x.dtype}, got {out_dtype}; out_scale gives an int8 result")
     channels = weight.shape[0]
-    call = _Call(x.device, batch=x.shape[0], channels=channels, in_=DTYPES[x.dtype])
+    call = Call(x.device, batch=x.shape[0], channels=channels, in_=DTYPES[x.dtype])
     call.rows("x", x, x.dtype, (x.shape[0], channels), "x_stride")
     call.convolution(state, weight, bias, in_scale, weight_scale, out_scale, x.dtype)
     y = torch.empty_like(x, dtype=_conv_type(out_scale, out_dtype), memory_format=torch.contiguous_format)
@@ -218,7 +218,7 @@ def ssd_decode(
     if reason := shape_why_not({"H": H, "P": P, "N": N, "W": conv_weight.shape[1], "norm_groups": norm_groups,
                                 "block": block}):  # fmt: skip
         raise ValueError(f"the CUDA decode step {reason}")
-    call = _Call(
+    call = Call(
         projected.device, batch=batch, H=H, P=P, G=G, N=N, channels=channels, in_=DTYPES[projected.dtype],
         norm_groups=norm_groups, block=block, eps=eps, dt_min=dt_min, dt_max=dt_max,
     )  # fmt: skip
@@ -251,7 +251,7 @@ def selective_decode(
     if reason := shape_why_not({"I": inner, "N": N, "block": block}):
         raise ValueError(f"the CUDA decode step {reason}")
     int8 = x_scale is not None
-    call = _Call(
+    call = Call(
         z.device, batch=batch, H=inner, P=1, G=1, N=N, channels=inner, in_=DTYPES[z.dtype],
         x_in=DTYPES[torch.int8 if int8 else z.dtype], block=block,
     )  # fmt: skip

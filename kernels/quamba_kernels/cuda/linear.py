@@ -51,7 +51,7 @@ def _tidy(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
-def _check(
+def check(
     name: str, tensor: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
 ) -> int:
     """The address. Raises TypeError or ValueError in a sentence when a kernel would misread the tensor."""
@@ -108,7 +108,7 @@ class Problem:
 
         int8, fp32 = (torch.int8,), (torch.float32,)
         self.linear = a = QuambaLinear(M=M, O=O, K=K, S=S, y_dtype=DTYPES[self.dtype])
-        a.x = _check("x", x, device, FLOATS if raw else int8 if integers else HALVES, x.shape)
+        a.x = check("x", x, device, FLOATS if raw else int8 if integers else HALVES, x.shape)
         a.x_dtype = DTYPES[x.dtype]
         if x_scale is not None:
             if x_scale.device != device or x_scale.dtype != torch.float32 or x_scale.numel() not in (1, M):
@@ -118,23 +118,23 @@ class Problem:
                 )
             a.x_scale, a.x_scale_count = x_scale.data_ptr(), x_scale.numel()
         if grouped is None:
-            a.w = _check("w", w, device, int8, (O, K))
+            a.w = check("w", w, device, int8, (O, K))
         else:
-            a.w = _check("w", w, device, (torch.int32,), (O, K // NIBBLES))
+            a.w = check("w", w, device, (torch.int32,), (O, K // NIBBLES))
         if w_multiplier is not None:
-            a.w_multiplier = _check("w_multiplier", w_multiplier, device, int8, (O, K // S))
+            a.w_multiplier = check("w_multiplier", w_multiplier, device, int8, (O, K // S))
         if integers:
-            a.w_scale = _check("w_scale", w_scale, device, fp32, (O,))
+            a.w_scale = check("w_scale", w_scale, device, fp32, (O,))
         else:
-            a.w_scale = _check("w_scale", w_scale, device, (torch.float16,), (O, K // S))
+            a.w_scale = check("w_scale", w_scale, device, (torch.float16,), (O, K // S))
         if bias is not None:
-            a.bias, a.bias_dtype = _check("bias", bias, device, FLOATS, (O,)), DTYPES[bias.dtype]
+            a.bias, a.bias_dtype = check("bias", bias, device, FLOATS, (O,)), DTYPES[bias.dtype]
         if residual is not None:
-            a.residual = _check("residual", residual, device, FLOATS, self.shape)
+            a.residual = check("residual", residual, device, FLOATS, self.shape)
             a.residual_dtype = DTYPES[residual.dtype]
         if out_scale is not None:
             a.out_scale_count = 1 if out_scale.numel() == 1 else O
-            a.out_scale = _check("out_scale", out_scale, device, fp32, (a.out_scale_count,))
+            a.out_scale = check("out_scale", out_scale, device, fp32, (a.out_scale_count,))
 
     @property
     def hopper(self) -> bool:
@@ -239,10 +239,10 @@ def norm_linear(
         whole = QuambaStream(prologue=1, eps=eps)
         if norm_weight is not None:
             norm_weight = _tidy(norm_weight)
-            whole.norm_weight = _check("norm_weight", norm_weight, p.device, FLOATS, (p.linear.K,))
+            whole.norm_weight = check("norm_weight", norm_weight, p.device, FLOATS, (p.linear.K,))
             whole.norm_weight_dtype = DTYPES[norm_weight.dtype]
         if in_scale is not None and not per_token:
-            whole.in_scale = _check("in_scale", in_scale, p.device, (torch.float32,), (1,))
+            whole.in_scale = check("in_scale", in_scale, p.device, (torch.float32,), (1,))
         return p.run("quamba_linear_w4a8_stream", whole)
     u, scale = torch.ops.quamba.rms_norm.default(x, norm_weight, eps, in_scale, per_token, in_dtype)
     epilogue = bias, residual, None, out_dtype

@@ -1,0 +1,103 @@
+// Weights of a stack of linears on their way through shared memory: one warp has the bulk copy engine bring them, layer
+// after layer, into a ring of stages that the other warps empty. Nothing but room holds it back, so weights arrive while the
+// others wait for each other.
+//
+// A block owns neighbouring rows of each matrix. A stage holds a run along K of a strip of ROWS of them, and their group
+// scales.
+#pragma once
+
+#include <cstdint>
+
+#include "linear_skinny_plan.h"
+#include "stack.h"
+#include "tma.cuh"
+
+namespace quamba::stack {
+
+constexpr int kMaxStages = 32;
+constexpr int kOctet = 8;        // rows that belong to one block
+constexpr int kRunBytes = 1280;  // of a row in a stage, at most
+constexpr int kParts = 4;        // shares of a stage, a warp each
+constexpr int kStep = skinny::kStepBytes;
+
+// A matrix of every layer.
+struct Matrix {
+  int O, K, row_bytes, steps;  // steps of 64 bytes
+  int runs, run_steps;
+  int pitch;                   // between rows of a stage: an odd multiple of 64 bytes, so that two rows share no bank
+  int scale_bytes;             // group scales of a row
+  int group_steps;             // steps that share a scale
+};
+
+// What a block has of it.
+struct Share {
+  int first, rows;
+
+  __device__ __forceinline__ Share(const Matrix& m) {
+    const int octets = m.O / kOctet;
+    const int begin = static_cast<int>(static_cast<int64_t>(octets) * blockIdx.x / gridDim.x);
+    const int end = static_cast<int>(static_cast<int64_t>(octets) * (blockIdx.x + 1) / gridDim.x);
+    first = begin * kOctet, rows = (end - begin) * kOctet;
+  }
+
+  template <int ROWS>
+  __device__ __forceinline__ int strips() const {
+    return (rows + ROWS - 1) / ROWS;
+  }
+};
+
+// `count` stages; stage n of the whole run of a kernel lies in slot n % count.
+struct Ring {
+  uint32_t full, empty;  // barriers
+  char* stages;
+  int count, bytes;
+
+  __device__ __forceinline__ void init() const {
+    for (int s = 0; s < count; ++s) init_barrier(full + 8 * s, 1), init_barrier(empty + 8 * s, kParts);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+};
+
+// How L2 is to treat the weights: they are read once.
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// A warp brings what the block has of a matrix, as stages n, n + 1, ...; returns the number after the last.
+template <int ROWS>
+__device__ __forceinline__ unsigned bring(const Ring& ring, const Matrix& m, const void* w, const void* scales,
+                                          unsigned n) {
+  const Share share(m);
+  const int lane = threadIdx.x % 32;
+  const uint64_t policy = evict_first();
+  for (int strip = 0; strip < share.strips<ROWS>(); ++strip) {
+    const int row = share.first + strip * ROWS, rows = min(ROWS, share.first + share.rows - row);
+    for (int run = 0; run < m.runs; ++run, ++n) {
+      const unsigned slot = n % ring.count, round = n / ring.count;
+      const int at = run * m.run_steps * kStep, bytes = min(m.run_steps * kStep, m.row_bytes - at);
+      const uint32_t full = ring.full + 8 * slot, to = shared_address(ring.stages + slot * ring.bytes);
+      if (round) wait(ring.empty + 8 * slot, (round - 1) & 1);
+      if (lane == 0) arrive_expecting(full, rows * (bytes + m.scale_bytes));
+      __syncwarp();
+      if (lane < rows)
+        bulk_copy(to + lane * m.pitch, static_cast<const char*>(w) + static_cast<int64_t>(row + lane) * m.row_bytes + at,
+                  bytes, full, policy);
+      if (lane == ROWS && m.scale_bytes)
+        bulk_copy(to + ROWS * m.pitch, static_cast<const char*>(scales) + static_cast<int64_t>(row) * m.scale_bytes,
+                  rows * m.scale_bytes, full, policy);
+    }
+  }
+  return n;
+}
+
+}  // namespace quamba::stack

@@ -1,0 +1,234 @@
+"""A stack of Mamba2 blocks as the custom op quamba::ssd_stack: one token of one sequence, one launch on Hopper."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quamba_kernels.cuda.decode import BASES, WIDTH, Call, QuambaDecode
+from quamba_kernels.cuda.library import DTYPES, library
+from quamba_kernels.cuda.linear import FLOATS, HALVES, check
+from quamba_kernels.hadamard import factor
+from quamba_kernels.ops.linear import NIBBLES
+from quamba_kernels.ops.stack import SsdBlock, SsdMemory
+
+D_STATE, RUN, MOST, BASE = 128, 128, 8192, 20
+"""d_state; channels come in runs of so many, and are at most so many; order of the rotation's largest base matrix."""
+WEIGHTS = 3
+"""Tensors of a linear's weights, at most."""
+
+_LINEAR = ("w", "w_scale", "w_multiplier", "bias")
+_MIXER = (
+    "conv_state", "conv_weight", "conv_weight_scale", "conv_bias", "conv_in_scale", "conv_out_scale", "state",
+    "state_scale", "rng", "A", "D", "dt_bias", "x_scale", "B_scale", "C_scale", "z_scale",
+)  # fmt: skip
+
+
+class QuambaStackLayer(ctypes.Structure):
+    """The struct of a layer in csrc/stack.h, field by field."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (
+            *(f"in_{name}" for name in _LINEAR), *(f"out_{name}" for name in _LINEAR), "norm_weight", "in_scale",
+            *_MIXER, "gate_weight", "out_scale",
+        )
+    ]  # fmt: skip
+
+
+class QuambaStack(ctypes.Structure):
+    """The struct of csrc/stack.h, field by field."""
+
+    _fields_ = [
+        ("mixer", QuambaDecode),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_longlong),
+        *((name, ctypes.c_void_p) for name in ("layers", "x", "y")),
+        *((name, ctypes.c_int) for name in ("count", "D", "S")),
+        *((name, ctypes.c_int) for name in ("hidden_type", "norm_weight_type", "in_bias_type", "out_bias_type")),
+        ("eps", ctypes.c_float),
+    ]
+
+    def __str__(self) -> str:
+        return f"{self.count} layers of D={self.D} S={self.S}, {self.mixer}"
+
+
+def why_not(shape: dict[str, int]) -> str | None:
+    """Why the kernel does not take a stack of these sizes, in a sentence."""
+    for name in ("D", "I"):
+        if shape[name] % RUN or shape[name] > MOST:
+            return f"takes {name} a multiple of {RUN} up to {MOST}, got {shape[name]}"
+    if shape["N"] != D_STATE or shape["W"] != WIDTH:
+        return f"takes d_state {D_STATE} and {WIDTH} taps, got {shape['N']} and {shape['W']}"
+    groups, block = shape["norm_groups"], shape["block"]
+    if groups and shape["I"] % (groups * RUN):
+        return f"takes norm groups of a multiple of {RUN} channels, got {groups} of {shape['I']}"
+    parts = factor(block) if block > 1 else (1, 1)
+    if parts is None or parts[0] not in BASES or parts[0] > BASE:
+        return f"knows Hadamard matrices of 2^k times {', '.join(str(b) for b in BASES if b <= BASE)}, got {block}"
+    S = shape["S"]
+    if S and (S % RUN or any(shape[name] % S or shape[name] // S % 2 for name in ("D", "I"))):
+        return f"takes int4 groups of a multiple of {RUN}, an even number of them in a row, got {S}"
+    return None
+
+
+def flatten(blocks: Sequence[SsdBlock]) -> list[Tensor | None]:
+    """The constants of all blocks, FIELDS for each."""
+    flat: list[Tensor | None] = []
+    for b in blocks:
+        for value in b:
+            flat += [*value, *[None] * (WEIGHTS - len(value))] if isinstance(value, tuple) else [value]
+    return flat
+
+
+FIELDS = len(SsdBlock._fields) + 2 * (WEIGHTS - 1)
+
+
+def _block(flat: Sequence[Tensor | None]) -> SsdBlock:
+    values, fields = iter(flat), dict[str, Any]()
+    for name in SsdBlock._fields:
+        if name.endswith("_weights"):
+            fields[name] = tuple(w for w in (next(values) for _ in range(WEIGHTS)) if w is not None)
+        else:
+            fields[name] = next(values)
+    return SsdBlock(**fields)
+
+
+class _Layer:
+    """The pointers of one layer, from tensors that are checked."""
+
+    def __init__(self, call: Call, b: SsdBlock, memory: SsdMemory, linear: str, dtype: torch.dtype) -> None:
+        self.call, self.types = call, dict[str, int]()
+        p = call.problem
+        H, P, N, G, inner = p.H, p.P, p.N, p.G, p.H * p.P
+        self.layer = layer = QuambaStackLayer()
+        self.S = 0
+        D = b.out_weights[0].shape[0]
+        for name, weights, bias, O, K in (
+            ("in", b.in_weights, b.in_bias, 2 * inner + 2 * G * N + H, D), ("out", b.out_weights, b.out_bias, D, inner),
+        ):  # fmt: skip
+            self._linear(name, linear, weights, bias, O, K)
+        call.convolution(
+            memory.conv_state, b.conv_weight, b.conv_bias, b.conv_in_scale, b.conv_weight_scale, b.conv_out_scale, dtype
+        )
+        call.recurrence(memory.state, memory.state_scale, memory.rng, b.A, b.D, b.dt_bias)
+        call.scale("x_scale", b.x_scale, (H, P), count="x_count")
+        call.scale("B_scale", b.B_scale, (1,), (G,), count="B_count")
+        call.scale("C_scale", b.C_scale, (1,), (G,), count="C_count")
+        call.scale("z_scale", b.z_scale, (1,), (inner,), count="z_count")
+        call.scale("out_scale", b.out_scale, (1,))
+        call.whole("norm_weight", b.gate_weight, FLOATS, (inner,), kind="norm_weight_type", aligned=True)
+        for name in _MIXER:
+            setattr(layer, name, getattr(p, name))
+        layer.gate_weight, layer.out_scale = p.norm_weight, p.out_scale
+        layer.norm_weight = self._constant("norm_weight", b.norm_weight, FLOATS, (D,))
+        layer.in_scale = self._constant("in_scale", b.in_scale, (torch.float32,), (1,))
+
+    def _constant(
+        self, name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
+    ) -> int | None:
+        if tensor is None:
+            return None
+        at = check(name, tensor, self.call.device, dtypes, shape)
+        self.types[name] = DTYPES[tensor.dtype]
+        return at
+
+    def _linear(self, name: str, linear: str, weights: tuple[Tensor, ...], bias: Tensor | None, O: int, K: int) -> None:
+        fp32, int8 = (torch.float32,), (torch.int8,)
+        wanted: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
+            "w": (int8, (O, K)) if linear == "linear_w8a8" else ((torch.int32,), (O, K // NIBBLES)),
+            "w_scale": (fp32, (O,)),
+        }
+        grouped = linear != "linear_w8a8"
+        if grouped:
+            groups = weights[1].shape[-1]
+            self.S = K // max(groups, 1)
+            if linear == "linear_w4a8":
+                wanted = {"w": wanted["w"], "w_multiplier": (int8, (O, groups)), "w_scale": (fp32, (O,))}
+            else:
+                wanted["w_scale"] = (torch.float16,), (O, groups)
+        if len(weights) != len(wanted):
+            raise ValueError(f"{linear} has {len(wanted)} tensors of weights, got {len(weights)}")
+        for tensor, (field, (dtypes, shape)) in zip(weights, wanted.items(), strict=True):
+            setattr(self.layer, f"{name}_{field}", self._constant(f"{name}_{field}", tensor, dtypes, shape))
+        setattr(self.layer, f"{name}_bias", self._constant(f"{name}_bias", bias, FLOATS, (O,)))
+
+
+def ssd_stack(
+    x: Tensor, constants: Sequence[Tensor | None], conv_states: Sequence[Tensor], states: Sequence[Tensor],
+    state_scales: Sequence[Tensor], rngs: Sequence[Tensor], linear: str, eps: float, gate_eps: float, dt_min: float,
+    dt_max: float, norm_groups: int, block: int, in_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    count = len(states)
+    if x.dim() != 2 or x.shape[0] != 1 or x.dtype not in FLOATS or in_dtype not in HALVES:
+        raise ValueError(
+            f"the CUDA stack takes one token of floats and activations of {HALVES}, got {x.dtype} {list(x.shape)} and {in_dtype}"
+        )
+    if not count or len(constants) != count * FIELDS or len(conv_states) != count:
+        raise ValueError(f"{count} states come with {count * FIELDS} constants, got {len(constants)}")
+    blocks = [_block(constants[i * FIELDS : (i + 1) * FIELDS]) for i in range(count)]
+    x, device = x.contiguous(), x.device
+    _, H, P, N = states[0].shape
+    channels = blocks[0].conv_weight.shape[0]
+    G = (channels - H * P) // (2 * N)
+    layers, first = (QuambaStackLayer * count)(), None
+    kept = []
+    for i, b in enumerate(blocks):
+        call = Call(
+            device, batch=1, H=H, P=P, G=G, N=N, channels=channels, in_=DTYPES[in_dtype], norm_groups=norm_groups,
+            block=block, eps=gate_eps, dt_min=dt_min, dt_max=dt_max,
+        )  # fmt: skip
+        memory = SsdMemory(
+            conv_states[i], states[i], state_scales[i] if state_scales else None, rngs[i] if rngs else None
+        )
+        if memory.state.shape != states[0].shape or b.conv_weight.shape != blocks[0].conv_weight.shape:
+            raise ValueError(f"all layers of a stack have the same sizes; layer {i} has a state {list(memory.state.shape)}")
+        made = _Layer(call, b, memory, linear, in_dtype)
+        layers[i] = made.layer
+        kept.append(made)
+        mine = _alike(made)
+        if first is not None and mine != _alike(first):
+            raise ValueError(f"all layers of a stack are of the same types and groups; layer {i} is not")
+        first = first or made
+    assert first is not None
+    y = torch.empty_like(x)
+    types = first.types
+    whole = QuambaStack(
+        mixer=first.call.problem, layers=ctypes.addressof(layers), x=x.data_ptr(), y=y.data_ptr(), count=count,
+        D=x.shape[1], S=first.S, hidden_type=DTYPES[x.dtype], norm_weight_type=types.get("norm_weight", 0),
+        in_bias_type=types.get("in_bias", 0), out_bias_type=types.get("out_bias", 0), eps=eps,
+    )  # fmt: skip
+    with torch.cuda.device(device):
+        library(device.index).call(f"quamba_ssd_stack_{linear.removeprefix('linear_')}", whole, device)
+    return y
+
+
+_SAME = (
+    "conv_state_type", "conv_weight_type", "conv_bias_type", "state_type", "norm_weight_type", "conv_in_count",
+    "x_count", "B_count", "C_count", "z_count",
+)  # fmt: skip
+
+
+def _alike(made: _Layer) -> tuple[Any, ...]:
+    """What the layers of a stack have in common."""
+    present = [getattr(made.layer, name) is not None for name, _ in QuambaStackLayer._fields_]
+    return (made.S, made.types, present, *(getattr(made.call.problem, name) for name in _SAME))
+
+
+_LIBRARY = torch.library.Library("quamba", "FRAGMENT")
+_LIBRARY.define(
+    "ssd_stack(Tensor x, Tensor?[] constants, Tensor(a!)[] conv_states, Tensor(b!)[] states, Tensor(c!)[] state_scales, "
+    "Tensor(d!)[] rngs, str linear, float eps, float gate_eps, float dt_min, float dt_max, int norm_groups, int block, "
+    "ScalarType in_dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("ssd_stack", ssd_stack, "CUDA")
+
+
+@torch.library.register_fake("quamba::ssd_stack", lib=_LIBRARY)
+def _fake(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,0 +1,158 @@
+"""Neighbouring Mamba2 blocks that take a decode step of one sequence together, where a backend runs them in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+
+from quamba.modules.block import RecurrentBlock
+from quamba.modules.ssd import SSDMixer
+from quamba.modules.state import RecurrentState
+from quamba_kernels import Setting, ops
+from quamba_kernels.ops import SsdBlock, SsdMemory
+from quamba_kernels.registry import Backend, forced_backend
+
+
+class Stack:
+    """Blocks of one kind, called one after the other: the first does the work of all, the others pass it on.
+
+    While ``open``, their forward comes here. A call that is not one token of one sequence under way runs block by block.
+    """
+
+    def __init__(self, blocks: list[RecurrentBlock], backend: Backend) -> None:
+        self.blocks, self.backend = blocks, backend
+        self._taken = False
+        self._constants: tuple[SsdBlock, ...] | None = None
+
+    def step(self, block: RecurrentBlock, hidden: torch.Tensor, cache: Any, mask: torch.Tensor | None) -> torch.Tensor:
+        """What ``block`` makes of hidden [B, T, D]."""
+        if block is not self.blocks[0]:
+            return hidden if self._taken else block.alone(hidden, cache, mask)
+        states = self._states(hidden, cache, mask)
+        self._taken = states is not None
+        return block.alone(hidden, cache, mask) if states is None else self._run(hidden, states)
+
+    def _states(
+        self, hidden: torch.Tensor, cache: Any, mask: torch.Tensor | None
+    ) -> list[RecurrentState] | None:
+        """The states of all blocks, if every one of them would decode this token with its fused op."""
+        if cache is None or hidden.shape[:2] != (1, 1) or any(part.training for part in self.blocks):
+            return None
+        found = []
+        for block in self.blocks:
+            mixer, state = _mixer(block), cache.layers[block.layer_idx]
+            if not isinstance(state, RecurrentState) or not mixer.decodes(state, 1, mask):
+                return None
+            if mixer.linear("in_proj").capture or mixer.linear("in_proj").input.watched:
+                return None
+            found.append(state)
+        return found
+
+    def _run(self, hidden: torch.Tensor, states: list[RecurrentState]) -> torch.Tensor:
+        first = self.blocks[0]
+        mixer = _mixer(first)
+        if self._constants is None:
+            self._constants = tuple(_constants(block) for block in self.blocks)
+        memories = tuple(SsdMemory(s.conv, s.recurrent, s.scale, s.rng) for s in states)
+        kept = first.residual_dtype or hidden.dtype
+        y: torch.Tensor = self.backend(
+            hidden[:, 0].to(kept), self._constants, memories, linear=mixer.linear("in_proj").format.op.name,
+            eps=_norm(first).eps, gate_eps=mixer.eps, dt_limit=mixer.mixer_spec.dt_limit,
+            norm_groups=mixer.out.norm_groups, block=mixer.block, in_dtype=mixer.dtype,
+        )  # fmt: skip
+        return y.unsqueeze(1)
+
+
+def stacks_of(model: nn.Module) -> list[Stack]:
+    """The stacks of a model: runs of alike Mamba2 blocks for which a backend has one launch."""
+    found = []
+    for siblings in model.modules():
+        if isinstance(siblings, nn.ModuleList):
+            for kind, run in groupby(siblings, _kind):
+                blocks = [block for block in run if isinstance(block, RecurrentBlock)]
+                backend = _backend(blocks[0]) if kind is not None and len(blocks) > 1 else None
+                if backend is not None:
+                    found.append(Stack(blocks, backend))
+    return found
+
+
+@contextmanager
+def joined(stacks: list[Stack]) -> Iterator[None]:
+    """Inside, the blocks of each stack take a step together."""
+    try:
+        for stack in stacks:
+            for block in stack.blocks:
+                block.stack = stack
+        yield
+    finally:
+        for stack in stacks:
+            for block in stack.blocks:
+                block.stack = None
+
+
+def _mixer(block: RecurrentBlock) -> SSDMixer:
+    mixer = block.part(block.block_spec.sublayers[0])
+    assert isinstance(mixer, SSDMixer)
+    return mixer
+
+
+def _norm(block: RecurrentBlock) -> Any:
+    return getattr(block, str(block.block_spec.sublayers[0].norm))
+
+
+def _kind(block: nn.Module) -> tuple[Any, ...] | None:
+    """What the blocks of a stack have in common; None for a block that no stack takes."""
+    if not isinstance(block, RecurrentBlock) or len(block.block_spec.sublayers) != 1 or hasattr(block, "_hf_hook"):
+        return None
+    if not isinstance(block.part(block.block_spec.sublayers[0]), SSDMixer):
+        return None
+    mixer = _mixer(block)
+    into, out = mixer.linear("in_proj"), mixer.linear(mixer.out.role)
+    if into.held is not None or out.held is not None or into.input.block or out.input.block:
+        return None
+    mixer.bind()
+    into.bind()
+    out.bind()
+    if mixer._decode is None or into.format is not out.format or into.spec.group_size != out.spec.group_size:
+        return None
+    sites = (mixer.conv_input, mixer.gate, *mixer.sites.values(), into.input, out.input)
+    return (
+        block.residual_dtype, mixer.dtype, into.format.op.name,
+        into.spec.group_size, into.bias is None, out.bias is None, mixer.state_spec.dtype, mixer.state_spec.rounding,
+        _norm(block).folded, _norm(block).eps, mixer.eps, mixer.block, mixer.out.norm_groups, mixer.conv1d.scale is None,
+        tuple((site.ready, site.per_token, site.quantised, site.spec.granularity) for site in sites),
+    )  # fmt: skip
+
+
+def _backend(block: RecurrentBlock) -> Backend | None:
+    """What runs a stack of such blocks in one launch, if anything does."""
+    op = ops.ssd_stack
+    if forced_backend(op.name) not in (None, *(known.name for known in op.candidates)):
+        return None
+    mixer = _mixer(block)
+    into = mixer.linear("in_proj")
+    grouped = into._weights[1]
+    shape = {
+        **mixer.mixer_spec.sizes, "D": into.features, "norm_groups": mixer.out.norm_groups, "block": mixer.block,
+        "S": into.features // grouped.shape[-1] if grouped.dim() == 2 else 0,
+    }  # fmt: skip
+    backend = op.bind(Setting(mixer._any_device().type, mixer.dtype, shape))
+    return None if backend.name == "torch" else backend
+
+
+def _constants(block: RecurrentBlock) -> SsdBlock:
+    mixer, norm = _mixer(block), _norm(block)
+    into, out = mixer.linear("in_proj"), mixer.linear(mixer.out.role)
+    A, D, dt_bias = mixer._rates
+    return SsdBlock(
+        norm_weight=None if norm.folded else norm.weight, in_scale=into.input.shared_scale, in_weights=into._weights,
+        in_bias=into.bias, conv_weight=mixer.conv1d.taps, conv_bias=mixer.conv1d.bias, A=A, D=D, dt_bias=dt_bias,
+        gate_weight=None if mixer.norm is None else mixer.norm.weight, conv_in_scale=mixer._conv_in_scale,
+        conv_weight_scale=mixer.conv1d.scale, conv_out_scale=mixer._conv_out_scale, **mixer._scales,
+        z_scale=mixer._z_scale, out_scale=out.input.shared_scale, out_weights=out._weights, out_bias=out.bias,
+    )  # fmt: skip
