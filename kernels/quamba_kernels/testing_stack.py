@@ -14,7 +14,7 @@ from quamba_kernels.testing_linear import _words
 
 
 class Sizes(NamedTuple):
-    """Of a Mamba2 block: D, H, P, G, N, groups of the norm and Hadamard block as in the ops; S group size, 0 for one."""
+    """Of a Mamba2 block: D, H, P, G, N, groups of the norm and Hadamard block as in the ops; S group size."""
 
     D: int
     H: int
@@ -85,12 +85,15 @@ def draw(
 
 @_for("ssd_stack")
 def _ssd_stack(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[Case]:
-    sizes = (Sizes(256, 4, 64, 1, 128, 1, 256), Sizes(256, 20, 64, 4, 128, 2, 640), Sizes(1024, 16, 64, 1, 128, 0, 0, 256))
+    sizes = (
+        Sizes(256, 4, 64, 1, 128, 1, 256), Sizes(256, 20, 64, 4, 128, 2, 640), Sizes(1024, 16, 64, 1, 128, 0, 0, 256),
+    )  # fmt: skip
     variants = ((F16, False, True), (torch.int8, True, True), (torch.int8, False, False))
     for i, made in enumerate(sizes):
         for j, linear in enumerate(("linear_w8a8", "linear_w4a8", "linear_w4a16")):
             kind, noisy, static = variants[(i + j) % len(variants)]
-            drawn = [draw(linear, rng, made, dtype, kind, noisy=noisy, static=static, gains=j != 1) for _ in range(1 + i % 2)]
+            how: dict[str, bool] = {"noisy": noisy, "static": static, "gains": j != 1}
+            drawn = [draw(linear, rng, made, dtype, kind, **how) for _ in range(1 + i % 2)]
             blocks, memories = tuple(b for b, _ in drawn), tuple(m for _, m in drawn)
             options: dict[str, Any] = {
                 "linear": linear, "eps": 1e-5, "gate_eps": 1e-6, "norm_groups": made.norm_groups, "block": made.block,

@@ -1,4 +1,4 @@
-"""Neighbouring Mamba2 blocks that take a decode step of one sequence together, where a backend runs them in one launch."""
+"""Neighbouring Mamba2 blocks that take a decode step of one sequence together, where a backend has one launch for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from quamba_kernels.registry import Backend, forced_backend
 class Stack:
     """Blocks of one kind, called one after the other: the first does the work of all, the others pass it on.
 
-    While ``open``, their forward comes here. A call that is not one token of one sequence under way runs block by block.
+    While ``joined``, their forward comes here; what is not one token of one sequence under way runs block by block.
     """
 
     def __init__(self, blocks: list[RecurrentBlock], backend: Backend) -> None:
@@ -124,8 +124,8 @@ def _kind(block: nn.Module) -> tuple[Any, ...] | None:
     return (
         block.residual_dtype, mixer.dtype, into.format.op.name,
         into.spec.group_size, into.bias is None, out.bias is None, mixer.state_spec.dtype, mixer.state_spec.rounding,
-        _norm(block).folded, _norm(block).eps, mixer.eps, mixer.block, mixer.out.norm_groups, mixer.conv1d.scale is None,
-        tuple((site.ready, site.per_token, site.quantised, site.spec.granularity) for site in sites),
+        _norm(block).folded, _norm(block).eps, mixer.eps, mixer.block, mixer.out.norm_groups,
+        mixer.conv1d.scale is None, tuple((site.ready, site.per_token, site.quantised, site.spec.granularity) for site in sites),
     )  # fmt: skip
 
 

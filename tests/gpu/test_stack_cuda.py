@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+
 from quamba_kernels import OPS, ops
 from quamba_kernels.testing import Case, change, disagreement, flat, outcome
 from quamba_kernels.testing_stack import Sizes, draw
 
-pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"), pytest.mark.usefixtures("poison")]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [needs_gpu, pytest.mark.usefixtures("poison")]
 LINEARS = ("linear_w8a8", "linear_w4a8", "linear_w4a16")
 MODELS = {
     "130m": Sizes(768, 24, 64, 1, 128, 1, 1536),
@@ -26,7 +28,9 @@ def kernel():
     return backend
 
 
-def case(linear: str, sizes: Sizes, dtype=torch.float16, kind=torch.int8, layers=1, seed=0, hidden=torch.float32, **how):
+def case(
+    linear: str, sizes: Sizes, dtype=torch.float16, kind=torch.int8, layers=1, seed=0, hidden=torch.float32, **how
+) -> Case:
     rng = torch.Generator().manual_seed(seed)
     drawn = [draw(linear, rng, sizes, dtype, kind, **how) for _ in range(layers)]
     options = {"linear": linear, "eps": 1e-5, "gate_eps": 1e-5, "norm_groups": sizes.norm_groups, "block": sizes.block,
@@ -43,7 +47,8 @@ def test_a_block_agrees_with_the_torch_body(linear: str, model: str) -> None:
         (torch.float16, torch.float16, {"gains": False}), (torch.bfloat16, torch.float16, {"hidden": torch.bfloat16}),
     )):  # fmt: skip
         given = case(linear, MODELS[model], dtype, kind, seed=seed, **how)
-        difference = disagreement(outcome(kernel(), given, "cuda"), outcome(OPS["ssd_stack"].candidates[-1], given), TOLERANCE[dtype])
+        want = outcome(OPS["ssd_stack"].candidates[-1], given)
+        difference = disagreement(outcome(kernel(), given, "cuda"), want, TOLERANCE[dtype])
         assert difference is None, f"{dtype} {kind} {how}: {difference}"
 
 
@@ -91,5 +96,5 @@ def test_what_the_kernel_would_misread_is_refused() -> None:
     with pytest.raises(ValueError, match="same types"):
         kernel()(x, (blocks[0], blocks[0]._replace(out_scale=None)), memories * 2, **given.kwargs)
     with pytest.raises(ValueError, match="contiguous"):
-        kernel()(x, blocks, (memories[0]._replace(state=memories[0].state.transpose(1, 2).contiguous().transpose(1, 2)),),
-                 **given.kwargs)  # fmt: skip
+        across = memories[0].state.transpose(1, 2).contiguous().transpose(1, 2)
+        kernel()(x, blocks, (memories[0]._replace(state=across),), **given.kwargs)

@@ -134,7 +134,7 @@ class _Layer:
         if tensor is None:
             return None
         at = check(name, tensor, self.call.device, dtypes, shape)
-        self.types[name] = DTYPES[tensor.dtype]
+        self.types[name] = DTYPES.get(tensor.dtype, -1)
         return at
 
     def _linear(self, name: str, linear: str, weights: tuple[Tensor, ...], bias: Tensor | None, O: int, K: int) -> None:
@@ -166,7 +166,8 @@ def ssd_stack(
     count = len(states)
     if x.dim() != 2 or x.shape[0] != 1 or x.dtype not in FLOATS or in_dtype not in HALVES:
         raise ValueError(
-            f"the CUDA stack takes one token of floats and activations of {HALVES}, got {x.dtype} {list(x.shape)} and {in_dtype}"
+            f"the CUDA stack takes one token of floats and activations of {HALVES}, "
+            f"got {x.dtype} {list(x.shape)} and {in_dtype}"
         )
     if not count or len(constants) != count * FIELDS or len(conv_states) != count:
         raise ValueError(f"{count} states come with {count * FIELDS} constants, got {len(constants)}")
@@ -186,7 +187,7 @@ def ssd_stack(
             conv_states[i], states[i], state_scales[i] if state_scales else None, rngs[i] if rngs else None
         )
         if memory.state.shape != states[0].shape or b.conv_weight.shape != blocks[0].conv_weight.shape:
-            raise ValueError(f"all layers of a stack have the same sizes; layer {i} has a state {list(memory.state.shape)}")
+            raise ValueError(f"all layers of a stack have the same sizes; layer {i} has a state {[*memory.state.shape]}")
         made = _Layer(call, b, memory, linear, in_dtype)
         layers[i] = made.layer
         kept.append(made)
@@ -215,15 +216,15 @@ _SAME = (
 
 def _alike(made: _Layer) -> tuple[Any, ...]:
     """What the layers of a stack have in common."""
-    present = [getattr(made.layer, name) is not None for name, _ in QuambaStackLayer._fields_]
+    present = [getattr(made.layer, field[0]) is not None for field in QuambaStackLayer._fields_]
     return (made.S, made.types, present, *(getattr(made.call.problem, name) for name in _SAME))
 
 
 _LIBRARY = torch.library.Library("quamba", "FRAGMENT")
 _LIBRARY.define(
-    "ssd_stack(Tensor x, Tensor?[] constants, Tensor(a!)[] conv_states, Tensor(b!)[] states, Tensor(c!)[] state_scales, "
-    "Tensor(d!)[] rngs, str linear, float eps, float gate_eps, float dt_min, float dt_max, int norm_groups, int block, "
-    "ScalarType in_dtype) -> Tensor",
+    "ssd_stack(Tensor x, Tensor?[] constants, Tensor(a!)[] conv_states, Tensor(b!)[] states, "
+    "Tensor(c!)[] state_scales, Tensor(d!)[] rngs, str linear, float eps, float gate_eps, float dt_min, float dt_max, "
+    "int norm_groups, int block, ScalarType in_dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.impl("ssd_stack", ssd_stack, "CUDA")
