@@ -33,32 +33,43 @@ using decode::Rates;
 using decode::Row;
 
 constexpr int kThreads = kTeam + 32;
-constexpr int kN = 128, kPasses = 2;  // d_state; passes of the team over its rows of the state, at most
-constexpr int kQuads = 4;             // of a row of activations that a thread has, at most
-constexpr int kRun = 128;             // channels of a warp's quads
+constexpr int kN = 128, kMostRows = 64;  // d_state; rows of the state that a block has, at most
+constexpr int kQuads = 4;                // of a row of activations that a thread has, at most
+constexpr int kRun = 128;                // channels of a warp's quads
 constexpr int kMostLayers = 64;
 constexpr int kScratch = 2 * kWarps;  // floats
 
+// Groups of a norm: how many, runs of kRun channels in each (a power of two where there are several), 1 / their channels.
+struct Groups {
+  int count, runs;
+  float share;
+};
+
 struct Params {
   QuambaDecode mixer;
-  Matrix in, out;
-  const void* x;
-  void* y;
-  void* projected;     // [in.O], of the activations' type
-  float* u;            // [out.K]
+  Matrix matrix[2];    // in_proj, out_proj
+  const float* x;      // the residual stream
+  float* y;
+  void* projected;     // what in_proj makes, of the activations' type
+  float* u;            // what the mixer makes, before its norm
   unsigned* arrivals;  // at barriers of the grid
+  Groups groups[2];    // of the norms before them
   Rotation rotation;
-  int layers, hidden_type, norm_weight_type, in_bias_type, out_bias_type;
+  int layers;
   int rows, blocks;    // of the state: of a block; blocks of a group
   int stages, stage_bytes, x_bytes, sums_bytes;
   float eps;
   QuambaStackLayer layer[kMostLayers];
 };
 
-// A quad of channels for each i: channels 4 (i kTeam + threadIdx.x) on.
+// A quad of channels for each i: channels 4 (i kTeam + threadIdx.x) on. Loops over i end where a row does.
 using Quads = float[kQuads][4];
 
 __device__ __forceinline__ int quad_of(int i) { return i * kTeam + threadIdx.x; }
+
+#define QUAMBA_EACH_QUAD(i, channels)            \
+  _Pragma("unroll") for (int i = 0; i < kQuads; ++i) \
+    if (i * kTeam * 4 < (channels))
 
 // Barrier of the grid, in two halves: what the block has written before is seen by all behind the second.
 __device__ __forceinline__ void arrive_grid(const Params& p) {
@@ -83,59 +94,79 @@ __device__ __forceinline__ void wait_grid(const Params& p, unsigned& barriers) {
   Team::sync();
 }
 
-// The gains of a norm, as they lie; 16 bits fill x and y.
-using RawQuads = uint4[kQuads];
+// The gains of a norm, of the activations' type, as they lie.
+using RawQuads = uint2[kQuads];
 
-__device__ __forceinline__ void load_gains(RawQuads& raw, const void* weight, int type, int channels) {
-#pragma unroll
-  for (int i = 0; i < kQuads; ++i) raw[i] = make_uint4(0, 0, 0, 0);
+__device__ __forceinline__ void load_gains(RawQuads& raw, const void* weight, int channels) {
   if (!weight) return;
-  if (type == QUAMBA_F32) {
+  QUAMBA_EACH_QUAD(i, channels) {
+    raw[i] = make_uint2(0, 0);
+    if (quad_of(i) * 4 < channels) raw[i] = constant_pair(static_cast<const uint2*>(weight) + quad_of(i));
+  }
+}
+
+// v <- v / rms(v) * gain, the root mean square being that of each group of channels. runs: a float for every kRun channels.
+template <bool HALF>
+__device__ __forceinline__ void normalise(Quads& v, int channels, const Groups& g, float eps, bool weighted,
+                                          const RawQuads& gain, float* runs) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  QUAMBA_EACH_QUAD(i, channels) {
+    const float sum = decode::sum_lanes<32>((v[i][0] * v[i][0] + v[i][1] * v[i][1]) + (v[i][2] * v[i][2] + v[i][3] * v[i][3]));
+    if (lane == 0) runs[i * kWarps + warp] = sum;  // zeros beyond the row
+  }
+  Team::sync();
+  float inverse = 0.f;
+  QUAMBA_EACH_QUAD(i, channels) {
+    if (i == 0 || g.count > 1) {
+      const float* const from = runs + (g.count > 1 ? (i * kWarps + warp & -g.runs) : 0);
+      float sum = lane < g.runs ? from[lane] : 0.f;
+      if (lane + 32 < g.runs) sum += from[lane + 32];
+      inverse = rsqrtf(decode::sum_lanes<32>(sum) * g.share + eps);
+    }
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i)
-      if (quad_of(i) * 4 < channels) raw[i] = constant_quad(static_cast<const uint4*>(weight) + quad_of(i));
-  } else {
-#pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-      if (quad_of(i) * 4 >= channels) continue;
-      const uint2 two = constant_pair(static_cast<const uint2*>(weight) + quad_of(i));
-      raw[i].x = two.x, raw[i].y = two.y;
+    for (int j = 0; j < 4; ++j) v[i][j] = __fmul_rn(v[i][j], inverse);
+    if (weighted) {
+      const float2 low = pair_of<HALF>(gain[i].x), high = pair_of<HALF>(gain[i].y);
+      v[i][0] = __fmul_rn(v[i][0], low.x), v[i][1] = __fmul_rn(v[i][1], low.y);
+      v[i][2] = __fmul_rn(v[i][2], high.x), v[i][3] = __fmul_rn(v[i][3], high.y);
     }
   }
 }
 
-// v <- v / rms(v) * gain, the root mean square being that of each of `groups` groups of channels. runs: a float for every
-// kRun channels. Ends without a sync.
-__device__ __forceinline__ void normalise(Quads& v, int channels, int groups, float eps, const void* weight, int type,
-                                          const RawQuads& gain, float* runs) {
-  const int lane = threadIdx.x % 32;
+// The rotation of hadamard.cuh: two factors 2 within a thread's quads, three at a time through shared memory, then the base.
+__device__ __forceinline__ void rotate(Quads& v, float* row, int channels, const Rotation& r) {
+  float* const own = row + padded(threadIdx.x * 4);
+  QUAMBA_EACH_QUAD(i, channels) {
+    if (r.bits > 0) {
+      const float a = v[i][0] + v[i][1], b = v[i][0] - v[i][1], c = v[i][2] + v[i][3], d = v[i][2] - v[i][3];
+      v[i][0] = a, v[i][1] = b, v[i][2] = c, v[i][3] = d;
+    }
+    if (r.bits > 1) {
+      const float a = v[i][0] + v[i][2], b = v[i][1] + v[i][3], c = v[i][0] - v[i][2], d = v[i][1] - v[i][3];
+      v[i][0] = a, v[i][1] = b, v[i][2] = c, v[i][3] = d;
+    }
+    if (quad_of(i) * 4 < channels)
 #pragma unroll
-  for (int i = 0; i < kQuads; ++i) {
-    const int run = quad_of(i) * 4 / kRun;
-    const float sum = decode::sum_lanes<32>((v[i][0] * v[i][0] + v[i][1] * v[i][1]) + (v[i][2] * v[i][2] + v[i][3] * v[i][3]));
-    if (lane == 0 && run * kRun < channels) runs[run] = sum;
+      for (int j = 0; j < 4; ++j) own[i * padded(kTeam * 4) + j] = v[i][j];
   }
   Team::sync();
-  const int of_group = channels / groups / kRun;
-  float inverse = 0.f;
+  int done = min(r.bits, 2);
+#pragma unroll 1
+  for (; r.bits - done >= 3; done += 3) hadamard::pass<8, false, Team>(row, channels, done);
+#pragma unroll 1
+  for (; done < r.bits; ++done) hadamard::pass<2, false, Team>(row, channels, done);
+  if (r.base == 12) hadamard::pass<12, true, Team>(row, channels, r.bits);
+  if (r.base == 20) hadamard::pass<20, true, Team>(row, channels, r.bits);
+  QUAMBA_EACH_QUAD(i, channels)
+    if (quad_of(i) * 4 < channels)
 #pragma unroll
-  for (int i = 0; i < kQuads; ++i) {
-    if (i == 0 || groups > 1) {
-      const int group = min(quad_of(i) * 4 / kRun / of_group, groups - 1);
-      float sum = 0.f;
-      for (int r = lane; r < of_group; r += 32) sum += runs[group * of_group + r];
-      inverse = rsqrtf(decode::sum_lanes<32>(sum) / static_cast<float>(of_group * kRun) + eps);
-    }
-    const float4 g = weight ? to_floats(gain[i], type) : make_float4(1.f, 1.f, 1.f, 1.f);
-    v[i][0] = __fmul_rn(__fmul_rn(v[i][0], inverse), g.x), v[i][1] = __fmul_rn(__fmul_rn(v[i][1], inverse), g.y);
-    v[i][2] = __fmul_rn(__fmul_rn(v[i][2], inverse), g.z), v[i][3] = __fmul_rn(__fmul_rn(v[i][3], inverse), g.w);
-  }
+      for (int j = 0; j < 4; ++j) v[i][j] = own[i * padded(kTeam * 4) + j] * r.gain;
 }
 
 // v as the input of a linear: codes by a static scale or the token's own, or floats of the activations' type. Ends with a
 // sync; returns the scale.
-template <Kind KIND>
-__device__ __forceinline__ float put_input(const Quads& v, int channels, const float* static_scale, int type, char* x,
+template <Kind KIND, bool HALF>
+__device__ __forceinline__ float put_input(const Quads& v, int channels, const float* static_scale, char* x,
                                            float* scratch) {
   float scale = 1.f;
   if constexpr (kInteger<KIND>) {
@@ -143,8 +174,7 @@ __device__ __forceinline__ float put_input(const Quads& v, int channels, const f
       scale = __uint_as_float(constant_word(static_scale));
     } else {
       float peak = 0.f;
-#pragma unroll
-      for (int i = 0; i < kQuads; ++i)
+      QUAMBA_EACH_QUAD(i, channels)
 #pragma unroll
         for (int j = 0; j < 4; ++j) peak = fmaxf(peak, fabsf(v[i][j]));
       peak = decode::max_lanes<32>(peak);
@@ -154,57 +184,61 @@ __device__ __forceinline__ float put_input(const Quads& v, int channels, const f
       scale = peak > 0.f ? __fdiv_rn(peak, 127.f) : 1.f;
     }
   }
-  const float inverse = __frcp_rn(scale);
-#pragma unroll
-  for (int i = 0; i < kQuads; ++i) {
+  const Grid grid = make_grid(scale);
+  QUAMBA_EACH_QUAD(i, channels) {
     const int quad = quad_of(i), k = quad * 4;
-    if (k >= channels) continue;
-    if constexpr (kInteger<KIND>) {
-      unsigned code[4];
+    if (k < channels) {
+      if constexpr (kInteger<KIND>) {
+        unsigned code[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) code[j] = to_code(v[i][j], scale, inverse);
-      const unsigned first = __byte_perm(code[0], code[2], 0x0040), second = __byte_perm(code[1], code[3], 0x0040);
-      if constexpr (KIND == Kind::kW8A8) {
-        reinterpret_cast<unsigned*>(x)[quad] =
-            __byte_perm(__byte_perm(code[0], code[1], 0x0040), __byte_perm(code[2], code[3], 0x0040), 0x5410);
+        for (int j = 0; j < 4; ++j) code[j] = __float_as_uint(code_on(v[i][j], grid) + kRounder);
+        if constexpr (KIND == Kind::kW8A8) {
+          reinterpret_cast<unsigned*>(x)[quad] =
+              __byte_perm(__byte_perm(code[0], code[1], 0x0040), __byte_perm(code[2], code[3], 0x0040), 0x5410);
+        } else {
+          unsigned short* const to = reinterpret_cast<unsigned short*>(x + k / 8 * 8 + k % 8 / 2);
+          to[0] = static_cast<unsigned short>(__byte_perm(code[0], code[2], 0x0040));
+          to[2] = static_cast<unsigned short>(__byte_perm(code[1], code[3], 0x0040));
+        }
       } else {
-        char* const to = x + k / 8 * 8 + k % 8 / 2;
-        *reinterpret_cast<unsigned short*>(to) = static_cast<unsigned short>(first);
-        *reinterpret_cast<unsigned short*>(to + 4) = static_cast<unsigned short>(second);
+        const int piece = k / 8, step = piece / 16, t = piece / 4 % 4, at = piece % 4;
+        *reinterpret_cast<uint2*>(x + (step * 32 + at * 8 + (t ^ (2 * at))) * 16 + k % 8 * 2) =
+            make_uint2(pack_pair(v[i][0], v[i][1], HALF), pack_pair(v[i][2], v[i][3], HALF));
       }
-    } else {
-      const int piece = k / 8, step = piece / 16, t = piece / 4 % 4, at = piece % 4;
-      const bool half = type == QUAMBA_F16;
-      *reinterpret_cast<uint2*>(x + (step * 32 + at * 8 + (t ^ (2 * at))) * 16 + k % 8 * 2) =
-          make_uint2(pack_pair(v[i][0], v[i][1], half), pack_pair(v[i][2], v[i][3], half));
     }
   }
   Team::sync();
   return scale;
 }
 
-// What a thread has to do with the convolution: a channel of B and C, or one of its block's rows.
-struct Channel {
-  bool exists, row;
-  int place;  // among the convolution's channels
-  decode::Taps taps;
-  decode::Window window;
-  float unit;
-};
+// The weights of all layers, in the order in which they are used.
+template <Kind KIND>
+__device__ __forceinline__ void bring_all(const Params& p, const Ring& ring) {
+  Stage stage{0, 0};
+  const Share of_in(p.matrix[0]), of_out(p.matrix[1]);
+#pragma unroll 1
+  for (int turn = 0; turn < 2 * p.layers; ++turn) {
+    const QuambaStackLayer& l = p.layer[turn / 2];
+    const QuambaStackLinear& linear = turn & 1 ? l.out : l.in;
+    bring<kRows<KIND>>(ring, p.matrix[turn & 1], turn & 1 ? of_out : of_in, linear.w,
+                       KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale, stage);
+  }
+}
 
 // The mixer of a layer as the decode kernels see it.
+template <bool CODES, int TYPE>
 __device__ __forceinline__ QuambaDecode mixer_of(const Params& p, const QuambaStackLayer& l) {
   QuambaDecode q = p.mixer;
   const int bytes = 2, inner = q.H * q.P, shared = q.G * q.N;
   const char* const projected = static_cast<const char*>(p.projected);
-  q.z = projected, q.x = projected + bytes * inner, q.B = projected + bytes * 2 * inner;
-  q.C = projected + bytes * (2 * inner + shared), q.dt = projected + bytes * (2 * inner + 2 * shared);
-  q.conv_state = l.conv_state, q.conv_weight = l.conv_weight, q.conv_weight_scale = l.conv_weight_scale;
-  q.conv_bias = l.conv_bias, q.conv_in_scale = l.conv_in_scale, q.conv_out_scale = l.conv_out_scale;
-  q.state = l.state, q.state_scale = l.state_scale, q.rng = l.rng;
-  q.A = l.A, q.D = l.D, q.dt_bias = l.dt_bias;
-  q.x_scale = l.x_scale, q.B_scale = l.B_scale, q.C_scale = l.C_scale, q.z_scale = l.z_scale;
-  q.norm_weight = l.gate_weight, q.out_scale = l.out_scale;
+  q.in = q.conv_bias_type = TYPE, q.conv_state_type = q.conv_weight_type = CODES ? QUAMBA_I8 : TYPE;
+  q.z = projected, q.x = projected + bytes * inner, q.dt = projected + bytes * (2 * inner + 2 * shared);
+  q.conv_state = l.conv_state, q.conv_weight = l.conv_weight, q.conv_bias = l.conv_bias;
+  q.conv_weight_scale = CODES ? l.conv_weight_scale : nullptr;
+  q.conv_in_scale = CODES ? l.conv_in_scale : nullptr, q.conv_out_scale = CODES ? l.conv_out_scale : nullptr;
+  q.x_scale = CODES ? l.x_scale : nullptr, q.B_scale = CODES ? l.B_scale : nullptr, q.C_scale = CODES ? l.C_scale : nullptr;
+  q.z_scale = CODES ? l.z_scale : nullptr;
+  q.A = l.A, q.D = l.D, q.dt_bias = l.dt_bias, q.rng = l.rng;
   return q;
 }
 
@@ -212,14 +246,15 @@ __device__ __forceinline__ QuambaDecode mixer_of(const Params& p, const QuambaSt
 struct Between {
   float B[kN], C[kN];
   unsigned columns[kN];
-  Row info[kTeam / 2];
-  unsigned draws[kTeam / 2];
+  Row info[kMostRows];
+  unsigned draws[kMostRows];
 };
 
-template <Kind KIND, typename State>
+template <Kind KIND, typename State, int TYPE>
 __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__ Params p) {
-  constexpr bool kCodes = kInteger<KIND>, kStateCodes = sizeof(State) == 1;
-  constexpr int kCount = 16 / sizeof(State), kLanes = kN / kCount, kPass = kTeam / kLanes;
+  constexpr bool kCodes = kInteger<KIND>, kStateCodes = sizeof(State) == 1, kHalf = TYPE == QUAMBA_F16;
+  constexpr int kCount = 16 / sizeof(State), kLanes = kN / kCount, kPass = kTeam / kLanes, kPasses = kMostRows / kPass;
+  using Stored = decode::Stored<State, kCount>;
   extern __shared__ __align__(128) char shared[];
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
 
@@ -235,196 +270,181 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
   __syncthreads();
 
   if (warp == kWarps) {
-    unsigned n = 0;
-#pragma unroll 1
-    for (int layer = 0; layer < p.layers; ++layer) {
-      const QuambaStackLayer& l = p.layer[layer];
-      constexpr bool kGrouped = KIND != Kind::kW8A8;
-      n = bring<kRows<KIND>>(ring, p.in, l.in.w, kGrouped && kCodes ? l.in.w_multiplier : l.in.w_scale, n);
-      n = bring<kRows<KIND>>(ring, p.out, l.out.w, kGrouped && kCodes ? l.out.w_multiplier : l.out.w_scale, n);
-    }
+    bring_all<KIND>(p, ring);
     return;
   }
 
-  const int hidden = p.out.O, inner = p.out.K, type = p.mixer.in;
-  const Share in_share(p.in), out_share(p.out);
+  const int inner = p.matrix[1].K;
+  const Share of_in(p.matrix[0]), of_out(p.matrix[1]);
   const int group = blockIdx.x / p.blocks, group_rows = p.mixer.H / p.mixer.G * p.mixer.P;
   const int first = (blockIdx.x - group * p.blocks) * p.rows;
-  const int rows = group < p.mixer.G ? min(p.rows, group_rows - first) : 0;  // none, or fewer, at the end
+  const int rows = group < p.mixer.G ? max(0, min(p.rows, group_rows - first)) : 0;
   const int channel0 = group * group_rows + first;
-  unsigned n = 0, barriers = 0;
-  RawQuads gain;
-  load_gains(gain, p.layer[0].norm_weight, p.norm_weight_type, hidden);
+  // a thread's channel of the convolution: of B and C, or of the block's rows of x
+  const bool is_row = threadIdx.x >= 2 * kN, is_B = threadIdx.x < kN;
+  const bool exists = rows > 0 && (!is_row || static_cast<int>(threadIdx.x) - 2 * kN < rows);
+  const int own_row = threadIdx.x - 2 * kN;
+  const int place = !exists  ? 0
+                    : is_row ? channel0 + own_row
+                             : inner + (is_B ? 0 : (p.mixer.G - 1) * kN) + group * kN + static_cast<int>(threadIdx.x);
+  const int head = is_row && exists ? place / p.mixer.P : 0;
 
+  Stage stage{0, 0};
+  unsigned barriers = 0;
+  RawQuads gain;
+  decode::Window window{};
+  float conv_in = 1.f;
+  load_gains(gain, p.layer[0].norm_weight, p.matrix[0].K);
+
+  // in_proj and out_proj of every layer in turn: what they share is there once, as instructions have to be fetched, too
 #pragma unroll 1
-  for (int layer = 0; layer < p.layers; ++layer) {
-    const QuambaStackLayer& l = p.layer[layer];
-    const void* const residual = layer ? p.y : p.x;
+  for (int turn = 0; turn < 2 * p.layers; ++turn) {
+    const int out = turn & 1;
+    const QuambaStackLayer& l = p.layer[turn / 2];
+    const QuambaStackLinear& linear = out ? l.out : l.in;
+    const Matrix& m = p.matrix[out];
+    const Share share = out ? of_out : of_in;
+    const float* const residual = turn < 2 ? p.x : p.y;
+    const bool owner = static_cast<int>(threadIdx.x) < share.rows;
+    const int own = share.first + threadIdx.x;
 
     Quads v;
-#pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-      const bool inside = quad_of(i) * 4 < hidden;
-      const float4 four = load_quad(residual, p.hidden_type, static_cast<long long>(quad_of(i)) * 4, inside ? 4 : 0, true);
+    const float* const from = out ? p.u : residual;
+    QUAMBA_EACH_QUAD(i, m.K) {
+      const float4 four = quad_of(i) * 4 < m.K ? __ldcg(reinterpret_cast<const float4*>(from) + quad_of(i))
+                                               : make_float4(0.f, 0.f, 0.f, 0.f);
       v[i][0] = four.x, v[i][1] = four.y, v[i][2] = four.z, v[i][3] = four.w;
     }
-    const int own_in = in_share.first + min(static_cast<int>(threadIdx.x), max(in_share.rows, 1) - 1);
-    const float in_scale = kCodes ? __uint_as_float(constant_word(static_cast<const float*>(l.in.w_scale) + own_in)) : 1.f;
-    const float in_bias = l.in.bias ? skinny::load_float(l.in.bias, own_in, p.in_bias_type) : -0.f;
-    normalise(v, hidden, 1, p.eps, l.norm_weight, p.norm_weight_type, gain, runs);
-    float x_scale = put_input<KIND>(v, hidden, l.in_scale, type, x, scratch);
-    n = products<KIND>(ring, p.in, in_share, n, x, sums);
-    Team::sync();
-    if (threadIdx.x < in_share.rows) {
-      float sum = sum_of<KIND>(p.in, sums, threadIdx.x);
-      if (kCodes) sum = __fmul_rn(__fmul_rn(sum, x_scale), in_scale);
-      skinny::store_float(p.projected, own_in, type, __fadd_rn(sum, in_bias));
+    float weight_scale = 1.f, before = -0.f;
+    if (owner) {
+      if (kCodes) weight_scale = __uint_as_float(constant_word(static_cast<const float*>(linear.w_scale) + own));
+      if (out) before = __ldcg(residual + own);
     }
+    if (out) {  // behind the barrier, so that all have read them
+      if (exists && !is_row && first == 0) {
+        const QuambaDecode q = mixer_of<kCodes, TYPE>(p, l);
+        decode::shift<kCodes>(q, conv_in, {0, place, q.x, place, {0, window.past[1], window.past[2]}, window.x});
+      }
+      if (kStateCodes && l.rng && blockIdx.x == 0 && threadIdx.x == 0) l.rng[1] = __ldcg(l.rng + 1) + 1;
+    }
+    if (p.groups[out].count)
+      normalise<kHalf>(v, m.K, p.groups[out], out ? p.mixer.eps : p.eps, (out ? l.gate_weight : l.norm_weight) != nullptr, gain, runs);
+    if (out && p.rotation.base) rotate(v, row, m.K, p.rotation);
+    const float x_scale = put_input<KIND, kHalf>(v, m.K, out ? l.out_scale : l.in_scale, x, scratch);
+    products<KIND>(ring, m, share, stage, x, sums);
+    Team::sync();
+    if (owner) {
+      float sum = sum_of<KIND>(m, sums, threadIdx.x);
+      if (kCodes) sum = __fmul_rn(__fmul_rn(sum, x_scale), weight_scale);
+      if (linear.bias) sum = __fadd_rn(sum, skinny::load_float(linear.bias, own, TYPE));
+      if (out)
+        p.y[own] = __fadd_rn(sum, before);
+      else
+        skinny::store_float(p.projected, own, TYPE, sum);
+    }
+    if (turn + 1 == 2 * p.layers) break;
     arrive_grid(p);
 
-    // what the mixer has from before this token is fetched while others finish
-    const QuambaDecode q = mixer_of(p, l);
-    const int c = threadIdx.x;
-    Channel own{};
-    Rates rates{};
-    own.row = c >= 2 * kN, own.exists = rows > 0 && (!own.row || c - 2 * kN < rows);
-    const int head = own.row ? (channel0 + c - 2 * kN) / q.P : 0;
-    if (own.exists) {
-      const bool is_B = c < kN;
-      own.place = own.row ? channel0 + c - 2 * kN : inner + (is_B ? group * kN + c : (q.G - 1 + group) * kN + c);
-      own.taps = decode::taps_of<kCodes>(q, own.place);
-      own.window = {0, own.place, q.x, own.place};  // B and C follow x
+    if (!out) {
+      // what the mixer has from before this token is fetched while others finish
+      const QuambaDecode q = mixer_of<kCodes, TYPE>(p, l);
+      decode::Taps taps{};
+      Rates rates{};
+      float unit = 1.f;
+      if (exists) {
+        taps = decode::taps_of<kCodes>(q, place);
+        window = {0, place, q.x, place};  // B and C follow x
+        conv_in = taps.in;
 #pragma unroll
-      for (int w = 0; w < decode::kWidth - 1; ++w)
-        own.window.past[w] = decode::fetch(q.conv_state, decode::Types<kCodes>::state(q), decode::conv_place(q, own.window, w));
-      if (own.row) {
-        own.unit = decode::constant(q.x_scale, q.x_count > 1 ? own.place : 0, 1.f);
-        rates = {decode::constant(q.A, head, 0.f), decode::constant(q.D, head, 0.f), decode::constant(q.dt_bias, head, 0.f),
-                 decode::constant(q.z_scale, q.z_count > 1 ? own.place : 0, 1.f)};
-      } else {
-        own.unit = is_B ? decode::constant(q.B_scale, q.B_count > 1 ? group : 0, 1.f)
-                        : decode::constant(q.C_scale, q.C_count > 1 ? group : 0, 1.f);
+        for (int w = 0; w < decode::kWidth - 1; ++w)
+          window.past[w] = decode::fetch(q.conv_state, decode::Types<kCodes>::state(q), decode::conv_place(q, window, w));
+        if (is_row) {
+          unit = decode::constant(q.x_scale, q.x_count > 1 ? place : 0, 1.f);
+          rates = {decode::constant(q.A, head, 0.f), decode::constant(q.D, head, 0.f), decode::constant(q.dt_bias, head, 0.f),
+                   decode::constant(q.z_scale, q.z_count > 1 ? place : 0, 1.f)};
+        } else {
+          unit = is_B ? decode::constant(q.B_scale, q.B_count > 1 ? group : 0, 1.f)
+                      : decode::constant(q.C_scale, q.C_count > 1 ? group : 0, 1.f);
+        }
       }
-    }
-    const int lane_row = threadIdx.x / kLanes, column = threadIdx.x % kLanes * kCount;
-    const auto state_at = [&](int at) { return static_cast<State*>(q.state) + static_cast<int64_t>(channel0 + at) * kN + column; };
-    decode::Stored<State, kCount> kept[kPasses];
-    float scales[kPasses];
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      const int at = i * kPass + lane_row;
-      kept[i] = {}, scales[i] = 1.f;
-      if (at >= rows) continue;
-      kept[i].load(state_at(at));
-      if (kStateCodes) scales[i] = __ldcg(q.state_scale + channel0 + at);
-    }
-    const bool noisy = kStateCodes && q.rng;
-    const unsigned key = noisy ? decode::dither_key(q.rng) : 0;
-    if (noisy && rows > 0)
-      for (int i = threadIdx.x; i < kN + rows; i += kTeam) {
-        if (i < kN)
-          between.columns[i] = decode::column_draw(key, static_cast<unsigned>(inner) + i);
-        else
-          between.draws[i - kN] = decode::row_draw(key, static_cast<unsigned>(channel0) + i - kN);
-      }
-    wait_grid(p, barriers);
-
-    if (own.exists) {
-      own.window.x = decode::fetch(q.x, type, own.place);
-      unsigned dt_word = 0, z_word = 0;
-      if (own.row) dt_word = decode::fetch(q.dt, type, head), z_word = decode::fetch(q.z, type, own.place);
-      const float made = decode::convolve<kCodes>(q, own.taps, own.window) * own.unit;
-      if (own.row) {
-        decode::shift<kCodes>(q, own.taps.in, own.window);
-        const float raw = __fadd_rn(decode::value(dt_word, q.dt, type, head), rates.dt_bias);
-        const float dt = fminf(fmaxf(decode::softplus(raw), q.dt_min), q.dt_max);
-        between.info[c - 2 * kN] = {expf(__fmul_rn(dt, rates.A)), __fmul_rn(dt, made), __fmul_rn(made, rates.D),
-                                    decode::gate_of(q, decode::value(z_word, q.z, type, own.place), rates.z_scale)};
-      } else {
-        between.B[c] = made;  // C follows B
-      }
-    }
-    Team::sync();
-    if (rows > 0) {
-      float B[kCount], C[kCount];
-      unsigned dither[kStateCodes ? kCount : 1];
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        B[i] = between.B[column + i], C[i] = between.C[column + i];
-        if constexpr (kStateCodes) dither[i] = noisy ? between.columns[column + i] : 0;
-      }
+      const int lane_row = threadIdx.x / kLanes, column = threadIdx.x % kLanes * kCount;
+      State* const state = static_cast<State*>(l.state) + static_cast<int64_t>(channel0 + lane_row) * kN + column;
+      float* const state_scale = kStateCodes ? l.state_scale + channel0 + lane_row : nullptr;
+      Stored kept[kPasses];
+      float scales[kPasses];
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
-        if (i * kPass >= rows) break;
-        const int at = i * kPass + lane_row;
-        const Row r = between.info[min(at, rows - 1)];
-        float h[kCount];
-        decode::unpack(kept[i], h);
-        const float decay = kStateCodes ? r.decay * scales[i] : r.decay;
-        float y = 0.f;
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          h[j] = fmaf(decay, h[j], r.input * B[j]);
-          y = fmaf(h[j], C[j], y);
-        }
-        y = decode::sum_lanes<kLanes>(y);
-        decode::Stored<State, kCount> stored;
-        float scale = 0.f;
-        if constexpr (kStateCodes)
-          scale = decode::quantize_row<kLanes>(h, noisy, noisy ? between.draws[min(at, rows - 1)] : 0, dither, stored);
+        kept[i] = {}, scales[i] = 1.f;
+        if (i * kPass + lane_row >= rows) continue;
+        kept[i].load(state + i * kPass * kN);
+        if (kStateCodes) scales[i] = __ldcg(state_scale + i * kPass);
+      }
+      const bool noisy = kStateCodes && q.rng;
+      if (noisy && static_cast<int>(threadIdx.x) < kN + rows) {
+        const unsigned key = decode::dither_key(q.rng);
+        if (threadIdx.x < kN)
+          between.columns[threadIdx.x] = decode::column_draw(key, static_cast<unsigned>(inner) + threadIdx.x);
         else
-          decode::pack(h, stored);
-        if (at >= rows) continue;
-        stored.store(state_at(at));
-        if (column == 0) {
-          if (kStateCodes) q.state_scale[channel0 + at] = scale;
-          p.u[channel0 + at] = (y + r.skip) * r.gate;
+          between.draws[threadIdx.x - kN] = decode::row_draw(key, static_cast<unsigned>(channel0) + threadIdx.x - kN);
+      }
+      wait_grid(p, barriers);
+
+      if (exists) {
+        window.x = decode::fetch(q.x, TYPE, place);
+        unsigned dt_word = 0, z_word = 0;
+        if (is_row) dt_word = decode::fetch(q.dt, TYPE, head), z_word = decode::fetch(q.z, TYPE, place);
+        const float made = decode::convolve<kCodes>(q, taps, window) * unit;
+        if (is_row) {
+          decode::shift<kCodes>(q, taps.in, window);
+          const float raw = __fadd_rn(decode::value(dt_word, q.dt, TYPE, head), rates.dt_bias);
+          const float dt = fminf(fmaxf(decode::softplus(raw), q.dt_min), q.dt_max);
+          between.info[own_row] = {expf(__fmul_rn(dt, rates.A)), __fmul_rn(dt, made), __fmul_rn(made, rates.D),
+                                   decode::gate_of(q, decode::value(z_word, q.z, TYPE, place), rates.z_scale)};
+        } else {
+          between.B[threadIdx.x] = made;  // C follows B
         }
       }
-    }
-    arrive_grid(p);
-
-    load_gains(gain, q.norm_weight, q.norm_weight_type, inner);
-    const int own_out = out_share.first + min(static_cast<int>(threadIdx.x), max(out_share.rows, 1) - 1);
-    const float out_scale = kCodes ? __uint_as_float(constant_word(static_cast<const float*>(l.out.w_scale) + own_out)) : 1.f;
-    const float out_bias = l.out.bias ? skinny::load_float(l.out.bias, own_out, p.out_bias_type) : -0.f;
-    const float before = skinny::load_float(residual, own_out, p.hidden_type);
-    wait_grid(p, barriers);
-
-#pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-      const float4 four = quad_of(i) * 4 < inner ? __ldcg(reinterpret_cast<const float4*>(p.u) + quad_of(i))
-                                                 : make_float4(0.f, 0.f, 0.f, 0.f);
-      v[i][0] = four.x, v[i][1] = four.y, v[i][2] = four.z, v[i][3] = four.w;
-    }
-    if (own.exists && !own.row && first == 0) decode::shift<kCodes>(q, own.taps.in, own.window);
-    if (noisy && blockIdx.x == 0 && threadIdx.x == 0) q.rng[1] = __ldcg(q.rng + 1) + 1;
-    if (q.norm_groups) normalise(v, inner, q.norm_groups, q.eps, q.norm_weight, q.norm_weight_type, gain, runs);
-    if (p.rotation.base) {
-#pragma unroll
-      for (int i = 0; i < kQuads; ++i)
-        if (quad_of(i) * 4 < inner)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) row[padded(quad_of(i) * 4) + j] = v[i][j];
       Team::sync();
-      rotate<20, Team>(row, inner, p.rotation);
+      if (warp * 32 / kLanes < rows) {
+        float B[kCount], C[kCount];
+        unsigned dither[kStateCodes ? kCount : 1];
 #pragma unroll
-      for (int i = 0; i < kQuads; ++i)
-        if (quad_of(i) * 4 < inner)
+        for (int i = 0; i < kCount; ++i) {
+          B[i] = between.B[column + i], C[i] = between.C[column + i];
+          if constexpr (kStateCodes) dither[i] = noisy ? between.columns[column + i] : 0;
+        }
 #pragma unroll
-          for (int j = 0; j < 4; ++j) v[i][j] = row[padded(quad_of(i) * 4) + j] * p.rotation.gain;
+        for (int i = 0; i < kPasses; ++i) {
+          if (i * kPass >= rows) break;
+          const int at = i * kPass + lane_row;
+          const Row r = between.info[min(at, rows - 1)];
+          float h[kCount];
+          decode::unpack(kept[i], h);
+          const float decay = kStateCodes ? r.decay * scales[i] : r.decay;
+          float y = 0.f;
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) {
+            h[j] = fmaf(decay, h[j], r.input * B[j]);
+            y = fmaf(h[j], C[j], y);
+          }
+          y = decode::sum_lanes<kLanes>(y);
+          Stored stored;
+          float scale = 0.f;
+          if constexpr (kStateCodes)
+            scale = decode::quantize_row<kLanes>(h, noisy, noisy ? between.draws[min(at, rows - 1)] : 0, dither, stored);
+          else
+            decode::pack(h, stored);
+          if (at >= rows) continue;
+          stored.store(state + i * kPass * kN);
+          if (column == 0) {
+            if (kStateCodes) state_scale[i * kPass] = scale;
+            p.u[channel0 + at] = (y + r.skip) * r.gate;
+          }
+        }
+      }
+      arrive_grid(p);
     }
-    x_scale = put_input<KIND>(v, inner, q.out_scale, type, x, scratch);
-    n = products<KIND>(ring, p.out, out_share, n, x, sums);
-    Team::sync();
-    if (threadIdx.x < out_share.rows) {
-      float sum = sum_of<KIND>(p.out, sums, threadIdx.x);
-      if (kCodes) sum = __fmul_rn(__fmul_rn(sum, x_scale), out_scale);
-      skinny::store_float(p.y, own_out, p.hidden_type, __fadd_rn(__fadd_rn(sum, out_bias), before));
-    }
-    if (layer + 1 == p.layers) break;
-    arrive_grid(p);
-    load_gains(gain, p.layer[layer + 1].norm_weight, p.norm_weight_type, hidden);
+    load_gains(gain, out ? p.layer[turn / 2 + 1].norm_weight : l.gate_weight, p.matrix[!out].K);
     wait_grid(p, barriers);
   }
 }
@@ -457,20 +477,24 @@ bool describe(Matrix& m, int O, int K, int S) {
 // The largest share of a matrix.
 inline int most_rows(const Matrix& m, int blocks) { return (m.O / kOctet + blocks - 1) / blocks * kOctet; }
 
-template <Kind KIND, typename State>
+template <Kind KIND, typename State, int TYPE>
 int launch(const QuambaStack& s, cudaStream_t stream) {
   const QuambaDecode& q = s.mixer;
   const int inner = q.H * q.P;
+  constexpr bool kCodes = kInteger<KIND>;
   Params p{};
   p.mixer = q, p.x = s.x, p.y = s.y, p.eps = s.eps;
-  p.hidden_type = s.hidden_type, p.norm_weight_type = s.norm_weight_type;
-  p.in_bias_type = s.in_bias_type, p.out_bias_type = s.out_bias_type;
-  if (q.batch != 1 || q.G < 1 || q.H % q.G || q.N != kN || inner % kRun || s.D % kRun || s.count < 1 || q.in == QUAMBA_F32)
+  if (q.batch != 1 || q.G < 1 || q.H % q.G || q.N != kN || inner % kRun || s.D % kRun || s.count < 1)
     return QUAMBA_UNSUPPORTED;
-  if (q.norm_groups < 0 || (q.norm_groups && inner % (q.norm_groups * kRun))) return QUAMBA_UNSUPPORTED;
+  if (q.conv_state_type != (kCodes ? QUAMBA_I8 : TYPE) || q.conv_weight_type != q.conv_state_type) return QUAMBA_UNSUPPORTED;
+  const int groups = q.norm_groups, runs = groups > 0 ? inner / groups / kRun : 0;
+  if (groups < 0 || (groups && (inner % (groups * kRun) || (groups > 1 && runs & (runs - 1))))) return QUAMBA_UNSUPPORTED;
+  p.groups[0] = {1, s.D / kRun, 1.f / static_cast<float>(s.D)};
+  p.groups[1] = {groups, runs, groups ? 1.f / static_cast<float>(runs * kRun) : 0.f};
   if (!make_rotation(q.block, p.rotation) || p.rotation.base > 20 || (p.rotation.base && inner % q.block))
     return QUAMBA_UNSUPPORTED;
-  if (!describe<KIND>(p.in, outputs(q), s.D, s.S) || !describe<KIND>(p.out, s.D, inner, s.S)) return QUAMBA_UNSUPPORTED;
+  if (!describe<KIND>(p.matrix[0], outputs(q), s.D, s.S) || !describe<KIND>(p.matrix[1], s.D, inner, s.S))
+    return QUAMBA_UNSUPPORTED;
   if (s.workspace_bytes < workspace_of(q)) return QUAMBA_UNSUPPORTED;
   int ordinal = 0, sms = 0, most = 0, cooperative = 0;
   cudaError_t error = cudaGetDevice(&ordinal);
@@ -486,31 +510,30 @@ int launch(const QuambaStack& s, cudaStream_t stream) {
   const int group_rows = inner / q.G;
   p.blocks = sms / q.G;
   if (!p.blocks) return QUAMBA_UNSUPPORTED;
-  p.rows = (group_rows + p.blocks - 1) / p.blocks;
-  constexpr int kPass = kTeam * 16 / static_cast<int>(sizeof(State)) / kN;
-  if (p.rows > std::min(kPasses * kPass, kTeam / 2)) return QUAMBA_UNSUPPORTED;
+  p.rows = ((group_rows + p.blocks - 1) / p.blocks + 7) / 8 * 8;
+  if (p.rows > kMostRows) return QUAMBA_UNSUPPORTED;
 
   int stage_bytes = 0, parts = 0;
-  for (const Matrix* m : {&p.in, &p.out}) {
-    const int strips = (most_rows(*m, sms) + kRows<KIND> - 1) / kRows<KIND>;
-    stage_bytes = std::max(stage_bytes, kRows<KIND> * (m->pitch + m->scale_bytes));
-    parts = std::max(parts, strips * m->runs * kParts);
-    p.x_bytes = std::max(p.x_bytes, m->steps * kStepX<KIND>);
-    if (most_rows(*m, sms) > kTeam) return QUAMBA_UNSUPPORTED;
+  for (const Matrix& m : p.matrix) {
+    const int strips = (most_rows(m, sms) + kRows<KIND> - 1) / kRows<KIND>;
+    stage_bytes = std::max(stage_bytes, kRows<KIND> * (m.pitch + m.scale_bytes));
+    parts = std::max(parts, strips * m.runs * kParts);
+    p.x_bytes = std::max(p.x_bytes, m.steps * kStepX<KIND>);
+    if (most_rows(m, sms) > kTeam) return QUAMBA_UNSUPPORTED;
   }
   p.stage_bytes = (stage_bytes + 127) / 128 * 128;
   p.sums_bytes = parts * kRows<KIND> * 4;
   const int others = 16 * kMaxStages + p.x_bytes + p.sums_bytes + static_cast<int>(sizeof(Between)) +
                      4 * (kScratch + kQuads * kWarps + padded(inner));
   p.stages = std::min((most - others) / p.stage_bytes, kMaxStages);
-  if (p.stages < 2) return QUAMBA_UNSUPPORTED;
+  if (p.stages < kWarps / kParts) return QUAMBA_UNSUPPORTED;
 
   char* at = static_cast<char*>(s.workspace);
   p.arrivals = reinterpret_cast<unsigned*>(at);
   p.projected = at + 256;
   p.u = reinterpret_cast<float*>(at + 256 + rounded_up(2ll * outputs(q)));
 
-  const auto kernel = ssd_stack<KIND, State>;
+  const auto kernel = ssd_stack<KIND, State, TYPE>;
   const int bytes = others + p.stages * p.stage_bytes;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   cudaLaunchAttribute attribute = {};
@@ -534,11 +557,19 @@ int launch(const QuambaStack& s, cudaStream_t stream) {
 }
 
 // By the type of the states.
-template <Kind KIND>
+template <Kind KIND, int TYPE>
 int launch(const QuambaStack& s, void* stream) {
   const auto to = static_cast<cudaStream_t>(stream);
-  if (s.mixer.state_type == QUAMBA_I8) return launch<KIND, int8_t>(s, to);
-  if (s.mixer.state_type == QUAMBA_F16) return launch<KIND, __half>(s, to);
+  if (s.mixer.state_type == QUAMBA_I8) return launch<KIND, int8_t, TYPE>(s, to);
+  if (s.mixer.state_type == QUAMBA_F16) return launch<KIND, __half, TYPE>(s, to);
+  return QUAMBA_UNSUPPORTED;
+}
+
+// And of the activations.
+template <Kind HALF, Kind BRAIN>
+int launch(const QuambaStack& s, void* stream) {
+  if (s.mixer.in == QUAMBA_F16) return launch<HALF, QUAMBA_F16>(s, stream);
+  if (s.mixer.in == QUAMBA_BF16) return launch<BRAIN, QUAMBA_BF16>(s, stream);
   return QUAMBA_UNSUPPORTED;
 }
 

@@ -4,7 +4,5 @@ extern "C" long long quamba_ssd_stack_w4a16_workspace(const QuambaStack* s) { re
 
 extern "C" int quamba_ssd_stack_w4a16(const QuambaStack* s, void* stream) {
   using namespace quamba::stack;
-  if (s->mixer.in == QUAMBA_F16) return launch<Kind::kW4F16>(*s, stream);
-  if (s->mixer.in == QUAMBA_BF16) return launch<Kind::kW4BF16>(*s, stream);
-  return QUAMBA_UNSUPPORTED;
+  return launch<Kind::kW4F16, Kind::kW4BF16>(*s, stream);
 }

@@ -3,7 +3,6 @@
 extern "C" long long quamba_ssd_stack_w4a8_workspace(const QuambaStack* s) { return quamba::stack::workspace_of(s->mixer); }
 
 extern "C" int quamba_ssd_stack_w4a8(const QuambaStack* s, void* stream) {
-  using namespace quamba;
-  if (!decode::all_codes(s->mixer)) return QUAMBA_UNSUPPORTED;
-  return stack::launch<stack::Kind::kW4A8>(*s, stream);
+  using namespace quamba::stack;
+  return launch<Kind::kW4A8, Kind::kW4A8>(*s, stream);
 }

@@ -1,7 +1,8 @@
 // The C ABI of a stack of Mamba2 blocks (ops/stack.py): one token of one sequence through norm, in_proj, mixer, out_proj and
 // residual of every layer, in one launch. Entry points as in linear.h:
 //   quamba_ssd_stack_w8a8, _w4a8, _w4a16 (int NAME(const QuambaStack*, void* stream)), with NAME_workspace.
-// All layers have the same sizes and types. Weights start at a multiple of 16 bytes.
+// All layers have the same sizes and types; gains and biases have the type of the activations, and so has the convolution
+// of w4a16, where the others have codes. Weights start at a multiple of 16 bytes.
 #pragma once
 
 #include "decode.h"
@@ -43,9 +44,8 @@ typedef struct {
   void* workspace;
   long long workspace_bytes;
   const QuambaStackLayer* layers;  // host memory
-  const void* x;                   // [D], of type `hidden_type`
-  void* y;                         // [D], written
+  const float* x;                  // [D]
+  float* y;                        // [D], written
   int count, D, S;                 // layers, channels of the residual, group size of int4 weights
-  int hidden_type, norm_weight_type, in_bias_type, out_bias_type;
   float eps;                       // of the norm before in_proj
 } QuambaStack;

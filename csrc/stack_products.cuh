@@ -76,19 +76,15 @@ template <Kind KIND>
 __device__ __forceinline__ void multiply_part(const Lane& l, int s, int steps, uint32_t* sums, int lane) {
   if constexpr (kInteger<KIND>) {
     int acc = 0;
-    if (steps == kMostSteps) {
 #pragma unroll
-      for (int i = 0; i < kMostSteps; ++i) acc += multiply_step<KIND>(l, s + i);
-    } else {
-#pragma unroll 2
-      for (int i = 0; i < steps; ++i) acc += multiply_step<KIND>(l, s + i);
-    }
+    for (int i = 0; i < kMostSteps; ++i)
+      if (i < steps) acc += multiply_step<KIND>(l, s + i);
     acc += __shfl_xor_sync(~0u, acc, 1);
     acc += __shfl_xor_sync(~0u, acc, 2);
     if (lane % 4 == 0) sums[lane / 4] = static_cast<uint32_t>(acc);
   } else {
     float acc[1][1][4] = {};
-#pragma unroll 2
+#pragma unroll 1
     for (int i = s; i < s + steps; ++i) {
       skinny::Step<1> step;
       const int group = group_of(l, i);
@@ -106,33 +102,37 @@ __device__ __forceinline__ void multiply_part(const Lane& l, int s, int steps, u
   }
 }
 
-// What the block has of a matrix, its stages being n, n + 1, ... : sums of parts in `sums`, [strip][run][part][row]. The sync
-// of the team that has to follow is the caller's. Returns the number after the last stage.
+// What the block has of a matrix, from `stage` on, which moves behind it: sums of parts in `sums`, [strip][run][part][row].
+// The sync of the team that has to follow is the caller's. A warp takes one part of every fourth stage.
 template <Kind KIND>
-__device__ __forceinline__ unsigned products(const Ring& ring, const Matrix& m, const Share& share, unsigned n,
-                                             const char* x, uint32_t* sums) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+__device__ __forceinline__ void products(const Ring& ring, const Matrix& m, const Share& share, Stage& stage,
+                                         const char* x, uint32_t* sums) {
+  constexpr int kStride = kWarps / kParts;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % kParts;
   const int stages = share.strips<kRows<KIND>>() * m.runs;
+  int at = warp / kParts, run = at;
+  while (run >= m.runs) run -= m.runs;
+  Stage mine = stage;
+  mine.advance(ring, at);
 #pragma unroll 1
-  for (int j = warp; j < stages * kParts; j += kWarps) {
-    const int stage = j / kParts, part = j % kParts, run = stage % m.runs;
-    const unsigned slot = (n + stage) % ring.count, round = (n + stage) / ring.count;
-    const char* const at = ring.stages + slot * ring.bytes;
+  for (; at < stages; at += kStride, mine.advance(ring, kStride)) {
+    const char* const from = ring.stages + mine.slot * ring.bytes;
     const int first = run * m.run_steps, steps = min(m.run_steps, m.steps - first);
     const int begin = steps * part / kParts, end = steps * (part + 1) / kParts;
-    const Lane l{at + lane / 4 * m.pitch + lane % 4 * 16,
+    const Lane l{from + lane / 4 * m.pitch + lane % 4 * 16,
                  x + first * kStepX<KIND> + (kInteger<KIND> ? lane % 4 * (kStepX<KIND> / 4) : 0),
-                 at + kRows<KIND> * m.pitch + lane / 4 * m.scale_bytes,
+                 from + kRows<KIND> * m.pitch + lane / 4 * m.scale_bytes,
                  m.pitch,
                  m.scale_bytes,
                  m.group_steps,
                  first};
-    wait(ring.full + 8 * slot, round & 1);
-    multiply_part<KIND>(l, begin, end - begin, sums + j * kRows<KIND>, lane);
+    wait(ring.full + 8 * mine.slot, mine.parity);
+    multiply_part<KIND>(l, begin, end - begin, sums + (at * kParts + part) * kRows<KIND>, lane);
     __syncwarp();
-    if (lane == 0) arrive(ring.empty + 8 * slot);
+    if (lane == 0) arrive(ring.empty + 8 * mine.slot);
+    for (run += kStride; run >= m.runs;) run -= m.runs;
   }
-  return n + stages;
+  for (int left = stages; left > 0; left -= ring.count) stage.advance(ring, min(left, ring.count));
 }
 
 // The sum of row r of the block's share.

@@ -58,6 +58,18 @@ struct Ring {
   }
 };
 
+// A place in the ring: its slot, and the parity of its round.
+struct Stage {
+  int slot;
+  unsigned parity;
+
+  // `by` at most the ring's stages
+  __device__ __forceinline__ void advance(const Ring& ring, int by) {
+    slot += by;
+    if (slot >= ring.count) slot -= ring.count, parity ^= 1;
+  }
+};
+
 // How L2 is to treat the weights: they are read once.
 __device__ __forceinline__ uint64_t evict_first() {
   uint64_t policy;
@@ -73,20 +85,20 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int byt
       : "memory");
 }
 
-// A warp brings what the block has of a matrix, as stages n, n + 1, ...; returns the number after the last.
+// A warp brings what the block has of a matrix, from `stage` on. Slots are free in the first round.
 template <int ROWS>
-__device__ __forceinline__ unsigned bring(const Ring& ring, const Matrix& m, const void* w, const void* scales,
-                                          unsigned n) {
-  const Share share(m);
+__device__ __forceinline__ void bring(const Ring& ring, const Matrix& m, const Share& share, const void* w,
+                                      const void* scales, Stage& stage) {
   const int lane = threadIdx.x % 32;
   const uint64_t policy = evict_first();
-  for (int strip = 0; strip < share.strips<ROWS>(); ++strip) {
-    const int row = share.first + strip * ROWS, rows = min(ROWS, share.first + share.rows - row);
-    for (int run = 0; run < m.runs; ++run, ++n) {
-      const unsigned slot = n % ring.count, round = n / ring.count;
+#pragma unroll 1
+  for (int first = 0; first < share.rows; first += ROWS) {
+    const int row = share.first + first, rows = min(ROWS, share.rows - first);
+#pragma unroll 1
+    for (int run = 0; run < m.runs; ++run, stage.advance(ring, 1)) {
       const int at = run * m.run_steps * kStep, bytes = min(m.run_steps * kStep, m.row_bytes - at);
-      const uint32_t full = ring.full + 8 * slot, to = shared_address(ring.stages + slot * ring.bytes);
-      if (round) wait(ring.empty + 8 * slot, (round - 1) & 1);
+      const uint32_t full = ring.full + 8 * stage.slot, to = shared_address(ring.stages + stage.slot * ring.bytes);
+      wait(ring.empty + 8 * stage.slot, stage.parity ^ 1);
       if (lane == 0) arrive_expecting(full, rows * (bytes + m.scale_bytes));
       __syncwarp();
       if (lane < rows)
@@ -97,7 +109,6 @@ __device__ __forceinline__ unsigned bring(const Ring& ring, const Matrix& m, con
                   rows * m.scale_bytes, full, policy);
     }
   }
-  return n;
 }
 
 }  // namespace quamba::stack

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from quamba_kernels.ops.stack import SsdBlock, SsdMemory
-from quamba_kernels.testing import F16, F32, Case, _codes, _for, _normal, _scale, _stored
+from quamba_kernels.testing import F16, Case, _codes, _for, _normal, _scale, _stored
 from quamba_kernels.testing_linear import _words
 
 
@@ -99,7 +99,7 @@ def _ssd_stack(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[
                 "linear": linear, "eps": 1e-5, "gate_eps": 1e-6, "norm_groups": made.norm_groups, "block": made.block,
                 "in_dtype": dtype, **({"dt_limit": (0.1, 0.8)} if i == 1 else {}),
             }  # fmt: skip
-            x = _normal(rng, 1, made.D, dtype=F32 if i != 1 else dtype)
+            x = _normal(rng, 1, made.D)
             label = f"{linear} {made} {len(drawn)} layers {kind} rng={noisy} static={static} {dtype}"
             yield Case(label, (x, blocks, memories), options, made.shape, dtype)
 

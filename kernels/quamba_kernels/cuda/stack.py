@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quamba_kernels.cuda.decode import BASES, WIDTH, Call, QuambaDecode
 from quamba_kernels.cuda.library import DTYPES, library
-from quamba_kernels.cuda.linear import FLOATS, HALVES, check
+from quamba_kernels.cuda.linear import HALVES, check
 from quamba_kernels.hadamard import factor
 from quamba_kernels.ops.linear import NIBBLES
 from quamba_kernels.ops.stack import SsdBlock, SsdMemory
@@ -49,7 +49,6 @@ class QuambaStack(ctypes.Structure):
         ("workspace_bytes", ctypes.c_longlong),
         *((name, ctypes.c_void_p) for name in ("layers", "x", "y")),
         *((name, ctypes.c_int) for name in ("count", "D", "S")),
-        *((name, ctypes.c_int) for name in ("hidden_type", "norm_weight_type", "in_bias_type", "out_bias_type")),
         ("eps", ctypes.c_float),
     ]
 
@@ -65,8 +64,9 @@ def why_not(shape: dict[str, int]) -> str | None:
     if shape["N"] != D_STATE or shape["W"] != WIDTH:
         return f"takes d_state {D_STATE} and {WIDTH} taps, got {shape['N']} and {shape['W']}"
     groups, block = shape["norm_groups"], shape["block"]
-    if groups and shape["I"] % (groups * RUN):
-        return f"takes norm groups of a multiple of {RUN} channels, got {groups} of {shape['I']}"
+    runs = shape["I"] // max(groups, 1) // RUN
+    if groups and (shape["I"] % (groups * RUN) or (groups > 1 and runs & (runs - 1))):
+        return f"takes norm groups of {RUN} times a power of two channels, got {groups} of {shape['I']}"
     parts = factor(block) if block > 1 else (1, 1)
     if parts is None or parts[0] not in BASES or parts[0] > BASE:
         return f"knows Hadamard matrices of 2^k times {', '.join(str(b) for b in BASES if b <= BASE)}, got {block}"
@@ -102,7 +102,7 @@ class _Layer:
     """The pointers of one layer, from tensors that are checked."""
 
     def __init__(self, call: Call, b: SsdBlock, memory: SsdMemory, linear: str, dtype: torch.dtype) -> None:
-        self.call, self.types = call, dict[str, int]()
+        self.call = call
         p = call.problem
         H, P, N, G, inner = p.H, p.P, p.N, p.G, p.H * p.P
         self.layer = layer = QuambaStackLayer()
@@ -111,7 +111,8 @@ class _Layer:
         for name, weights, bias, O, K in (
             ("in", b.in_weights, b.in_bias, 2 * inner + 2 * G * N + H, D), ("out", b.out_weights, b.out_bias, D, inner),
         ):  # fmt: skip
-            self._linear(name, linear, weights, bias, O, K)
+            self._linear(name, linear, weights, O, K)
+            setattr(layer, f"{name}_bias", self._constant(f"{name}_bias", bias, (dtype,), (O,)))
         call.convolution(
             memory.conv_state, b.conv_weight, b.conv_bias, b.conv_in_scale, b.conv_weight_scale, b.conv_out_scale, dtype
         )
@@ -121,11 +122,11 @@ class _Layer:
         call.scale("C_scale", b.C_scale, (1,), (G,), count="C_count")
         call.scale("z_scale", b.z_scale, (1,), (inner,), count="z_count")
         call.scale("out_scale", b.out_scale, (1,))
-        call.whole("norm_weight", b.gate_weight, FLOATS, (inner,), kind="norm_weight_type", aligned=True)
+        call.whole("norm_weight", b.gate_weight, (dtype,), (inner,), kind="norm_weight_type", aligned=True)
         for name in _MIXER:
             setattr(layer, name, getattr(p, name))
         layer.gate_weight, layer.out_scale = p.norm_weight, p.out_scale
-        layer.norm_weight = self._constant("norm_weight", b.norm_weight, FLOATS, (D,))
+        layer.norm_weight = self._constant("norm_weight", b.norm_weight, (dtype,), (D,))
         layer.in_scale = self._constant("in_scale", b.in_scale, (torch.float32,), (1,))
 
     def _constant(
@@ -133,11 +134,9 @@ class _Layer:
     ) -> int | None:
         if tensor is None:
             return None
-        at = check(name, tensor, self.call.device, dtypes, shape)
-        self.types[name] = DTYPES.get(tensor.dtype, -1)
-        return at
+        return check(name, tensor, self.call.device, dtypes, shape)
 
-    def _linear(self, name: str, linear: str, weights: tuple[Tensor, ...], bias: Tensor | None, O: int, K: int) -> None:
+    def _linear(self, name: str, linear: str, weights: tuple[Tensor, ...], O: int, K: int) -> None:
         fp32, int8 = (torch.float32,), (torch.int8,)
         wanted: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
             "w": (int8, (O, K)) if linear == "linear_w8a8" else ((torch.int32,), (O, K // NIBBLES)),
@@ -155,7 +154,6 @@ class _Layer:
             raise ValueError(f"{linear} has {len(wanted)} tensors of weights, got {len(weights)}")
         for tensor, (field, (dtypes, shape)) in zip(weights, wanted.items(), strict=True):
             setattr(self.layer, f"{name}_{field}", self._constant(f"{name}_{field}", tensor, dtypes, shape))
-        setattr(self.layer, f"{name}_bias", self._constant(f"{name}_bias", bias, FLOATS, (O,)))
 
 
 def ssd_stack(
@@ -164,9 +162,9 @@ def ssd_stack(
     dt_max: float, norm_groups: int, block: int, in_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     count = len(states)
-    if x.dim() != 2 or x.shape[0] != 1 or x.dtype not in FLOATS or in_dtype not in HALVES:
+    if x.dim() != 2 or x.shape[0] != 1 or x.dtype != torch.float32 or in_dtype not in HALVES:
         raise ValueError(
-            f"the CUDA stack takes one token of floats and activations of {HALVES}, "
+            f"the CUDA stack takes one token of float32 and activations of {HALVES}, "
             f"got {x.dtype} {list(x.shape)} and {in_dtype}"
         )
     if not count or len(constants) != count * FIELDS or len(conv_states) != count:
@@ -197,11 +195,9 @@ def ssd_stack(
         first = first or made
     assert first is not None
     y = torch.empty_like(x)
-    types = first.types
     whole = QuambaStack(
         mixer=first.call.problem, layers=ctypes.addressof(layers), x=x.data_ptr(), y=y.data_ptr(), count=count,
-        D=x.shape[1], S=first.S, hidden_type=DTYPES[x.dtype], norm_weight_type=types.get("norm_weight", 0),
-        in_bias_type=types.get("in_bias", 0), out_bias_type=types.get("out_bias", 0), eps=eps,
+        D=x.shape[1], S=first.S, eps=eps,
     )  # fmt: skip
     with torch.cuda.device(device):
         library(device.index).call(f"quamba_ssd_stack_{linear.removeprefix('linear_')}", whole, device)
@@ -217,7 +213,7 @@ _SAME = (
 def _alike(made: _Layer) -> tuple[Any, ...]:
     """What the layers of a stack have in common."""
     present = [getattr(made.layer, field[0]) is not None for field in QuambaStackLayer._fields_]
-    return (made.S, made.types, present, *(getattr(made.call.problem, name) for name in _SAME))
+    return (made.S, present, *(getattr(made.call.problem, name) for name in _SAME))
 
 
 _LIBRARY = torch.library.Library("quamba", "FRAGMENT")
