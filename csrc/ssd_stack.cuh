@@ -211,15 +211,67 @@ __device__ __forceinline__ float put_input(const Quads& v, int channels, const f
   return scale;
 }
 
+// What a block has of the mixers.
+struct Part {
+  int group, first, rows, channel0;  // rows of the state: of its group, among all
+
+  __device__ __forceinline__ Part(const Params& p) {
+    const int group_rows = p.mixer.H / p.mixer.G * p.mixer.P;
+    group = blockIdx.x / p.blocks, first = (blockIdx.x - group * p.blocks) * p.rows;
+    rows = group < p.mixer.G ? max(0, min(p.rows, group_rows - first)) : 0;
+    channel0 = group * group_rows + first;
+  }
+};
+
+// What the block will read of a mixer and of the epilogues, into L2 ahead of time: a lane a tensor, of the convolution's three
+// a stretch (x, B, C).
+template <bool CODES, typename State>
+__device__ __forceinline__ void ask_for_mixer(const Params& p, const QuambaStackLayer& l, const Part& part, const Share& of_in,
+                                              const Share& of_out) {
+  const QuambaDecode& q = p.mixer;
+  const int lane = threadIdx.x % 32, stretch = lane % 3, inner = q.H * q.P;
+  const int first = stretch ? inner + (stretch - 1) * q.G * kN + part.group * kN : part.channel0;
+  const int count = part.rows <= 0 ? 0 : stretch ? kN : part.rows, own = part.rows;
+  switch (lane / 3) {
+    case 0:
+    case 1:
+    case 2:
+      return ask_for(l.conv_state, static_cast<int64_t>(lane / 3) * q.channels + first, count, CODES ? 1 : 2);
+    case 3:
+      return ask_for(l.conv_weight, first, count, CODES ? 4 : 8);
+    case 4:
+      return ask_for(l.conv_weight_scale, first, count, 4);
+    case 5:
+      return ask_for(l.conv_out_scale, first, count, 4);
+    case 6:
+      return ask_for(l.conv_in_scale, q.conv_in_count > 1 ? first : 0, q.conv_in_count > 1 ? count : 1, 4);
+    case 7:
+      return ask_for(l.conv_bias, first, count, 2);
+  }
+  if (lane == 24) ask_for(l.state, static_cast<int64_t>(part.channel0) * kN, own * kN, sizeof(State));
+  if (lane == 25) ask_for(l.state_scale, part.channel0, own, 4);
+  if (lane == 26) ask_for(l.x_scale, q.x_count > 1 ? part.channel0 : 0, q.x_count > 1 ? own : 1, 4);
+  if (lane == 27) ask_for(l.z_scale, q.z_count > 1 ? part.channel0 : 0, q.z_count > 1 ? own : 1, 4);
+  if (lane == 28 && blockIdx.x % 16 == 0) ask_for(l.gate_weight, 0, inner, 2), ask_for(l.norm_weight, 0, p.matrix[0].K, 2);
+  if (lane == 29 && CODES) ask_for(l.in.w_scale, of_in.first, of_in.rows, 4);
+  if (lane == 30 && CODES) ask_for(l.out.w_scale, of_out.first, of_out.rows, 4);
+  if (lane == 31 && blockIdx.x % 16 == 0) {
+    ask_for(l.A, 0, q.H, 4), ask_for(l.D, 0, q.H, 4), ask_for(l.dt_bias, 0, q.H, 4);
+    ask_for(l.rng, 0, 2, 8), ask_for(l.in_scale, 0, 1, 4), ask_for(l.out_scale, 0, 1, 4);
+  }
+}
+
 // The weights of all layers, in the order in which they are used.
-template <Kind KIND>
+template <Kind KIND, typename State>
 __device__ __forceinline__ void bring_all(const Params& p, const Ring& ring) {
   Stage stage{0, 0};
+  const Part part(p);
   const Share of_in(p.matrix[0]), of_out(p.matrix[1]);
 #pragma unroll 1
   for (int turn = 0; turn < 2 * p.layers; ++turn) {
     const QuambaStackLayer& l = p.layer[turn / 2];
     const QuambaStackLinear& linear = turn & 1 ? l.out : l.in;
+    if (!(turn & 1)) ask_for_mixer<kInteger<KIND>, State>(p, l, part, of_in, of_out);
     bring<kRows<KIND>>(ring, p.matrix[turn & 1], turn & 1 ? of_out : of_in, linear.w,
                        KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale, stage);
   }
@@ -270,16 +322,14 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
   __syncthreads();
 
   if (warp == kWarps) {
-    bring_all<KIND>(p, ring);
+    bring_all<KIND, State>(p, ring);
     return;
   }
 
   const int inner = p.matrix[1].K;
   const Share of_in(p.matrix[0]), of_out(p.matrix[1]);
-  const int group = blockIdx.x / p.blocks, group_rows = p.mixer.H / p.mixer.G * p.mixer.P;
-  const int first = (blockIdx.x - group * p.blocks) * p.rows;
-  const int rows = group < p.mixer.G ? max(0, min(p.rows, group_rows - first)) : 0;
-  const int channel0 = group * group_rows + first;
+  const Part part(p);
+  const int group = part.group, first = part.first, rows = part.rows, channel0 = part.channel0;
   // a thread's channel of the convolution: of B and C, or of the block's rows of x
   const bool is_row = threadIdx.x >= 2 * kN, is_B = threadIdx.x < kN;
   const bool exists = rows > 0 && (!is_row || static_cast<int>(threadIdx.x) - 2 * kN < rows);

@@ -85,6 +85,15 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int byt
       : "memory");
 }
 
+// Ask L2 for elements that lie side by side; a few bytes around them come along.
+__device__ __forceinline__ void ask_for(const void* data, int64_t first, int count, int element) {
+  if (!data || count <= 0) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) + first * element, end = begin + static_cast<unsigned>(count * element);
+  const uintptr_t from = begin & ~static_cast<uintptr_t>(15);
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(static_cast<int>((end - from + 15) / 16 * 16))
+               : "memory");
+}
+
 // A warp brings what the block has of a matrix, from `stage` on. Slots are free in the first round.
 template <int ROWS>
 __device__ __forceinline__ void bring(const Ring& ring, const Matrix& m, const Share& share, const void* w,
