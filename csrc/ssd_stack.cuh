@@ -18,6 +18,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 
 #include "decode_state.cuh"
 #include "finish.cuh"
@@ -38,6 +39,7 @@ constexpr int kQuads = 4;                // of a row of activations that a threa
 constexpr int kRun = 128;                // channels of a warp's quads
 constexpr int kMostLayers = 64;
 constexpr int kScratch = 2 * kWarps;  // floats
+constexpr int kBarrierBytes = 16 * kMaxStages + 128;
 
 // Groups of a norm: how many, runs of kRun channels in each (a power of two where there are several), 1 / their channels.
 struct Groups {
@@ -57,7 +59,7 @@ struct Params {
   Rotation rotation;
   int layers;
   int rows, blocks;    // of the state: of a block; blocks of a group
-  int stages, stage_bytes, x_bytes, sums_bytes;
+  int stages, stage_bytes, x_bytes, sums_bytes, row_floats;
   float eps;
   QuambaStackLayer layer[kMostLayers];
 };
@@ -166,13 +168,10 @@ __device__ __forceinline__ void rotate(Quads& v, float* row, int channels, const
 // v as the input of a linear: codes by a static scale or the token's own, or floats of the activations' type. Ends with a
 // sync; returns the scale.
 template <Kind KIND, bool HALF>
-__device__ __forceinline__ float put_input(const Quads& v, int channels, const float* static_scale, char* x,
+__device__ __forceinline__ float put_input(const Quads& v, int channels, float scale, bool is_static, char* x,
                                            float* scratch) {
-  float scale = 1.f;
   if constexpr (kInteger<KIND>) {
-    if (static_scale) {
-      scale = __uint_as_float(constant_word(static_scale));
-    } else {
+    if (!is_static) {
       float peak = 0.f;
       QUAMBA_EACH_QUAD(i, channels)
 #pragma unroll
@@ -223,47 +222,101 @@ struct Part {
   }
 };
 
-// What the block will read of a mixer and of the epilogues, into L2 ahead of time: a lane a tensor, of the convolution's three
-// a stretch (x, B, C).
+// What a block needs of a layer's mixer from before this token, in shared memory. Channels of the convolution in the order of
+// B, C and the block's rows of x.
 template <bool CODES, typename State>
-__device__ __forceinline__ void ask_for_mixer(const Params& p, const QuambaStackLayer& l, const Part& part, const Share& of_in,
-                                              const Share& of_out) {
-  const QuambaDecode& q = p.mixer;
-  const int lane = threadIdx.x % 32, stretch = lane % 3, inner = q.H * q.P;
-  const int first = stretch ? inner + (stretch - 1) * q.G * kN + part.group * kN : part.channel0;
-  const int count = part.rows <= 0 ? 0 : stretch ? kN : part.rows, own = part.rows;
-  switch (lane / 3) {
-    case 0:
-    case 1:
-    case 2:
-      return ask_for(l.conv_state, static_cast<int64_t>(lane / 3) * q.channels + first, count, CODES ? 1 : 2);
-    case 3:
-      return ask_for(l.conv_weight, first, count, CODES ? 4 : 8);
-    case 4:
-      return ask_for(l.conv_weight_scale, first, count, 4);
-    case 5:
-      return ask_for(l.conv_out_scale, first, count, 4);
-    case 6:
-      return ask_for(l.conv_in_scale, q.conv_in_count > 1 ? first : 0, q.conv_in_count > 1 ? count : 1, 4);
-    case 7:
-      return ask_for(l.conv_bias, first, count, 2);
-  }
-  if (lane == 24) ask_for(l.state, static_cast<int64_t>(part.channel0) * kN, own * kN, sizeof(State));
-  if (lane == 25) ask_for(l.state_scale, part.channel0, own, 4);
-  if (lane == 26) ask_for(l.x_scale, q.x_count > 1 ? part.channel0 : 0, q.x_count > 1 ? own : 1, 4);
-  if (lane == 27) ask_for(l.z_scale, q.z_count > 1 ? part.channel0 : 0, q.z_count > 1 ? own : 1, 4);
-  if (lane == 28 && blockIdx.x % 16 == 0) ask_for(l.gate_weight, 0, inner, 2), ask_for(l.norm_weight, 0, p.matrix[0].K, 2);
-  if (lane == 29 && CODES) ask_for(l.in.w_scale, of_in.first, of_in.rows, 4);
-  if (lane == 30 && CODES) ask_for(l.out.w_scale, of_out.first, of_out.rows, 4);
-  if (lane == 31 && blockIdx.x % 16 == 0) {
-    ask_for(l.A, 0, q.H, 4), ask_for(l.D, 0, q.H, 4), ask_for(l.dt_bias, 0, q.H, 4);
-    ask_for(l.rng, 0, 2, 8), ask_for(l.in_scale, 0, 1, 4), ask_for(l.out_scale, 0, 1, 4);
-  }
+struct __align__(16) Mixer {
+  static constexpr int kSlots = 2 * kN + kMostRows, kTap = CODES ? 4 : 8, kPast = CODES ? 1 : 2, kHeads = 8;
+  unsigned char weight[kSlots * kTap];
+  float weight_scale[CODES ? kSlots : 4], out_scale[CODES ? kSlots : 4], in_scale[CODES ? kSlots : 4];
+  unsigned short bias[kSlots];
+  unsigned char past[decode::kWidth - 1][(kSlots + 16) * kPast];
+  float x_scale[kMostRows], z_scale[kMostRows], state_scale[kMostRows];
+  float A[kHeads], D[kHeads], dt_bias[kHeads], shared_scale[4];  // from the first row's head on; of B and C
+  unsigned columns[kN], draws[kMostRows];
+  State state[kMostRows * kN];  // of which there are rows
+};
+
+// Where element c of B, C or the dither lies, so that lanes with `count` neighbours each read quads side by side.
+template <int COUNT>
+__device__ __forceinline__ int spread(int c) {
+  return c % COUNT / 4 * (kN / COUNT * 4) + c / COUNT * 4 + c % 4;
 }
 
-// The weights of all layers, in the order in which they are used.
+// A warp brings it.
+template <bool CODES, typename State>
+__device__ __forceinline__ void bring_mixer(const Params& p, const QuambaStackLayer& l, const Part& part,
+                                            Mixer<CODES, State>& to, uint32_t full) {
+  using Made = Mixer<CODES, State>;
+  const QuambaDecode& q = p.mixer;
+  const int lane = threadIdx.x % 32, inner = q.H * q.P, rows = part.rows;
+  const uint64_t policy = evict_first();
+  // a lane copies one stretch of one tensor
+  const int stretch = lane % 3, tensor = lane / 3;
+  const int first = stretch == 2 ? part.channel0 : inner + (stretch * q.G + part.group) * kN;
+  const int count = stretch == 2 ? rows : kN, slot = stretch * kN;
+  const void* from = nullptr;
+  void* into = nullptr;
+  int64_t at = first;
+  int bytes = 0, element = 4;
+  if (tensor < 3) {
+    element = Made::kPast, at += static_cast<int64_t>(tensor) * q.channels;
+    from = l.conv_state, into = to.past[tensor] + slot * element;
+  } else if (tensor == 3) {
+    element = Made::kTap, from = l.conv_weight, into = to.weight + slot * element;
+  } else if (tensor == 4) {
+    element = 2, from = l.conv_bias, into = to.bias + slot;
+  } else if (CODES && tensor == 5) {
+    from = l.conv_weight_scale, into = to.weight_scale + slot;
+  } else if (CODES && tensor == 6) {
+    from = l.conv_out_scale, into = to.out_scale + slot;
+  } else if (CODES && tensor == 7) {
+    from = q.conv_in_count > 1 ? l.conv_in_scale : nullptr, into = to.in_scale + slot;
+  }
+  if (from) bytes = count * element;
+  if (tensor >= 8) {
+    at = part.channel0, bytes = rows * 4;
+    if (lane == 24) from = l.state, into = to.state, at *= kN, element = sizeof(State), bytes = rows * kN * element;
+    if (lane == 25) from = l.state_scale, into = to.state_scale;
+    if (lane == 26) from = q.x_count > 1 ? l.x_scale : nullptr, into = to.x_scale;
+    if (lane == 27) from = q.z_count > 1 ? l.z_scale : nullptr, into = to.z_scale;
+    if (!from) bytes = 0;
+  }
+  // codes of rows may begin half way into 16 bytes; what lies before them comes along
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(from) + at * element;
+  const int early = from ? static_cast<int>(begin % 16) : 0;
+  bytes = from ? (bytes + early + 15) / 16 * 16 : 0;
+  int total = bytes;
+#pragma unroll
+  for (int step = 16; step; step /= 2) total += __shfl_xor_sync(~0u, total, step);
+  const auto one = [](const float* data, int i) { return data ? __uint_as_float(constant_word(data + i)) : 1.f; };
+  const int head0 = part.channel0 / q.P;
+  if (lane < Made::kHeads) {
+    const int head = min(head0 + lane, q.H - 1);
+    to.A[lane] = one(l.A, head), to.D[lane] = one(l.D, head), to.dt_bias[lane] = l.dt_bias ? one(l.dt_bias, head) : 0.f;
+  }
+  if (lane == 8 && CODES && q.conv_in_count == 1) to.in_scale[0] = one(l.conv_in_scale, 0);
+  if (lane == 9 && q.x_count <= 1) to.x_scale[0] = one(l.x_scale, 0);
+  if (lane == 10 && q.z_count <= 1) to.z_scale[0] = one(l.z_scale, 0);
+  if (lane == 11) to.shared_scale[0] = one(l.B_scale, q.B_count > 1 ? part.group : 0);
+  if (lane == 12) to.shared_scale[1] = one(l.C_scale, q.C_count > 1 ? part.group : 0);
+  if (sizeof(State) == 1 && l.rng) {
+    const unsigned key = decode::dither_key(l.rng);
+    for (int i = lane; i < kN; i += 32)
+      to.columns[spread<16>(i)] = decode::column_draw(key, static_cast<unsigned>(inner) + i);
+    for (int i = lane; i < rows; i += 32) to.draws[i] = decode::row_draw(key, static_cast<unsigned>(part.channel0) + i);
+  }
+  __syncwarp();
+  if (lane == 0) arrive_expecting(full, total);
+  __syncwarp();
+  if (bytes)
+    bulk_copy(shared_address(into), reinterpret_cast<const void*>(begin - early), bytes, full, policy);
+}
+
+// What all layers need from global memory, in the order in which it is used.
 template <Kind KIND, typename State>
-__device__ __forceinline__ void bring_all(const Params& p, const Ring& ring) {
+__device__ __forceinline__ void bring_all(const Params& p, const Ring& ring, Mixer<kInteger<KIND>, State>& mixer,
+                                          uint32_t mixer_full, uint32_t mixer_empty) {
   Stage stage{0, 0};
   const Part part(p);
   const Share of_in(p.matrix[0]), of_out(p.matrix[1]);
@@ -271,7 +324,10 @@ __device__ __forceinline__ void bring_all(const Params& p, const Ring& ring) {
   for (int turn = 0; turn < 2 * p.layers; ++turn) {
     const QuambaStackLayer& l = p.layer[turn / 2];
     const QuambaStackLinear& linear = turn & 1 ? l.out : l.in;
-    if (!(turn & 1)) ask_for_mixer<kInteger<KIND>, State>(p, l, part, of_in, of_out);
+    if ((turn & 1) && part.rows > 0) {
+      wait(mixer_empty, turn / 2 & 1 ^ 1);
+      bring_mixer(p, l, part, mixer, mixer_full);
+    }
     bring<kRows<KIND>>(ring, p.matrix[turn & 1], turn & 1 ? of_out : of_in, linear.w,
                        KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale, stage);
   }
@@ -294,13 +350,37 @@ __device__ __forceinline__ QuambaDecode mixer_of(const Params& p, const QuambaSt
   return q;
 }
 
-// Shared memory of the part between the linears.
+// What the block makes of it for its rows.
 struct Between {
   float B[kN], C[kN];
-  unsigned columns[kN];
   Row info[kMostRows];
-  unsigned draws[kMostRows];
 };
+
+// A channel of the convolution, its constants and past being in slot `at`: every word is filled, wherever the element would lie.
+template <bool CODES, int TYPE, typename Made>
+__device__ __forceinline__ void read_channel(const QuambaDecode& q, const Made& mixer, int at, int early, int place,
+                                             decode::Taps& taps, decode::Window& window) {
+  const auto code = [](unsigned v) { return v * 0x01010101u; };
+  const auto half = [](unsigned v) { return v * 0x00010001u; };
+  if constexpr (CODES) {
+    taps.weight.x = taps.weight.y = reinterpret_cast<const unsigned*>(mixer.weight)[at];
+    taps.weight_scale = mixer.weight_scale[at], taps.out = mixer.out_scale[at];
+    taps.in = mixer.in_scale[q.conv_in_count > 1 ? at : 0];
+  } else {
+    const uint2 two = reinterpret_cast<const uint2*>(mixer.weight)[at];
+    taps.weight.x = two.x, taps.weight.y = two.y, taps.weight_scale = taps.out = taps.in = 1.f;
+  }
+  if (q.conv_bias) taps.bias = half(mixer.bias[at]);
+  window = {0, place, q.x, place};  // B and C follow x
+#pragma unroll
+  for (int w = 0; w < decode::kWidth - 1; ++w) {
+    if constexpr (CODES)
+      window.past[w] = code(mixer.past[w][at + early]);
+    else
+      window.past[w] = half(reinterpret_cast<const unsigned short*>(mixer.past[w])[at]);
+  }
+  window.x = decode::fetch(q.x, TYPE, place);
+}
 
 template <Kind KIND, typename State, int TYPE>
 __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__ Params p) {
@@ -310,41 +390,41 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
   extern __shared__ __align__(128) char shared[];
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
 
-  char* const stages = shared + 16 * kMaxStages;
+  using Made = Mixer<kCodes, State>;
+  char* const stages = shared + kBarrierBytes;
   char* const x = stages + p.stages * p.stage_bytes;
   uint32_t* const sums = reinterpret_cast<uint32_t*>(x + p.x_bytes);
   Between& between = *reinterpret_cast<Between*>(reinterpret_cast<char*>(sums) + p.sums_bytes);
   float* const scratch = reinterpret_cast<float*>(&between + 1);
   float* const runs = scratch + kScratch;
   float* const row = runs + kQuads * kWarps;
+  Made& mixer = *reinterpret_cast<Made*>(row + p.row_floats);
   const Ring ring{shared_address(shared), shared_address(shared) + 8 * kMaxStages, stages, p.stages, p.stage_bytes};
-  if (threadIdx.x == kTeam) ring.init();
+  const uint32_t mixer_full = ring.full + 16 * kMaxStages, mixer_empty = mixer_full + 8;
+  if (threadIdx.x == kTeam) {
+    init_barrier(mixer_full, 1), init_barrier(mixer_empty, kWarps);
+    ring.init();
+  }
   __syncthreads();
 
   if (warp == kWarps) {
-    bring_all<KIND, State>(p, ring);
+    bring_all<KIND, State>(p, ring, mixer, mixer_full, mixer_empty);
     return;
   }
 
-  const int inner = p.matrix[1].K;
+  const int inner = p.matrix[1].K, lane = threadIdx.x % 32;
   const Share of_in(p.matrix[0]), of_out(p.matrix[1]);
   const Part part(p);
-  const int group = part.group, first = part.first, rows = part.rows, channel0 = part.channel0;
+  const int group = part.group, rows = part.rows, channel0 = part.channel0;
   // a thread's channel of the convolution: of B and C, or of the block's rows of x
-  const bool is_row = threadIdx.x >= 2 * kN, is_B = threadIdx.x < kN;
-  const bool exists = rows > 0 && (!is_row || static_cast<int>(threadIdx.x) - 2 * kN < rows);
-  const int own_row = threadIdx.x - 2 * kN;
-  const int place = !exists  ? 0
-                    : is_row ? channel0 + own_row
-                             : inner + (is_B ? 0 : (p.mixer.G - 1) * kN) + group * kN + static_cast<int>(threadIdx.x);
+  const int own_row = static_cast<int>(threadIdx.x) - 2 * kN;
+  const bool is_row = own_row >= 0, is_B = threadIdx.x < kN, exists = rows > 0 && own_row < rows;
+  const int place = is_row ? channel0 + own_row : inner + (is_B ? 0 : (p.mixer.G - 1) * kN) + group * kN + static_cast<int>(threadIdx.x);
   const int head = is_row && exists ? place / p.mixer.P : 0;
+  const int early = kCodes && is_row ? channel0 % 16 : 0;  // bytes that came along
 
   Stage stage{0, 0};
   unsigned barriers = 0;
-  RawQuads gain;
-  decode::Window window{};
-  float conv_in = 1.f;
-  load_gains(gain, p.layer[0].norm_weight, p.matrix[0].K);
 
   // in_proj and out_proj of every layer in turn: what they share is there once, as instructions have to be fetched, too
 #pragma unroll 1
@@ -355,38 +435,49 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
     const Matrix& m = p.matrix[out];
     const Share share = out ? of_out : of_in;
     const float* const residual = turn < 2 ? p.x : p.y;
+    const void* const weight = out ? l.gate_weight : l.norm_weight;
+    const float* const static_scale = out ? l.out_scale : l.in_scale;
     const bool owner = static_cast<int>(threadIdx.x) < share.rows;
     const int own = share.first + threadIdx.x;
 
     Quads v;
+    RawQuads gain;
     const float* const from = out ? p.u : residual;
     QUAMBA_EACH_QUAD(i, m.K) {
       const float4 four = quad_of(i) * 4 < m.K ? __ldcg(reinterpret_cast<const float4*>(from) + quad_of(i))
                                                : make_float4(0.f, 0.f, 0.f, 0.f);
       v[i][0] = four.x, v[i][1] = four.y, v[i][2] = four.z, v[i][3] = four.w;
     }
-    float weight_scale = 1.f, before = -0.f;
+    load_gains(gain, weight, m.K);
+    float in_scale = 1.f, weight_scale = 1.f, bias = -0.f, before = -0.f;
+    if (kCodes && static_scale) in_scale = __uint_as_float(constant_word(static_scale));
     if (owner) {
       if (kCodes) weight_scale = __uint_as_float(constant_word(static_cast<const float*>(linear.w_scale) + own));
+      if (linear.bias) bias = skinny::load_float(linear.bias, own, TYPE);
       if (out) before = __ldcg(residual + own);
     }
-    if (out) {  // behind the barrier, so that all have read them
-      if (exists && !is_row && first == 0) {
+    if (out && rows > 0) {  // behind the barrier, so that all have read them
+      if (part.first == 0 && !is_row) {
         const QuambaDecode q = mixer_of<kCodes, TYPE>(p, l);
-        decode::shift<kCodes>(q, conv_in, {0, place, q.x, place, {0, window.past[1], window.past[2]}, window.x});
+        decode::Taps taps{};
+        decode::Window window;
+        read_channel<kCodes, TYPE>(q, mixer, threadIdx.x, 0, place, taps, window);
+        decode::shift<kCodes>(q, taps.in, window);
       }
       if (kStateCodes && l.rng && blockIdx.x == 0 && threadIdx.x == 0) l.rng[1] = __ldcg(l.rng + 1) + 1;
+      __syncwarp();
+      if (lane == 0) arrive(mixer_empty);
     }
     if (p.groups[out].count)
-      normalise<kHalf>(v, m.K, p.groups[out], out ? p.mixer.eps : p.eps, (out ? l.gate_weight : l.norm_weight) != nullptr, gain, runs);
+      normalise<kHalf>(v, m.K, p.groups[out], out ? p.mixer.eps : p.eps, weight != nullptr, gain, runs);
     if (out && p.rotation.base) rotate(v, row, m.K, p.rotation);
-    const float x_scale = put_input<KIND, kHalf>(v, m.K, out ? l.out_scale : l.in_scale, x, scratch);
+    const float x_scale = put_input<KIND, kHalf>(v, m.K, in_scale, static_scale != nullptr, x, scratch);
     products<KIND>(ring, m, share, stage, x, sums);
     Team::sync();
     if (owner) {
       float sum = sum_of<KIND>(m, sums, threadIdx.x);
       if (kCodes) sum = __fmul_rn(__fmul_rn(sum, x_scale), weight_scale);
-      if (linear.bias) sum = __fadd_rn(sum, skinny::load_float(linear.bias, own, TYPE));
+      sum = __fadd_rn(sum, bias);
       if (out)
         p.y[own] = __fadd_rn(sum, before);
       else
@@ -396,105 +487,74 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
     arrive_grid(p);
 
     if (!out) {
-      // what the mixer has from before this token is fetched while others finish
-      const QuambaDecode q = mixer_of<kCodes, TYPE>(p, l);
-      decode::Taps taps{};
-      Rates rates{};
-      float unit = 1.f;
-      if (exists) {
-        taps = decode::taps_of<kCodes>(q, place);
-        window = {0, place, q.x, place};  // B and C follow x
-        conv_in = taps.in;
-#pragma unroll
-        for (int w = 0; w < decode::kWidth - 1; ++w)
-          window.past[w] = decode::fetch(q.conv_state, decode::Types<kCodes>::state(q), decode::conv_place(q, window, w));
-        if (is_row) {
-          unit = decode::constant(q.x_scale, q.x_count > 1 ? place : 0, 1.f);
-          rates = {decode::constant(q.A, head, 0.f), decode::constant(q.D, head, 0.f), decode::constant(q.dt_bias, head, 0.f),
-                   decode::constant(q.z_scale, q.z_count > 1 ? place : 0, 1.f)};
-        } else {
-          unit = is_B ? decode::constant(q.B_scale, q.B_count > 1 ? group : 0, 1.f)
-                      : decode::constant(q.C_scale, q.C_count > 1 ? group : 0, 1.f);
-        }
-      }
-      const int lane_row = threadIdx.x / kLanes, column = threadIdx.x % kLanes * kCount;
-      State* const state = static_cast<State*>(l.state) + static_cast<int64_t>(channel0 + lane_row) * kN + column;
-      float* const state_scale = kStateCodes ? l.state_scale + channel0 + lane_row : nullptr;
-      Stored kept[kPasses];
-      float scales[kPasses];
-#pragma unroll
-      for (int i = 0; i < kPasses; ++i) {
-        kept[i] = {}, scales[i] = 1.f;
-        if (i * kPass + lane_row >= rows) continue;
-        kept[i].load(state + i * kPass * kN);
-        if (kStateCodes) scales[i] = __ldcg(state_scale + i * kPass);
-      }
-      const bool noisy = kStateCodes && q.rng;
-      if (noisy && static_cast<int>(threadIdx.x) < kN + rows) {
-        const unsigned key = decode::dither_key(q.rng);
-        if (threadIdx.x < kN)
-          between.columns[threadIdx.x] = decode::column_draw(key, static_cast<unsigned>(inner) + threadIdx.x);
-        else
-          between.draws[threadIdx.x - kN] = decode::row_draw(key, static_cast<unsigned>(channel0) + threadIdx.x - kN);
-      }
       wait_grid(p, barriers);
-
+      const QuambaDecode q = mixer_of<kCodes, TYPE>(p, l);
+      if (rows > 0) wait(mixer_full, turn / 2 & 1);
       if (exists) {
-        window.x = decode::fetch(q.x, TYPE, place);
+        decode::Taps taps{};
+        decode::Window window;
         unsigned dt_word = 0, z_word = 0;
         if (is_row) dt_word = decode::fetch(q.dt, TYPE, head), z_word = decode::fetch(q.z, TYPE, place);
-        const float made = decode::convolve<kCodes>(q, taps, window) * unit;
+        read_channel<kCodes, TYPE>(q, mixer, threadIdx.x, early, place, taps, window);
+        const float made = decode::convolve<kCodes>(q, taps, window);
         if (is_row) {
+          const int at = head - channel0 / q.P;
+          const float xs = made * mixer.x_scale[q.x_count > 1 ? own_row : 0];
           decode::shift<kCodes>(q, taps.in, window);
-          const float raw = __fadd_rn(decode::value(dt_word, q.dt, TYPE, head), rates.dt_bias);
+          const float raw = __fadd_rn(decode::value(dt_word, q.dt, TYPE, head), mixer.dt_bias[at]);
           const float dt = fminf(fmaxf(decode::softplus(raw), q.dt_min), q.dt_max);
-          between.info[own_row] = {expf(__fmul_rn(dt, rates.A)), __fmul_rn(dt, made), __fmul_rn(made, rates.D),
-                                   decode::gate_of(q, decode::value(z_word, q.z, TYPE, place), rates.z_scale)};
+          between.info[own_row] = {expf(__fmul_rn(dt, mixer.A[at])), __fmul_rn(dt, xs), __fmul_rn(xs, mixer.D[at]),
+                                   decode::gate_of(q, decode::value(z_word, q.z, TYPE, place), mixer.z_scale[q.z_count > 1 ? own_row : 0])};
         } else {
-          between.B[threadIdx.x] = made;  // C follows B
+          (is_B ? between.B : between.C)[spread<kCount>(threadIdx.x % kN)] = made * mixer.shared_scale[!is_B];
         }
       }
       Team::sync();
       if (warp * 32 / kLanes < rows) {
+        const int lane_row = threadIdx.x / kLanes, column = threadIdx.x % kLanes;
+        const bool noisy = kStateCodes && l.rng;
         float B[kCount], C[kCount];
         unsigned dither[kStateCodes ? kCount : 1];
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-          B[i] = between.B[column + i], C[i] = between.C[column + i];
-          if constexpr (kStateCodes) dither[i] = noisy ? between.columns[column + i] : 0;
+          const int at = spread<kCount>(i) + column * 4;
+          B[i] = between.B[at], C[i] = between.C[at];
+          if constexpr (kStateCodes) dither[i] = noisy ? mixer.columns[at] : 0;
         }
 #pragma unroll
         for (int i = 0; i < kPasses; ++i) {
           if (i * kPass >= rows) break;
-          const int at = i * kPass + lane_row;
-          const Row r = between.info[min(at, rows - 1)];
+          const int at = min(i * kPass + lane_row, rows - 1);
+          const Row r = between.info[at];
+          Stored kept, stored;
+          const uint4* const words = reinterpret_cast<const uint4*>(mixer.state + at * kN + column * kCount);
+#pragma unroll
+          for (int w = 0; w < Stored::kWords; ++w) kept.words[w] = words[w];
           float h[kCount];
-          decode::unpack(kept[i], h);
-          const float decay = kStateCodes ? r.decay * scales[i] : r.decay;
-          float y = 0.f;
+          decode::unpack(kept, h);
+          const float decay = kStateCodes ? r.decay * mixer.state_scale[at] : r.decay;
+          float y[2] = {0.f, 0.f};
 #pragma unroll
           for (int j = 0; j < kCount; ++j) {
             h[j] = fmaf(decay, h[j], r.input * B[j]);
-            y = fmaf(h[j], C[j], y);
+            y[j % 2] = fmaf(h[j], C[j], y[j % 2]);
           }
-          y = decode::sum_lanes<kLanes>(y);
-          Stored stored;
+          const float sum = decode::sum_lanes<kLanes>(y[0] + y[1]);
           float scale = 0.f;
           if constexpr (kStateCodes)
-            scale = decode::quantize_row<kLanes>(h, noisy, noisy ? between.draws[min(at, rows - 1)] : 0, dither, stored);
+            scale = decode::quantize_row<kLanes>(h, noisy, noisy ? mixer.draws[at] : 0, dither, stored);
           else
             decode::pack(h, stored);
-          if (at >= rows) continue;
-          stored.store(state + i * kPass * kN);
+          if (i * kPass + lane_row >= rows) continue;
+          stored.store(static_cast<State*>(l.state) + static_cast<int64_t>(channel0 + at) * kN + column * kCount);
           if (column == 0) {
-            if (kStateCodes) state_scale[i * kPass] = scale;
-            p.u[channel0 + at] = (y + r.skip) * r.gate;
+            if (kStateCodes) l.state_scale[channel0 + at] = scale;
+            p.u[channel0 + at] = (sum + r.skip) * r.gate;
           }
         }
       }
       arrive_grid(p);
     }
-    load_gains(gain, out ? p.layer[turn / 2 + 1].norm_weight : l.gate_weight, p.matrix[!out].K);
     wait_grid(p, barriers);
   }
 }
@@ -514,14 +574,27 @@ bool describe(Matrix& m, int O, int K, int S) {
   m.O = O, m.K = K, m.row_bytes = KIND == Kind::kW8A8 ? K : K / 2;
   if (O % kOctet || m.row_bytes % kStep || K > kQuads * 4 * kTeam) return false;
   m.steps = m.row_bytes / kStep;
-  m.runs = (m.row_bytes + kRunBytes - 1) / kRunBytes;
-  m.run_steps = (m.steps + m.runs - 1) / m.runs;
-  m.runs = (m.steps + m.run_steps - 1) / m.run_steps;
+  m.run_steps = std::min(m.steps, kRunBytes / kStep);
+  while (m.steps % m.run_steps) --m.run_steps;
+  m.runs = m.steps / m.run_steps;
+  if (m.runs > 1 && m.run_steps < kParts) return false;
   m.pitch = m.run_steps % 2 ? m.run_steps * kStep : (m.run_steps + 1) * kStep;
-  if (KIND == Kind::kW8A8) return m.group_steps = 1, true;
-  if (S < 128 || S % 128 || K % S) return false;
-  m.scale_bytes = K / S * (kInteger<KIND> ? 1 : 2), m.group_steps = S / 128;
+  if (KIND == Kind::kW8A8) return true;
+  if (S != 2 * kStep) return false;
+  m.scale_bytes = K / S * (kInteger<KIND> ? 1 : 2);
   return m.scale_bytes * kOctet % 16 == 0;
+}
+
+// Whether what is copied in bulk begins at a multiple of 16 bytes.
+inline bool aligned(const QuambaStackLayer& l) {
+  for (const void* p : {l.in.w, l.in.w_scale, l.in.w_multiplier, l.out.w, l.out.w_scale, l.out.w_multiplier,
+                        static_cast<const void*>(l.conv_state), l.conv_weight, static_cast<const void*>(l.conv_weight_scale),
+                        l.conv_bias, static_cast<const void*>(l.conv_in_scale), static_cast<const void*>(l.conv_out_scale),
+                        static_cast<const void*>(l.state), static_cast<const void*>(l.state_scale),
+                        static_cast<const void*>(l.x_scale), static_cast<const void*>(l.z_scale), l.norm_weight,
+                        l.gate_weight})
+    if (reinterpret_cast<uintptr_t>(p) % 16) return false;
+  return true;
 }
 
 // The largest share of a matrix.
@@ -545,7 +618,10 @@ int launch(const QuambaStack& s, cudaStream_t stream) {
     return QUAMBA_UNSUPPORTED;
   if (!describe<KIND>(p.matrix[0], outputs(q), s.D, s.S) || !describe<KIND>(p.matrix[1], s.D, inner, s.S))
     return QUAMBA_UNSUPPORTED;
-  if (s.workspace_bytes < workspace_of(q)) return QUAMBA_UNSUPPORTED;
+  if (s.workspace_bytes < workspace_of(q) || q.channels % 16 || q.P * (Mixer<kCodes, State>::kHeads - 1) < kMostRows)
+    return QUAMBA_UNSUPPORTED;
+  for (int i = 0; i < s.count; ++i)
+    if (!aligned(s.layers[i])) return QUAMBA_UNSUPPORTED;
   int ordinal = 0, sms = 0, most = 0, cooperative = 0;
   cudaError_t error = cudaGetDevice(&ordinal);
   const auto get = [&](int& value, cudaDeviceAttr attribute) {
@@ -573,8 +649,11 @@ int launch(const QuambaStack& s, cudaStream_t stream) {
   }
   p.stage_bytes = (stage_bytes + 127) / 128 * 128;
   p.sums_bytes = parts * kRows<KIND> * 4;
-  const int others = 16 * kMaxStages + p.x_bytes + p.sums_bytes + static_cast<int>(sizeof(Between)) +
-                     4 * (kScratch + kQuads * kWarps + padded(inner));
+  p.row_floats = (padded(inner) + 31) / 32 * 32;
+  using Made = Mixer<kCodes, State>;
+  const int others = kBarrierBytes + p.x_bytes + p.sums_bytes +
+                     static_cast<int>(sizeof(Between) + offsetof(Made, state)) + p.rows * kN * static_cast<int>(sizeof(State)) +
+                     4 * (kScratch + kQuads * kWarps + p.row_floats);
   p.stages = std::min((most - others) / p.stage_bytes, kMaxStages);
   if (p.stages < kWarps / kParts) return QUAMBA_UNSUPPORTED;
 

@@ -31,69 +31,86 @@ struct Team {
   static __device__ __forceinline__ void sync() { sync_threads(1, kTeam); }
 };
 
-// What a lane has of a stage.
+// What a lane has of a stage: its bytes of the part's first step, of its first row.
 struct Lane {
-  const char *w, *x;        // its bytes of step 0
-  const char* scales;       // of its first row
-  int pitch, scale_bytes, group_steps, step;  // step: of the row, at step 0 of the stage
+  const char *w, *x, *scales;
+  int row_bytes, scale_bytes;  // to the eighth row below
 };
 
-__device__ __forceinline__ int group_of(const Lane& l, int step) {
-  return l.group_steps == 1 ? l.step + step : (l.step + step) / l.group_steps;
+// 16 times the int4 codes of a word's high nibbles.
+__device__ __forceinline__ int codes_of(uint32_t word) {
+  uint32_t codes;  // (word & mask) ^ sign: one instruction where the constants lie in registers
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(codes) : "r"(word), "r"(0xf0f0f0f0u), "r"(0x80808080u));
+  return static_cast<int>(codes);
 }
 
-// 16 times the int4 codes of a word: of the even nibbles, moved up, or of the odd ones.
-__device__ __forceinline__ int codes_of(uint32_t nibbles) { return static_cast<int>((nibbles & 0xf0f0f0f0u) ^ 0x80808080u); }
-
 template <Kind KIND>
-__device__ __forceinline__ int multiply_step(const Lane& l, int s) {
-  const uint4 w = *reinterpret_cast<const uint4*>(l.w + s * kStep);
-  const uint4* const x = reinterpret_cast<const uint4*>(l.x + s * kStepX<KIND>);
-  int dot = 0;
-  if constexpr (KIND == Kind::kW8A8) {
-    const uint4 a = x[0];
-    dot = __dp4a(static_cast<int>(w.x), static_cast<int>(a.x), dot);
-    dot = __dp4a(static_cast<int>(w.y), static_cast<int>(a.y), dot);
-    dot = __dp4a(static_cast<int>(w.z), static_cast<int>(a.z), dot);
-    return __dp4a(static_cast<int>(w.w), static_cast<int>(a.w), dot);
-  } else {
-    const uint4 a = x[0], b = x[1];
-    const int m = reinterpret_cast<const uint8_t*>(l.scales)[group_of(l, s)];
-    dot = __dp4a(codes_of(w.x << 4), static_cast<int>(a.x), dot);
-    dot = __dp4a(codes_of(w.x), static_cast<int>(a.y), dot);
-    dot = __dp4a(codes_of(w.y << 4), static_cast<int>(a.z), dot);
-    dot = __dp4a(codes_of(w.y), static_cast<int>(a.w), dot);
-    dot = __dp4a(codes_of(w.z << 4), static_cast<int>(b.x), dot);
-    dot = __dp4a(codes_of(w.z), static_cast<int>(b.y), dot);
-    dot = __dp4a(codes_of(w.w << 4), static_cast<int>(b.z), dot);
-    dot = __dp4a(codes_of(w.w), static_cast<int>(b.w), dot);
-    return (dot >> 4) * m;
+struct Operands {
+  uint4 w, x[KIND == Kind::kW4A8 ? 2 : 1];
+  int multiplier;
+
+  __device__ __forceinline__ void load(const Lane& l, int s) {
+    w = *reinterpret_cast<const uint4*>(l.w + s * kStep);
+    const uint4* const from = reinterpret_cast<const uint4*>(l.x + s * kStepX<KIND>);
+    x[0] = from[0];
+    if constexpr (KIND == Kind::kW4A8) {
+      x[1] = from[1];
+      multiplier = reinterpret_cast<const uint8_t*>(l.scales)[s];
+    }
   }
+
+  __device__ __forceinline__ int product() const {
+    const auto add = [](uint32_t a, uint32_t b, int sum) { return __dp4a(static_cast<int>(a), static_cast<int>(b), sum); };
+    if constexpr (KIND == Kind::kW8A8) {
+      return add(w.x, x[0].x, add(w.y, x[0].y, 0)) + add(w.z, x[0].z, add(w.w, x[0].w, 0));
+    } else {
+      // two chains, each of which waits half as long for itself
+      int even = add(codes_of(w.x << 4), x[0].x, 0), odd = add(codes_of(w.x), x[0].y, 0);
+      even = add(codes_of(w.y << 4), x[0].z, even), odd = add(codes_of(w.y), x[0].w, odd);
+      even = add(codes_of(w.z << 4), x[1].x, even), odd = add(codes_of(w.z), x[1].y, odd);
+      even = add(codes_of(w.w << 4), x[1].z, even), odd = add(codes_of(w.w), x[1].w, odd);
+      return ((even + odd) >> 4) * multiplier;
+    }
+  }
+};
+
+template <Kind KIND, int STEPS>
+__device__ __forceinline__ int multiply_steps(const Lane& l) {
+  Operands<KIND> o[STEPS];
+#pragma unroll
+  for (int s = 0; s < STEPS; ++s) o[s].load(l, s);
+  int sum = 0;
+#pragma unroll
+  for (int s = 0; s < STEPS; ++s) sum += o[s].product();
+  return sum;
 }
 
-// Sums of a stage's rows over `steps` steps from `s` on, written by one lane a row.
+// Sums of a stage's rows over the steps of a part, written by one lane a row.
 template <Kind KIND>
-__device__ __forceinline__ void multiply_part(const Lane& l, int s, int steps, uint32_t* sums, int lane) {
+__device__ __forceinline__ void multiply_part(const Lane& l, int steps, uint32_t* sums, int lane) {
   if constexpr (kInteger<KIND>) {
-    int acc = 0;
-#pragma unroll
-    for (int i = 0; i < kMostSteps; ++i)
-      if (i < steps) acc += multiply_step<KIND>(l, s + i);
+    int acc = 0, done = 0;
+    if (steps == kMostSteps) {
+      acc = multiply_steps<KIND, kMostSteps>(l);
+    } else {
+#pragma unroll 1
+      for (Lane rest = l; done < steps; ++done, rest.w += kStep, rest.x += kStepX<KIND>, ++rest.scales)
+        acc += multiply_steps<KIND, 1>(rest);
+    }
     acc += __shfl_xor_sync(~0u, acc, 1);
     acc += __shfl_xor_sync(~0u, acc, 2);
     if (lane % 4 == 0) sums[lane / 4] = static_cast<uint32_t>(acc);
   } else {
     float acc[1][1][4] = {};
 #pragma unroll 1
-    for (int i = s; i < s + steps; ++i) {
+    for (int s = 0; s < steps; ++s) {
       skinny::Step<1> step;
-      const int group = group_of(l, i);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        step.w[0][h] = *reinterpret_cast<const uint4*>(l.w + i * kStep + h * 8 * l.pitch);
-        step.scale[0][h] = reinterpret_cast<const uint16_t*>(l.scales + h * 8 * l.scale_bytes)[group];
+        step.w[0][h] = *reinterpret_cast<const uint4*>(l.w + s * kStep + h * l.row_bytes);
+        step.scale[0][h] = reinterpret_cast<const uint16_t*>(l.scales + h * l.scale_bytes)[s];
       }
-      skinny::multiply<KIND, false, 1, 1>(acc, step, reinterpret_cast<const uint4*>(l.x + i * kStepX<KIND>), lane % 4, 8);
+      skinny::multiply<KIND, false, 1, 1>(acc, step, reinterpret_cast<const uint4*>(l.x + s * kStepX<KIND>), lane % 4, 8);
     }
     if (lane % 4 == 0) {
       sums[lane / 4] = __float_as_uint(acc[0][0][0]);
@@ -107,27 +124,23 @@ __device__ __forceinline__ void multiply_part(const Lane& l, int s, int steps, u
 template <Kind KIND>
 __device__ __forceinline__ void products(const Ring& ring, const Matrix& m, const Share& share, Stage& stage,
                                          const char* x, uint32_t* sums) {
-  constexpr int kStride = kWarps / kParts;
+  constexpr int kStride = kWarps / kParts, kScale = KIND == Kind::kW4A8 ? 1 : 2;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % kParts;
   const int stages = share.strips<kRows<KIND>>() * m.runs;
+  const int begin = m.run_steps * part / kParts, steps = m.run_steps * (part + 1) / kParts - begin;
+  const char* const w = ring.stages + lane / 4 * m.pitch + lane % 4 * 16 + begin * kStep;
+  const char* const scales = ring.stages + kRows<KIND> * m.pitch + lane / 4 * m.scale_bytes + begin * kScale;
+  const char* const own_x = x + begin * kStepX<KIND> + (kInteger<KIND> ? lane % 4 * (kStepX<KIND> / 4) : 0);
   int at = warp / kParts, run = at;
   while (run >= m.runs) run -= m.runs;
   Stage mine = stage;
   mine.advance(ring, at);
 #pragma unroll 1
   for (; at < stages; at += kStride, mine.advance(ring, kStride)) {
-    const char* const from = ring.stages + mine.slot * ring.bytes;
-    const int first = run * m.run_steps, steps = min(m.run_steps, m.steps - first);
-    const int begin = steps * part / kParts, end = steps * (part + 1) / kParts;
-    const Lane l{from + lane / 4 * m.pitch + lane % 4 * 16,
-                 x + first * kStepX<KIND> + (kInteger<KIND> ? lane % 4 * (kStepX<KIND> / 4) : 0),
-                 from + kRows<KIND> * m.pitch + lane / 4 * m.scale_bytes,
-                 m.pitch,
-                 m.scale_bytes,
-                 m.group_steps,
-                 first};
+    const int slot = mine.slot * ring.bytes, before = run * m.run_steps;
+    const Lane l{w + slot, own_x + before * kStepX<KIND>, scales + slot + before * kScale, 8 * m.pitch, 8 * m.scale_bytes};
     wait(ring.full + 8 * mine.slot, mine.parity);
-    multiply_part<KIND>(l, begin, end - begin, sums + (at * kParts + part) * kRows<KIND>, lane);
+    multiply_part<KIND>(l, steps, sums + (at * kParts + part) * kRows<KIND>, lane);
     __syncwarp();
     if (lane == 0) arrive(ring.empty + 8 * mine.slot);
     for (run += kStride; run >= m.runs;) run -= m.runs;

@@ -23,10 +23,9 @@ constexpr int kStep = skinny::kStepBytes;
 // A matrix of every layer.
 struct Matrix {
   int O, K, row_bytes, steps;  // steps of 64 bytes
-  int runs, run_steps;
+  int runs, run_steps;         // equal runs
   int pitch;                   // between rows of a stage: an odd multiple of 64 bytes, so that two rows share no bank
-  int scale_bytes;             // group scales of a row
-  int group_steps;             // steps that share a scale
+  int scale_bytes;             // group scales of a row, one a step
 };
 
 // What a block has of it.
@@ -85,15 +84,6 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int byt
       : "memory");
 }
 
-// Ask L2 for elements that lie side by side; a few bytes around them come along.
-__device__ __forceinline__ void ask_for(const void* data, int64_t first, int count, int element) {
-  if (!data || count <= 0) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) + first * element, end = begin + static_cast<unsigned>(count * element);
-  const uintptr_t from = begin & ~static_cast<uintptr_t>(15);
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(static_cast<int>((end - from + 15) / 16 * 16))
-               : "memory");
-}
-
 // A warp brings what the block has of a matrix, from `stage` on. Slots are free in the first round.
 template <int ROWS>
 __device__ __forceinline__ void bring(const Ring& ring, const Matrix& m, const Share& share, const void* w,
@@ -105,7 +95,7 @@ __device__ __forceinline__ void bring(const Ring& ring, const Matrix& m, const S
     const int row = share.first + first, rows = min(ROWS, share.rows - first);
 #pragma unroll 1
     for (int run = 0; run < m.runs; ++run, stage.advance(ring, 1)) {
-      const int at = run * m.run_steps * kStep, bytes = min(m.run_steps * kStep, m.row_bytes - at);
+      const int bytes = m.run_steps * kStep, at = run * bytes;
       const uint32_t full = ring.full + 8 * stage.slot, to = shared_address(ring.stages + stage.slot * ring.bytes);
       wait(ring.empty + 8 * stage.slot, stage.parity ^ 1);
       if (lane == 0) arrive_expecting(full, rows * (bytes + m.scale_bytes));
