@@ -128,10 +128,11 @@ __device__ __forceinline__ void butterfly(float (&v)[SIZE]) {
       }
 }
 
-// The threads that rotate a row: those of the block.
+// The threads that rotate a row: those of the block. Where element i of it lies.
 struct WholeBlock {
   static __device__ __forceinline__ int threads() { return blockDim.x; }
   static __device__ __forceinline__ void sync() { __syncthreads(); }
+  static __device__ __forceinline__ int place(int i) { return padded(i); }
 };
 
 namespace hadamard {
@@ -143,11 +144,11 @@ __device__ __forceinline__ void pass(float* row, int channels, int shift) {
   for (int item = threadIdx.x; item < items; item += Team::threads()) {
     int first = (((item >> shift) * SIZE) << shift) + (item & ((1 << shift) - 1));
     // powers of two are taken within a stretch of 32 or across whole stretches, so their places are equally far apart
-    float* const at = row + padded(first);
-    const int step = padded(1 << shift);
+    float* const at = row + Team::place(first);
+    const int step = Team::place(1 << shift);
     float v[SIZE];
 #pragma unroll
-    for (int i = 0; i < SIZE; ++i) v[i] = BASE ? row[padded(first + (i << shift))] : at[i * step];
+    for (int i = 0; i < SIZE; ++i) v[i] = BASE ? row[Team::place(first + (i << shift))] : at[i * step];
     if constexpr (BASE) {
       multiply_base<SIZE>(v);
       asm volatile("" : "+r"(first));  // so that places are computed again instead of kept in SIZE registers
@@ -155,7 +156,7 @@ __device__ __forceinline__ void pass(float* row, int channels, int shift) {
       butterfly<SIZE>(v);
     }
 #pragma unroll
-    for (int i = 0; i < SIZE; ++i) (BASE ? row[padded(first + (i << shift))] : at[i * step]) = v[i];
+    for (int i = 0; i < SIZE; ++i) (BASE ? row[Team::place(first + (i << shift))] : at[i * step]) = v[i];
   }
   Team::sync();
 }

@@ -3,18 +3,19 @@
 // At batch 1 a step is bound by its weights' bytes if nothing else takes time, and everything does: with a kernel for each
 // part, every one of them waits for its predecessor, for its instructions, which the weights have driven out of the caches,
 // and for its weights. Here one block stays on each multiprocessor for all layers, so that the code stays where it is and
-// weights stream without a pause (stack_ring.cuh); what is left between the parts are barriers of the grid, three a layer:
+// weights stream without a pause (stack_ring.cuh). Blocks pass on what they make in words that hold a value and the number of
+// its layer: who needs one asks until the number is right, which takes half as long as a barrier of the grid.
 //
-//   norm, codes (every block for itself); in_proj, a share of the rows            | barrier
-//   convolution, B and C (every block of a group for itself); rows of the state   | barrier
-//   norm, rotation, codes (every block for itself); out_proj, a share of the rows | barrier
+//   norm, codes (every block for itself); in_proj, a share of the rows            -> projected
+//   convolution, B and C (every block of a group for itself); rows of the state   -> u
+//   norm, rotation, codes (every block for itself); out_proj, a share of the rows -> the residual
 //
-// That every block makes the whole input of its linears costs less than another barrier.
+// That every block makes the whole input of its linears costs less than passing on once more.
 //
-// Hazards. What one block writes for others (projected, u, the residual y) is read after a barrier, through L2. y is replaced
-// row by row by the block that owns the row, after the barrier behind which nobody reads it as the input of this layer. The
-// convolution's state of B and C is read by all blocks of a group and shifted by the first of them behind the next barrier, as
-// the step of the rounding is advanced. The launch is cooperative: all blocks run, or none does.
+// Hazards. A value of layer t is replaced by one of layer t + 1 when all blocks have used it, since that has to pass through
+// all of them: nobody makes u before projected, nor the residual before all of u, nor projected before all of the residual.
+// For the same reason the first block of a group may shift the convolution's state of B and C, and one block advance the step
+// of the rounding, when they have all of u. The launch is cooperative: all blocks run, or none does.
 #pragma once
 
 #include <algorithm>
@@ -52,9 +53,9 @@ struct Params {
   Matrix matrix[2];    // in_proj, out_proj
   const float* x;      // the residual stream
   float* y;
-  void* projected;     // what in_proj makes, of the activations' type
-  float* u;            // what the mixer makes, before its norm
-  unsigned* arrivals;  // at barriers of the grid
+  unsigned* projected;  // what in_proj makes: 16 bits, and 16 of the layer's number
+  uint2* u;             // what the mixer makes, before its norm: a float and the layer's number
+  uint2* residual;
   Groups groups[2];    // of the norms before them
   Rotation rotation;
   int layers;
@@ -73,27 +74,57 @@ __device__ __forceinline__ int quad_of(int i) { return i * kTeam + threadIdx.x; 
   _Pragma("unroll") for (int i = 0; i < kQuads; ++i) \
     if (i * kTeam * 4 < (channels))
 
-// Barrier of the grid, in two halves: what the block has written before is seen by all behind the second.
-__device__ __forceinline__ void arrive_grid(const Params& p) {
-  Team::sync();
-  if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p.arrivals) : "memory");
+// What other blocks pass on. Of 8 bytes that are written at once none is seen without the others.
+__device__ __forceinline__ void pass_on(uint2* to, float v, unsigned layer) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(__float_as_uint(v)), "r"(layer) : "memory");
 }
 
-__device__ __forceinline__ void wait_grid(const Params& p, unsigned& barriers) {
-  const unsigned wanted = ++barriers * gridDim.x;
-  if (threadIdx.x == 0) {
-    unsigned arrived;
+__device__ __forceinline__ void pass_on(unsigned* to, unsigned short v, unsigned layer) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v | layer << 16) : "memory");
+}
+
+struct Patience {
 #ifdef QUAMBA_TUNE
-    long long polls = 0;
-#endif
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(p.arrivals) : "memory");
-#ifdef QUAMBA_TUNE
-      if (++polls > 1 << 22) __trap();  // a lost arrival would hang the device
-#endif
-    } while (arrived < wanted);
+  long long polls = 0;
+  __device__ __forceinline__ void lose() {
+    if (++polls > 1 << 22) __trap();  // a value that never comes would hang the device
   }
-  Team::sync();
+#else
+  __device__ __forceinline__ void lose() {}
+#endif
+};
+
+__device__ __forceinline__ unsigned receive(const unsigned* from, unsigned layer) {
+  unsigned v;
+  Patience patience;
+  do {
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+    patience.lose();
+  } while (v >> 16 != layer);
+  return v & 0xffffu;
+}
+
+__device__ __forceinline__ void receive(Quads& v, const uint2* from, int channels, unsigned layer) {
+  Patience patience;
+  bool waiting;
+  do {
+    waiting = false;
+    QUAMBA_EACH_QUAD(i, channels) {
+      v[i][0] = v[i][1] = v[i][2] = v[i][3] = 0.f;
+      if (quad_of(i) * 4 < channels)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          unsigned a, b, c, d;
+          asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                       : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+                       : "l"(from + quad_of(i) * 4 + h * 2)
+                       : "memory");
+          v[i][2 * h] = __uint_as_float(a), v[i][2 * h + 1] = __uint_as_float(c);
+          waiting |= b != layer || d != layer;
+        }
+    }
+    patience.lose();
+  } while (waiting);
 }
 
 // The gains of a norm, of the activations' type, as they lie.
@@ -137,7 +168,8 @@ __device__ __forceinline__ void normalise(Quads& v, int channels, const Groups& 
 
 // The rotation of hadamard.cuh: two factors 2 within a thread's quads, three at a time through shared memory, then the base.
 __device__ __forceinline__ void rotate(Quads& v, float* row, int channels, const Rotation& r) {
-  float* const own = row + padded(threadIdx.x * 4);
+  float4* const own = reinterpret_cast<float4*>(row + Team::place(threadIdx.x * 4));
+  constexpr int kNext = Team::place(kTeam * 4) / 4;
   QUAMBA_EACH_QUAD(i, channels) {
     if (r.bits > 0) {
       const float a = v[i][0] + v[i][1], b = v[i][0] - v[i][1], c = v[i][2] + v[i][3], d = v[i][2] - v[i][3];
@@ -147,22 +179,21 @@ __device__ __forceinline__ void rotate(Quads& v, float* row, int channels, const
       const float a = v[i][0] + v[i][2], b = v[i][1] + v[i][3], c = v[i][0] - v[i][2], d = v[i][1] - v[i][3];
       v[i][0] = a, v[i][1] = b, v[i][2] = c, v[i][3] = d;
     }
-    if (quad_of(i) * 4 < channels)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) own[i * padded(kTeam * 4) + j] = v[i][j];
+    if (quad_of(i) * 4 < channels) own[i * kNext] = make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
   }
   Team::sync();
   int done = min(r.bits, 2);
 #pragma unroll 1
   for (; r.bits - done >= 3; done += 3) hadamard::pass<8, false, Team>(row, channels, done);
-#pragma unroll 1
-  for (; done < r.bits; ++done) hadamard::pass<2, false, Team>(row, channels, done);
+  if (r.bits - done == 2) hadamard::pass<4, false, Team>(row, channels, done);
+  if (r.bits - done == 1) hadamard::pass<2, false, Team>(row, channels, done);
   if (r.base == 12) hadamard::pass<12, true, Team>(row, channels, r.bits);
   if (r.base == 20) hadamard::pass<20, true, Team>(row, channels, r.bits);
   QUAMBA_EACH_QUAD(i, channels)
-    if (quad_of(i) * 4 < channels)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) v[i][j] = own[i * padded(kTeam * 4) + j] * r.gain;
+    if (quad_of(i) * 4 < channels) {
+      const float4 q = own[i * kNext];
+      v[i][0] = q.x * r.gain, v[i][1] = q.y * r.gain, v[i][2] = q.z * r.gain, v[i][3] = q.w * r.gain;
+    }
 }
 
 // v as the input of a linear: codes by a static scale or the token's own, or floats of the activations' type. Ends with a
@@ -324,11 +355,21 @@ __device__ __forceinline__ void bring_all(const Params& p, const Ring& ring, Mix
   for (int turn = 0; turn < 2 * p.layers; ++turn) {
     const QuambaStackLayer& l = p.layer[turn / 2];
     const QuambaStackLinear& linear = turn & 1 ? l.out : l.in;
+    if (!(turn & 1)) {
+      // what others read of a layer comes to L2 in time; what all blocks do, once
+      const int lane = threadIdx.x % 32;
+      if (lane == 0 && blockIdx.x % 16 == 0) ask_for(l.norm_weight, p.matrix[0].K, 2);
+      if (lane == 1 && blockIdx.x % 16 == 1) ask_for(l.gate_weight, p.matrix[1].K, 2);
+      if (lane == 2 && blockIdx.x % 16 == 2 && l.in_scale) prefetch_l2(l.in_scale);
+      if (lane == 3 && blockIdx.x % 16 == 3 && l.out_scale) prefetch_l2(l.out_scale);
+      if (lane == 4 && kInteger<KIND>) ask_for(static_cast<const float*>(l.in.w_scale) + of_in.first, of_in.rows, 4);
+      if (lane == 5 && kInteger<KIND>) ask_for(static_cast<const float*>(l.out.w_scale) + of_out.first, of_out.rows, 4);
+    }
     if ((turn & 1) && part.rows > 0) {
       wait(mixer_empty, turn / 2 & 1 ^ 1);
       bring_mixer(p, l, part, mixer, mixer_full);
     }
-    bring<kRows<KIND>>(ring, p.matrix[turn & 1], turn & 1 ? of_out : of_in, linear.w,
+    bring(ring, p.matrix[turn & 1], turn & 1 ? of_out : of_in, linear.w,
                        KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale, stage);
   }
 }
@@ -337,10 +378,7 @@ __device__ __forceinline__ void bring_all(const Params& p, const Ring& ring, Mix
 template <bool CODES, int TYPE>
 __device__ __forceinline__ QuambaDecode mixer_of(const Params& p, const QuambaStackLayer& l) {
   QuambaDecode q = p.mixer;
-  const int bytes = 2, inner = q.H * q.P, shared = q.G * q.N;
-  const char* const projected = static_cast<const char*>(p.projected);
   q.in = q.conv_bias_type = TYPE, q.conv_state_type = q.conv_weight_type = CODES ? QUAMBA_I8 : TYPE;
-  q.z = projected, q.x = projected + bytes * inner, q.dt = projected + bytes * (2 * inner + 2 * shared);
   q.conv_state = l.conv_state, q.conv_weight = l.conv_weight, q.conv_bias = l.conv_bias;
   q.conv_weight_scale = CODES ? l.conv_weight_scale : nullptr;
   q.conv_in_scale = CODES ? l.conv_in_scale : nullptr, q.conv_out_scale = CODES ? l.conv_out_scale : nullptr;
@@ -356,10 +394,11 @@ struct Between {
   Row info[kMostRows];
 };
 
-// A channel of the convolution, its constants and past being in slot `at`: every word is filled, wherever the element would lie.
+// A channel of the convolution, its new input being x, its constants and past in slot `at`: every word is filled, wherever the
+// element would lie.
 template <bool CODES, int TYPE, typename Made>
 __device__ __forceinline__ void read_channel(const QuambaDecode& q, const Made& mixer, int at, int early, int place,
-                                             decode::Taps& taps, decode::Window& window) {
+                                             unsigned x, decode::Taps& taps, decode::Window& window) {
   const auto code = [](unsigned v) { return v * 0x01010101u; };
   const auto half = [](unsigned v) { return v * 0x00010001u; };
   if constexpr (CODES) {
@@ -371,7 +410,7 @@ __device__ __forceinline__ void read_channel(const QuambaDecode& q, const Made& 
     taps.weight.x = two.x, taps.weight.y = two.y, taps.weight_scale = taps.out = taps.in = 1.f;
   }
   if (q.conv_bias) taps.bias = half(mixer.bias[at]);
-  window = {0, place, q.x, place};  // B and C follow x
+  window = {0, place};
 #pragma unroll
   for (int w = 0; w < decode::kWidth - 1; ++w) {
     if constexpr (CODES)
@@ -379,7 +418,7 @@ __device__ __forceinline__ void read_channel(const QuambaDecode& q, const Made& 
     else
       window.past[w] = half(reinterpret_cast<const unsigned short*>(mixer.past[w])[at]);
   }
-  window.x = decode::fetch(q.x, TYPE, place);
+  window.x = half(x);
 }
 
 template <Kind KIND, typename State, int TYPE>
@@ -423,8 +462,10 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
   const int head = is_row && exists ? place / p.mixer.P : 0;
   const int early = kCodes && is_row ? channel0 % 16 : 0;  // bytes that came along
 
+  const int inputs = inner, dts = 2 * inner + 2 * p.mixer.G * kN;  // where x and dt begin in projected
   Stage stage{0, 0};
-  unsigned barriers = 0;
+  float before = 0.f;  // the residual in the thread's row of out_proj
+  if (static_cast<int>(threadIdx.x) < of_out.rows) before = __ldcg(p.x + of_out.first + threadIdx.x);
 
   // in_proj and out_proj of every layer in turn: what they share is there once, as instructions have to be fetched, too
 #pragma unroll 1
@@ -434,7 +475,7 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
     const QuambaStackLinear& linear = out ? l.out : l.in;
     const Matrix& m = p.matrix[out];
     const Share share = out ? of_out : of_in;
-    const float* const residual = turn < 2 ? p.x : p.y;
+    const unsigned layer = turn / 2 + 1;
     const void* const weight = out ? l.gate_weight : l.norm_weight;
     const float* const static_scale = out ? l.out_scale : l.in_scale;
     const bool owner = static_cast<int>(threadIdx.x) < share.rows;
@@ -442,26 +483,30 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
 
     Quads v;
     RawQuads gain;
-    const float* const from = out ? p.u : residual;
-    QUAMBA_EACH_QUAD(i, m.K) {
-      const float4 four = quad_of(i) * 4 < m.K ? __ldcg(reinterpret_cast<const float4*>(from) + quad_of(i))
-                                               : make_float4(0.f, 0.f, 0.f, 0.f);
-      v[i][0] = four.x, v[i][1] = four.y, v[i][2] = four.z, v[i][3] = four.w;
-    }
     load_gains(gain, weight, m.K);
-    float in_scale = 1.f, weight_scale = 1.f, bias = -0.f, before = -0.f;
+    float in_scale = 1.f, weight_scale = 1.f, bias = -0.f;
     if (kCodes && static_scale) in_scale = __uint_as_float(constant_word(static_scale));
     if (owner) {
       if (kCodes) weight_scale = __uint_as_float(constant_word(static_cast<const float*>(linear.w_scale) + own));
       if (linear.bias) bias = skinny::load_float(linear.bias, own, TYPE);
-      if (out) before = __ldcg(residual + own);
     }
-    if (out && rows > 0) {  // behind the barrier, so that all have read them
+    if (turn) {
+      receive(v, out ? p.u : p.residual, m.K, out ? layer : layer - 1);
+    } else {
+      QUAMBA_EACH_QUAD(i, m.K) {
+        const float4 four = quad_of(i) * 4 < m.K ? __ldcg(reinterpret_cast<const float4*>(p.x) + quad_of(i))
+                                                 : make_float4(0.f, 0.f, 0.f, 0.f);
+        v[i][0] = four.x, v[i][1] = four.y, v[i][2] = four.z, v[i][3] = four.w;
+      }
+    }
+    if (out && rows > 0) {
+      // not before all threads have all of u, so that all blocks have read them
+      Team::sync();
       if (part.first == 0 && !is_row) {
         const QuambaDecode q = mixer_of<kCodes, TYPE>(p, l);
         decode::Taps taps{};
         decode::Window window;
-        read_channel<kCodes, TYPE>(q, mixer, threadIdx.x, 0, place, taps, window);
+        read_channel<kCodes, TYPE>(q, mixer, threadIdx.x, 0, place, receive(p.projected + inputs + place, layer), taps, window);
         decode::shift<kCodes>(q, taps.in, window);
       }
       if (kStateCodes && l.rng && blockIdx.x == 0 && threadIdx.x == 0) l.rng[1] = __ldcg(l.rng + 1) + 1;
@@ -478,33 +523,35 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
       float sum = sum_of<KIND>(m, sums, threadIdx.x);
       if (kCodes) sum = __fmul_rn(__fmul_rn(sum, x_scale), weight_scale);
       sum = __fadd_rn(sum, bias);
-      if (out)
-        p.y[own] = __fadd_rn(sum, before);
-      else
-        skinny::store_float(p.projected, own, TYPE, sum);
+      if (out) {
+        before = __fadd_rn(sum, before);
+        pass_on(p.residual + own, before, layer);
+        if (turn + 1 == 2 * p.layers) p.y[own] = before;
+      } else {
+        pass_on(p.projected + own, to_half(sum, kHalf), layer);
+      }
     }
-    if (turn + 1 == 2 * p.layers) break;
-    arrive_grid(p);
-
     if (!out) {
-      wait_grid(p, barriers);
       const QuambaDecode q = mixer_of<kCodes, TYPE>(p, l);
       if (rows > 0) wait(mixer_full, turn / 2 & 1);
       if (exists) {
         decode::Taps taps{};
         decode::Window window;
-        unsigned dt_word = 0, z_word = 0;
-        if (is_row) dt_word = decode::fetch(q.dt, TYPE, head), z_word = decode::fetch(q.z, TYPE, place);
-        read_channel<kCodes, TYPE>(q, mixer, threadIdx.x, early, place, taps, window);
+        float dt = 0.f, z = 0.f;
+        if (is_row) {
+          dt = decode::to_float(receive(p.projected + dts + head, layer), TYPE);
+          z = decode::to_float(receive(p.projected + place, layer), TYPE);
+        }
+        const unsigned input = receive(p.projected + inputs + place, layer);
+        read_channel<kCodes, TYPE>(q, mixer, threadIdx.x, early, place, input, taps, window);
         const float made = decode::convolve<kCodes>(q, taps, window);
         if (is_row) {
           const int at = head - channel0 / q.P;
           const float xs = made * mixer.x_scale[q.x_count > 1 ? own_row : 0];
           decode::shift<kCodes>(q, taps.in, window);
-          const float raw = __fadd_rn(decode::value(dt_word, q.dt, TYPE, head), mixer.dt_bias[at]);
-          const float dt = fminf(fmaxf(decode::softplus(raw), q.dt_min), q.dt_max);
+          dt = fminf(fmaxf(decode::softplus(__fadd_rn(dt, mixer.dt_bias[at])), q.dt_min), q.dt_max);
           between.info[own_row] = {expf(__fmul_rn(dt, mixer.A[at])), __fmul_rn(dt, xs), __fmul_rn(xs, mixer.D[at]),
-                                   decode::gate_of(q, decode::value(z_word, q.z, TYPE, place), mixer.z_scale[q.z_count > 1 ? own_row : 0])};
+                                   decode::gate_of(q, z, mixer.z_scale[q.z_count > 1 ? own_row : 0])};
         } else {
           (is_B ? between.B : between.C)[spread<kCount>(threadIdx.x % kN)] = made * mixer.shared_scale[!is_B];
         }
@@ -549,13 +596,11 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
           stored.store(static_cast<State*>(l.state) + static_cast<int64_t>(channel0 + at) * kN + column * kCount);
           if (column == 0) {
             if (kStateCodes) l.state_scale[channel0 + at] = scale;
-            p.u[channel0 + at] = (sum + r.skip) * r.gate;
+            pass_on(p.u + channel0 + at, (sum + r.skip) * r.gate, layer);
           }
         }
       }
-      arrive_grid(p);
     }
-    wait_grid(p, barriers);
   }
 }
 
@@ -563,8 +608,8 @@ inline int64_t rounded_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 inline int outputs(const QuambaDecode& q) { return 2 * q.H * q.P + 2 * q.G * q.N + q.H; }
 
-inline int64_t workspace_of(const QuambaDecode& q) {
-  return 256 + rounded_up(2ll * outputs(q)) + rounded_up(4ll * q.H * q.P);
+inline int64_t workspace_of(const QuambaStack& s) {
+  return rounded_up(4ll * outputs(s.mixer)) + 8ll * (s.mixer.H * s.mixer.P + s.D);
 }
 
 // A matrix of O rows of K; false where its stages would not be whole.
@@ -618,7 +663,7 @@ int launch(const QuambaStack& s, cudaStream_t stream) {
     return QUAMBA_UNSUPPORTED;
   if (!describe<KIND>(p.matrix[0], outputs(q), s.D, s.S) || !describe<KIND>(p.matrix[1], s.D, inner, s.S))
     return QUAMBA_UNSUPPORTED;
-  if (s.workspace_bytes < workspace_of(q) || q.channels % 16 || q.P * (Mixer<kCodes, State>::kHeads - 1) < kMostRows)
+  if (s.workspace_bytes < workspace_of(s) || q.channels % 16 || q.P * (Mixer<kCodes, State>::kHeads - 1) < kMostRows)
     return QUAMBA_UNSUPPORTED;
   for (int i = 0; i < s.count; ++i)
     if (!aligned(s.layers[i])) return QUAMBA_UNSUPPORTED;
@@ -641,15 +686,15 @@ int launch(const QuambaStack& s, cudaStream_t stream) {
 
   int stage_bytes = 0, parts = 0;
   for (const Matrix& m : p.matrix) {
-    const int strips = (most_rows(m, sms) + kRows<KIND> - 1) / kRows<KIND>;
-    stage_bytes = std::max(stage_bytes, kRows<KIND> * (m.pitch + m.scale_bytes));
+    const int strips = (most_rows(m, sms) + kStrip - 1) / kStrip;
+    stage_bytes = std::max(stage_bytes, kStrip * (m.pitch + m.scale_bytes));
     parts = std::max(parts, strips * m.runs * kParts);
     p.x_bytes = std::max(p.x_bytes, m.steps * kStepX<KIND>);
     if (most_rows(m, sms) > kTeam) return QUAMBA_UNSUPPORTED;
   }
   p.stage_bytes = (stage_bytes + 127) / 128 * 128;
-  p.sums_bytes = parts * kRows<KIND> * 4;
-  p.row_floats = (padded(inner) + 31) / 32 * 32;
+  p.sums_bytes = parts * kStrip * 4;
+  p.row_floats = (Team::place(inner) + 31) / 32 * 32;
   using Made = Mixer<kCodes, State>;
   const int others = kBarrierBytes + p.x_bytes + p.sums_bytes +
                      static_cast<int>(sizeof(Between) + offsetof(Made, state)) + p.rows * kN * static_cast<int>(sizeof(State)) +
@@ -657,10 +702,9 @@ int launch(const QuambaStack& s, cudaStream_t stream) {
   p.stages = std::min((most - others) / p.stage_bytes, kMaxStages);
   if (p.stages < kWarps / kParts) return QUAMBA_UNSUPPORTED;
 
-  char* at = static_cast<char*>(s.workspace);
-  p.arrivals = reinterpret_cast<unsigned*>(at);
-  p.projected = at + 256;
-  p.u = reinterpret_cast<float*>(at + 256 + rounded_up(2ll * outputs(q)));
+  p.projected = static_cast<unsigned*>(s.workspace);
+  p.u = reinterpret_cast<uint2*>(static_cast<char*>(s.workspace) + rounded_up(4ll * outputs(q)));
+  p.residual = p.u + inner;
 
   const auto kernel = ssd_stack<KIND, State, TYPE>;
   const int bytes = others + p.stages * p.stage_bytes;
@@ -679,7 +723,7 @@ int launch(const QuambaStack& s, cudaStream_t stream) {
     p.layers = std::min(kMostLayers, s.count - layer);
     std::copy(s.layers + layer, s.layers + layer + p.layers, p.layer);
     if (layer) p.x = p.y;
-    error = cudaMemsetAsync(p.arrivals, 0, sizeof(unsigned), stream);
+    error = cudaMemsetAsync(s.workspace, 0, workspace_of(s), stream);  // there is no layer 0
     if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, p);
   }
   return error != cudaSuccess ? error : cudaGetLastError();

@@ -1,6 +1,6 @@
 #include "ssd_stack.cuh"
 
-extern "C" long long quamba_ssd_stack_w8a8_workspace(const QuambaStack* s) { return quamba::stack::workspace_of(s->mixer); }
+extern "C" long long quamba_ssd_stack_w8a8_workspace(const QuambaStack* s) { return quamba::stack::workspace_of(*s); }
 
 extern "C" int quamba_ssd_stack_w8a8(const QuambaStack* s, void* stream) {
   using namespace quamba::stack;

@@ -2,7 +2,7 @@
 // after layer, into a ring of stages that the other warps empty. Nothing but room holds it back, so weights arrive while the
 // others wait for each other.
 //
-// A block owns neighbouring rows of each matrix. A stage holds a run along K of a strip of ROWS of them, and their group
+// A block owns neighbouring rows of each matrix. A stage holds a run along K of a strip of 16 of them, and their group
 // scales.
 #pragma once
 
@@ -16,8 +16,9 @@ namespace quamba::stack {
 
 constexpr int kMaxStages = 32;
 constexpr int kOctet = 8;        // rows that belong to one block
-constexpr int kRunBytes = 1280;  // of a row in a stage, at most
-constexpr int kParts = 4;        // shares of a stage, a warp each
+constexpr int kStrip = 16;       // rows of a stage
+constexpr int kRunBytes = 640;   // of a row in a stage, at most
+constexpr int kParts = 2;        // shares of a stage, a warp each
 constexpr int kStep = skinny::kStepBytes;
 
 // A matrix of every layer.
@@ -39,10 +40,7 @@ struct Share {
     first = begin * kOctet, rows = (end - begin) * kOctet;
   }
 
-  template <int ROWS>
-  __device__ __forceinline__ int strips() const {
-    return (rows + ROWS - 1) / ROWS;
-  }
+  __device__ __forceinline__ int strips() const { return (rows + kStrip - 1) / kStrip; }
 };
 
 // `count` stages; stage n of the whole run of a kernel lies in slot n % count.
@@ -84,15 +82,20 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int byt
       : "memory");
 }
 
+// Ask L2 for elements that lie side by side from a multiple of 16 bytes on.
+__device__ __forceinline__ void ask_for(const void* data, int count, int element) {
+  if (data)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(data), "r"((count * element + 15) / 16 * 16) : "memory");
+}
+
 // A warp brings what the block has of a matrix, from `stage` on. Slots are free in the first round.
-template <int ROWS>
 __device__ __forceinline__ void bring(const Ring& ring, const Matrix& m, const Share& share, const void* w,
                                       const void* scales, Stage& stage) {
   const int lane = threadIdx.x % 32;
   const uint64_t policy = evict_first();
 #pragma unroll 1
-  for (int first = 0; first < share.rows; first += ROWS) {
-    const int row = share.first + first, rows = min(ROWS, share.rows - first);
+  for (int first = 0; first < share.rows; first += kStrip) {
+    const int row = share.first + first, rows = min(kStrip, share.rows - first);
 #pragma unroll 1
     for (int run = 0; run < m.runs; ++run, stage.advance(ring, 1)) {
       const int bytes = m.run_steps * kStep, at = run * bytes;
@@ -103,8 +106,8 @@ __device__ __forceinline__ void bring(const Ring& ring, const Matrix& m, const S
       if (lane < rows)
         bulk_copy(to + lane * m.pitch, static_cast<const char*>(w) + static_cast<int64_t>(row + lane) * m.row_bytes + at,
                   bytes, full, policy);
-      if (lane == ROWS && m.scale_bytes)
-        bulk_copy(to + ROWS * m.pitch, static_cast<const char*>(scales) + static_cast<int64_t>(row) * m.scale_bytes,
+      if (lane == kStrip && m.scale_bytes)
+        bulk_copy(to + kStrip * m.pitch, static_cast<const char*>(scales) + static_cast<int64_t>(row) * m.scale_bytes,
                   rows * m.scale_bytes, full, policy);
     }
   }
