@@ -369,8 +369,10 @@ __device__ __forceinline__ void bring_all(const Params& p, const Ring& ring, Mix
       wait(mixer_empty, turn / 2 & 1 ^ 1);
       bring_mixer(p, l, part, mixer, mixer_full);
     }
-    bring(ring, p.matrix[turn & 1], turn & 1 ? of_out : of_in, linear.w,
-                       KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale, stage);
+    const Share& share = turn & 1 ? of_out : of_in;
+    if (threadIdx.x % 32 == 0)
+      bring(ring, p.matrix[turn & 1], share, linear.w, KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale, stage);
+    __syncwarp();
   }
 }
 
@@ -431,7 +433,7 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
 
   using Made = Mixer<kCodes, State>;
   char* const stages = shared + kBarrierBytes;
-  char* const x = stages + p.stages * p.stage_bytes;
+  char* const x = stages + p.stages * p.stage_bytes;  // an even number of odd multiples of 64
   uint32_t* const sums = reinterpret_cast<uint32_t*>(x + p.x_bytes);
   Between& between = *reinterpret_cast<Between*>(reinterpret_cast<char*>(sums) + p.sums_bytes);
   float* const scratch = reinterpret_cast<float*>(&between + 1);
@@ -612,22 +614,29 @@ inline int64_t workspace_of(const QuambaStack& s) {
   return rounded_up(4ll * outputs(s.mixer)) + 8ll * (s.mixer.H * s.mixer.P + s.D);
 }
 
-// A matrix of O rows of K; false where its stages would not be whole.
+// The largest share of a matrix.
+inline int most_rows(const Matrix& m, int blocks) { return (m.O / kOctet + blocks - 1) / blocks * kOctet; }
+
+// A matrix of O rows of K, for so many blocks; false where it cannot be copied in stages.
 template <Kind KIND>
-bool describe(Matrix& m, int O, int K, int S) {
+bool describe(Matrix& m, int O, int K, int S, int blocks) {
   m = {};
-  m.O = O, m.K = K, m.row_bytes = KIND == Kind::kW8A8 ? K : K / 2;
-  if (O % kOctet || m.row_bytes % kStep || K > kQuads * 4 * kTeam) return false;
-  m.steps = m.row_bytes / kStep;
-  m.run_steps = std::min(m.steps, kRunBytes / kStep);
-  while (m.steps % m.run_steps) --m.run_steps;
-  m.runs = m.steps / m.run_steps;
-  if (m.runs > 1 && m.run_steps < kParts) return false;
-  m.pitch = m.run_steps % 2 ? m.run_steps * kStep : (m.run_steps + 1) * kStep;
-  if (KIND == Kind::kW8A8) return true;
-  if (S != 2 * kStep) return false;
-  m.scale_bytes = K / S * (kInteger<KIND> ? 1 : 2);
-  return m.scale_bytes * kOctet % 16 == 0;
+  m.O = O, m.K = K, m.row_bytes = KIND == Kind::kW8A8 ? K : K / 2, m.steps = m.row_bytes / kStep;
+  if (O % kOctet || m.row_bytes % (2 * kStep) || K > kQuads * 4 * kTeam) return false;
+  if (KIND != Kind::kW8A8) {
+    if (S != 2 * kStep) return false;
+    m.scale_bytes = K / S * (kInteger<KIND> ? 1 : 2);
+  }
+  for (m.stage_rows = kOctet; m.stage_rows > 2 && m.stage_rows * m.row_bytes > kStageBytes;) m.stage_rows /= 2;
+  m.strip_stages = kStrip / m.stage_rows;
+  // parts by what they take: rounds of the warps, times steps and what a part costs beside them
+  const int strips = (most_rows(m, blocks) + kStrip - 1) / kStrip;
+  double least = 0;
+  for (int parts = 1; parts <= kWarps; parts *= 2) {
+    const double cost = (strips * parts + kWarps - 1) / kWarps * ((m.steps + parts - 1) / parts + 1.5);
+    if (!m.parts || cost < least) m.parts = parts, least = cost;
+  }
+  return m.stage_rows * m.scale_bytes % 16 == 0;
 }
 
 // Whether what is copied in bulk begins at a multiple of 16 bytes.
@@ -641,9 +650,6 @@ inline bool aligned(const QuambaStackLayer& l) {
     if (reinterpret_cast<uintptr_t>(p) % 16) return false;
   return true;
 }
-
-// The largest share of a matrix.
-inline int most_rows(const Matrix& m, int blocks) { return (m.O / kOctet + blocks - 1) / blocks * kOctet; }
 
 template <Kind KIND, typename State, int TYPE>
 int launch(const QuambaStack& s, cudaStream_t stream) {
@@ -661,8 +667,6 @@ int launch(const QuambaStack& s, cudaStream_t stream) {
   p.groups[1] = {groups, runs, groups ? 1.f / static_cast<float>(runs * kRun) : 0.f};
   if (!make_rotation(q.block, p.rotation) || p.rotation.base > 20 || (p.rotation.base && inner % q.block))
     return QUAMBA_UNSUPPORTED;
-  if (!describe<KIND>(p.matrix[0], outputs(q), s.D, s.S) || !describe<KIND>(p.matrix[1], s.D, inner, s.S))
-    return QUAMBA_UNSUPPORTED;
   if (s.workspace_bytes < workspace_of(s) || q.channels % 16 || q.P * (Mixer<kCodes, State>::kHeads - 1) < kMostRows)
     return QUAMBA_UNSUPPORTED;
   for (int i = 0; i < s.count; ++i)
@@ -676,7 +680,9 @@ int launch(const QuambaStack& s, cudaStream_t stream) {
   get(most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   get(cooperative, cudaDevAttrCooperativeLaunch);
   if (error != cudaSuccess) return error;
-  if (!cooperative) return QUAMBA_UNSUPPORTED;
+  if (!cooperative || !describe<KIND>(p.matrix[0], outputs(q), s.D, s.S, sms) ||
+      !describe<KIND>(p.matrix[1], s.D, inner, s.S, sms))
+    return QUAMBA_UNSUPPORTED;
 
   const int group_rows = inner / q.G;
   p.blocks = sms / q.G;
@@ -687,20 +693,20 @@ int launch(const QuambaStack& s, cudaStream_t stream) {
   int stage_bytes = 0, parts = 0;
   for (const Matrix& m : p.matrix) {
     const int strips = (most_rows(m, sms) + kStrip - 1) / kStrip;
-    stage_bytes = std::max(stage_bytes, kStrip * (m.pitch + m.scale_bytes));
-    parts = std::max(parts, strips * m.runs * kParts);
+    stage_bytes = std::max(stage_bytes, m.stage_rows * (m.row_bytes + m.scale_bytes));
+    parts = std::max(parts, strips * m.parts);
     p.x_bytes = std::max(p.x_bytes, m.steps * kStepX<KIND>);
     if (most_rows(m, sms) > kTeam) return QUAMBA_UNSUPPORTED;
   }
-  p.stage_bytes = (stage_bytes + 127) / 128 * 128;
+  p.stage_bytes = (stage_bytes + 63) / 128 * 128 + 64;
   p.sums_bytes = parts * kStrip * 4;
   p.row_floats = (Team::place(inner) + 31) / 32 * 32;
   using Made = Mixer<kCodes, State>;
   const int others = kBarrierBytes + p.x_bytes + p.sums_bytes +
                      static_cast<int>(sizeof(Between) + offsetof(Made, state)) + p.rows * kN * static_cast<int>(sizeof(State)) +
                      4 * (kScratch + kQuads * kWarps + p.row_floats);
-  p.stages = std::min((most - others) / p.stage_bytes, kMaxStages);
-  if (p.stages < kWarps / kParts) return QUAMBA_UNSUPPORTED;
+  p.stages = std::min((most - others) / p.stage_bytes, kMaxStages) / 2 * 2;
+  if (p.stages < std::max(p.matrix[0].strip_stages, p.matrix[1].strip_stages)) return QUAMBA_UNSUPPORTED;
 
   p.projected = static_cast<unsigned*>(s.workspace);
   p.u = reinterpret_cast<uint2*>(static_cast<char*>(s.workspace) + rounded_up(4ll * outputs(q)));

@@ -27,10 +27,10 @@ struct Team {
   static __host__ __device__ __forceinline__ constexpr int place(int i) { return i + (i >> 5 << 2); }
 };
 
-// What a lane has of a stage: its bytes of the part's first step, of its first row.
+// What a lane has of a strip: its bytes of the part's first step, of its first row.
 struct Lane {
   const char *w, *x, *scales;
-  int row_bytes, scale_bytes;  // to the eighth row below
+  int row_bytes, scale_bytes;  // to its other row
 };
 
 // 16 times the int4 codes of a word's high nibbles.
@@ -84,11 +84,11 @@ __device__ __forceinline__ void multiply_steps(Acc (&acc)[2], const Lane& l, int
   for (int i = 0; i < STEPS; ++i) multiply_step(acc, l, s + i, std::integral_constant<Kind, KIND>{});
 }
 
-// Sums of a stage's rows over the steps of a part, written by one lane in four.
+// Sums of a strip's rows over the steps of a part, written by one lane in four: of row lane / 4 and the eighth below.
 template <Kind KIND>
 __device__ __forceinline__ void multiply_part(const Lane& l, int steps, uint32_t* sums, int lane) {
   std::conditional_t<kInteger<KIND>, int, float> acc[2] = {};
-  constexpr int kMost = kInteger<KIND> ? kRunBytes / kStep / kParts : 1;
+  constexpr int kMost = kInteger<KIND> ? 5 : 1;
   int s = 0;
 #pragma unroll 1
   for (; s + kMost <= steps; s += kMost) multiply_steps<KIND, kMost>(acc, l, s);
@@ -97,44 +97,46 @@ __device__ __forceinline__ void multiply_part(const Lane& l, int steps, uint32_t
   if (lane % 4 == 0) sums[lane / 4] = skinny::bits_of(acc[0]), sums[lane / 4 + 8] = skinny::bits_of(acc[1]);
 }
 
-// What the block has of a matrix, from `stage` on, which moves behind it: sums of parts in `sums`, [strip][run][part][row].
-// The sync of the team that has to follow is the caller's. A warp takes one part of every eighth stage.
+// What the block has of a matrix, from `stage` on, which moves behind it: sums of parts in `sums`, [strip][part][row], where row
+// g of a strip is the g / (stages of a strip)th of its stage g % (stages of a strip). The sync of the team that has to follow is
+// the caller's.
 template <Kind KIND>
 __device__ __forceinline__ void products(const Ring& ring, const Matrix& m, const Share& share, Stage& stage,
                                          const char* x, uint32_t* sums) {
-  constexpr int kStride = kWarps / kParts, kScale = KIND == Kind::kW4A8 ? 1 : 2;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % kParts;
-  const int stages = share.strips() * m.runs;
-  const int begin = m.run_steps * part / kParts, steps = m.run_steps * (part + 1) / kParts - begin;
-  const char* const w = ring.stages + lane / 4 * m.pitch + lane % 4 * 16 + begin * kStep;
-  const char* const scales = ring.stages + kStrip * m.pitch + lane / 4 * m.scale_bytes + begin * kScale;
+  constexpr int kScale = KIND == Kind::kW4A8 ? 1 : 2;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp & (m.parts - 1);
+  const int stages = share.rows / m.stage_rows, stride = kWarps / m.parts;
+  const int begin = m.steps * part / m.parts, steps = m.steps * (part + 1) / m.parts - begin;
+  const int own = lane / 4 & (m.strip_stages - 1), below = lane / 4 / m.strip_stages, half = m.stage_rows / 2;
+  const char* const w = ring.stages + below * m.row_bytes + lane % 4 * 16 + begin * kStep;
+  const char* const scales = ring.stages + m.stage_rows * m.row_bytes + below * m.scale_bytes + begin * kScale;
   const char* const own_x = x + begin * kStepX<KIND> + (kInteger<KIND> ? lane % 4 * (kStepX<KIND> / 4) : 0);
-  int at = warp / kParts, run = at;
-  while (run >= m.runs) run -= m.runs;
-  Stage mine = stage;
-  mine.advance(ring, at);
 #pragma unroll 1
-  for (; at < stages; at += kStride, mine.advance(ring, kStride)) {
-    const int slot = mine.slot * ring.bytes, before = run * m.run_steps;
-    const Lane l{w + slot, own_x + before * kStepX<KIND>, scales + slot + before * kScale, 8 * m.pitch, 8 * m.scale_bytes};
+  for (int strip = warp / m.parts; strip * m.strip_stages < stages; strip += stride) {
+    // the last strip may have half of its stages: the other lanes read what there is, for nothing
+    const int first = strip * m.strip_stages, there = min(m.strip_stages, stages - first);
+    Stage mine = stage;
+    mine.advance_far(ring, first + (own & (there - 1)));
+    const int slot = mine.slot * ring.bytes;
+    const Lane l{w + slot, own_x, scales + slot, half * m.row_bytes, half * m.scale_bytes};
     wait(ring.full + 8 * mine.slot, mine.parity);
-    multiply_part<KIND>(l, steps, sums + (at * kParts + part) * kStrip, lane);
     __syncwarp();
-    if (lane == 0) arrive(ring.empty + 8 * mine.slot);
-    for (run += kStride; run >= m.runs;) run -= m.runs;
+    multiply_part<KIND>(l, steps, sums + (strip * m.parts + part) * kStrip, lane);
+    __syncwarp();
+    if (lane % 4 == 0 && lane / 4 < there) arrive(ring.empty + 8 * mine.slot, kShares / m.parts);
   }
-  for (int left = stages; left > 0; left -= ring.count) stage.advance(ring, min(left, ring.count));
+  stage.advance_far(ring, stages);
 }
 
 // The sum of row r of the block's share.
 template <Kind KIND>
 __device__ __forceinline__ float sum_of(const Matrix& m, const uint32_t* sums, int r) {
   using Acc = std::conditional_t<kInteger<KIND>, int, float>;
-  const int parts = m.runs * kParts;
-  const Acc* const from = reinterpret_cast<const Acc*>(sums) + r / kStrip * parts * kStrip + r % kStrip;
+  const int in_strip = r % kStrip, stage = in_strip / m.stage_rows, g = in_strip % m.stage_rows * m.strip_stages + stage;
+  const Acc* const from = reinterpret_cast<const Acc*>(sums) + r / kStrip * m.parts * kStrip + g;
   Acc total = from[0];
 #pragma unroll 4
-  for (int i = 1; i < parts; ++i) total += from[i * kStrip];
+  for (int i = 1; i < m.parts; ++i) total += from[i * kStrip];
   return static_cast<float>(total);
 }
 

@@ -2,8 +2,8 @@
 // after layer, into a ring of stages that the other warps empty. Nothing but room holds it back, so weights arrive while the
 // others wait for each other.
 //
-// A block owns neighbouring rows of each matrix. A stage holds a run along K of a strip of 16 of them, and their group
-// scales.
+// A block owns neighbouring rows of each matrix. A stage holds a few of them, whole and as they lie in memory, so that one copy
+// brings them, and their group scales. Sixteen rows, a strip, are multiplied together: two to eight stages.
 #pragma once
 
 #include <cstdint>
@@ -15,17 +15,17 @@
 namespace quamba::stack {
 
 constexpr int kMaxStages = 32;
-constexpr int kOctet = 8;        // rows that belong to one block
-constexpr int kStrip = 16;       // rows of a stage
-constexpr int kRunBytes = 640;   // of a row in a stage, at most
-constexpr int kParts = 2;        // shares of a stage, a warp each
+constexpr int kOctet = 8;           // rows that belong to one block
+constexpr int kStrip = 16;          // rows that are multiplied together
+constexpr int kStageBytes = 10240;  // of rows in a stage, where at least two fit
+constexpr int kShares = 16;         // of a stage in arrivals of those who have used it
 constexpr int kStep = skinny::kStepBytes;
 
 // A matrix of every layer.
 struct Matrix {
   int O, K, row_bytes, steps;  // steps of 64 bytes
-  int runs, run_steps;         // equal runs
-  int pitch;                   // between rows of a stage: an odd multiple of 64 bytes, so that two rows share no bank
+  int stage_rows, strip_stages;
+  int parts;                   // of K, a warp each
   int scale_bytes;             // group scales of a row, one a step
 };
 
@@ -43,14 +43,15 @@ struct Share {
   __device__ __forceinline__ int strips() const { return (rows + kStrip - 1) / kStrip; }
 };
 
-// `count` stages; stage n of the whole run of a kernel lies in slot n % count.
+// `count` stages, an even number; stage n of the whole run of a kernel lies in slot n % count. Slots are an odd multiple of 64
+// bytes apart, so that rows of neighbours share no bank.
 struct Ring {
   uint32_t full, empty;  // barriers
   char* stages;
   int count, bytes;
 
   __device__ __forceinline__ void init() const {
-    for (int s = 0; s < count; ++s) init_barrier(full + 8 * s, 1), init_barrier(empty + 8 * s, kParts);
+    for (int s = 0; s < count; ++s) init_barrier(full + 8 * s, 1), init_barrier(empty + 8 * s, kShares);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 };
@@ -64,6 +65,10 @@ struct Stage {
   __device__ __forceinline__ void advance(const Ring& ring, int by) {
     slot += by;
     if (slot >= ring.count) slot -= ring.count, parity ^= 1;
+  }
+
+  __device__ __forceinline__ void advance_far(const Ring& ring, int by) {
+    for (slot += by; slot >= ring.count; slot -= ring.count) parity ^= 1;
   }
 };
 
@@ -88,28 +93,20 @@ __device__ __forceinline__ void ask_for(const void* data, int count, int element
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(data), "r"((count * element + 15) / 16 * 16) : "memory");
 }
 
-// A warp brings what the block has of a matrix, from `stage` on. Slots are free in the first round.
+// A lane brings what the block has of a matrix, from `stage` on. Slots are free in the first round.
 __device__ __forceinline__ void bring(const Ring& ring, const Matrix& m, const Share& share, const void* w,
                                       const void* scales, Stage& stage) {
-  const int lane = threadIdx.x % 32;
   const uint64_t policy = evict_first();
+  const char* from = static_cast<const char*>(w) + static_cast<int64_t>(share.first) * m.row_bytes;
+  const char* of_scales = static_cast<const char*>(scales) + static_cast<int64_t>(share.first) * m.scale_bytes;
+  const int bytes = m.stage_rows * m.row_bytes, scale_bytes = m.stage_rows * m.scale_bytes;
 #pragma unroll 1
-  for (int first = 0; first < share.rows; first += kStrip) {
-    const int row = share.first + first, rows = min(kStrip, share.rows - first);
-#pragma unroll 1
-    for (int run = 0; run < m.runs; ++run, stage.advance(ring, 1)) {
-      const int bytes = m.run_steps * kStep, at = run * bytes;
-      const uint32_t full = ring.full + 8 * stage.slot, to = shared_address(ring.stages + stage.slot * ring.bytes);
-      wait(ring.empty + 8 * stage.slot, stage.parity ^ 1);
-      if (lane == 0) arrive_expecting(full, rows * (bytes + m.scale_bytes));
-      __syncwarp();
-      if (lane < rows)
-        bulk_copy(to + lane * m.pitch, static_cast<const char*>(w) + static_cast<int64_t>(row + lane) * m.row_bytes + at,
-                  bytes, full, policy);
-      if (lane == kStrip && m.scale_bytes)
-        bulk_copy(to + kStrip * m.pitch, static_cast<const char*>(scales) + static_cast<int64_t>(row) * m.scale_bytes,
-                  rows * m.scale_bytes, full, policy);
-    }
+  for (int row = 0; row < share.rows; row += m.stage_rows, stage.advance(ring, 1), from += bytes, of_scales += scale_bytes) {
+    const uint32_t full = ring.full + 8 * stage.slot, to = shared_address(ring.stages + stage.slot * ring.bytes);
+    wait(ring.empty + 8 * stage.slot, stage.parity ^ 1);
+    arrive_expecting(full, bytes + scale_bytes);
+    bulk_copy(to, from, bytes, full, policy);
+    if (scale_bytes) bulk_copy(to + bytes, of_scales, scale_bytes, full, policy);
   }
 }
 
