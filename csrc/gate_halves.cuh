@@ -77,15 +77,15 @@ constexpr int threads() {
 }
 
 // Blocks of a multiprocessor, so that registers are few enough for them.
-template <int Top>
+template <int Top, bool Static>
 constexpr int resident() {
-  return Top <= 20 ? 6 : Top <= 32 ? 4 : 3;
+  return Top > 32 ? 3 : Top > 20 ? 4 : Static ? 8 : 6;
 }
 
-// Bits 2 and 3 of a channel change places in shared memory, so that a lane stores quads; bit 5 changes the place of
-// quads, so that the eight lanes of a store fall into different banks.
-__device__ __forceinline__ int place(int at) { return at ^ (at >> 5 & 1) << 2; }
-__device__ __forceinline__ int channel_at(int at) { return (at & 0xf3) | (at & 4) << 1 | (at & 8) >> 1; }
+// Where channel bits 0, 1, 5, 2, 3, 4, 6, 7 (from the lowest) of a tile lie in shared memory: a lane stores quads, and the
+// eight lanes of a store fall into different banks.
+__device__ __forceinline__ int place(int at) { return at ^ (at >> 6 & 1) << 2 ^ (at >> 7) << 4; }
+__device__ __forceinline__ int channel_at(int at) { return (at & 0xc3) | (at & 0x38) >> 1 | (at & 4) << 3; }
 
 // A float as the sum of two with 11 significant bits.
 struct Split {
@@ -97,8 +97,8 @@ __device__ __forceinline__ Split split(float v, unsigned upper) {
   return {high, v - high};
 }
 
-// Rotates tiles, of which a lane has the channels from 8 (lane / 4) + 64 (lane % 4) on. Bits 1, 2, 6, 7 of a channel are
-// summed over by the first product, the others by the second.
+// Rotates tiles, of which a lane has the channels from 8 lane on. Bits 1 to 4 of a channel are summed over by the first
+// product, the others by the second.
 class TileRotation {
  public:
   __device__ __forceinline__ TileRotation(int lane, const Halves& p) : upper_(p.upper) {
@@ -108,7 +108,7 @@ class TileRotation {
     for (int k = 0; k < 2; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i) signs_[k][i] = (k && g % 2 ? -one : one) * p.signs[i];
-    at_ = place(8 * (g % 2) + 16 * q + 64 * (g / 2));
+    at_ = place(8 * g + 64 * q);
   }
 
   __device__ __forceinline__ void operator()(const float (&v)[kLane], float* tile) const {
@@ -144,90 +144,94 @@ class TileRotation {
   unsigned upper_;
 };
 
-// Eight constants of a model from a multiple of 8 on, through L1.
-__device__ __forceinline__ void constant_octet(const void* data, int type, int at, float (&v)[kLane]) {
-  if (type == QUAMBA_F32) {
-    const float4* p = reinterpret_cast<const float4*>(static_cast<const float*>(data) + at);
-    const float4 low = __ldg(p), high = __ldg(p + 1);
-    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-    return;
-  }
-  const uint4 raw = __ldg(reinterpret_cast<const uint4*>(static_cast<const unsigned short*>(data) + at));
+template <bool Half>
+__device__ __forceinline__ void octet(const uint4& raw, float (&v)[kLane]) {
   const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float2 pair = type == QUAMBA_F16 ? pair_of<true>(words[i]) : pair_of<false>(words[i]);
+    const float2 pair = pair_of<Half>(words[i]);
     v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
   }
 }
 
+// Eight constants of a model from a multiple of 8 on, through L1.
+__device__ __forceinline__ void constant_octet(const void* data, int type, int at, float (&v)[kLane]) {
+  const float4 low = constant_quad(data, type, at), high = constant_quad(data, type, at + 4);
+  v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+}
+
 // Half: fp16, else bf16. Static: codes with the one scale.
 template <int Top, bool Half, bool Static>
-__global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(const __grid_constant__ Halves p) {
-  constexpr int kColumns = columns<Top>(), kWarps = threads<Top>() / 32;
+__global__ void __launch_bounds__(threads<Top>(), resident<Top, Static>()) gate_halves(const __grid_constant__ Halves p) {
+  constexpr int kColumns = columns<Top>(), kWarps = threads<Top>() / 32, kTurns = Top / kWarps;
+  constexpr int kType = Half ? QUAMBA_F16 : QUAMBA_BF16;
   static_assert(Top % kWarps == 0);
-  __shared__ __align__(16) float row[Top * kTile];
+  __shared__ __align__(16) float row[Top * kTile];  // of each tile: y and z, a lane's beside each other, then floats
   __shared__ float sums[Top], factors[Top], peaks[32];
   const QuambaGate& a = p.a;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const long long index = blockIdx.x;
   launch_dependents();
 
-  const int begin = kTile * warp + 8 * (lane / 4) + 64 * (lane % 4);
-  const unsigned short* const y = static_cast<const unsigned short*>(a.y) + index * a.y_stride + begin;
-  const unsigned short* const z = static_cast<const unsigned short*>(a.z) + index * a.z_stride + begin;
-  auto load = [](const unsigned short* from, int at) { return __ldcg(reinterpret_cast<const uint4*>(from + at)); };
-  float inverse = 1.f;
-  if (Static) inverse = reciprocal_approximate(__ldg(a.out_scale));
+  const int begin = kTile * warp + kLane * lane;
+  float* tile = row + kTile * warp;
   const TileRotation rotate(lane, p);
   wait_for_previous_kernel();
-  uint4 raw_y = load(y, 0), raw_z = load(z, 0);
+  {
+    const unsigned short* y = static_cast<const unsigned short*>(a.y) + index * a.y_stride + begin;
+    const unsigned short* z = static_cast<const unsigned short*>(a.z) + index * a.z_stride + begin;
+    uint4* to = reinterpret_cast<uint4*>(tile) + lane;
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn, to += kWarps * kTile / 4, y += kWarps * kTile, z += kWarps * kTile) {
+      copy_async(to, y, true);
+      copy_async(to + 32, z, true);
+      copy_async_commit();
+    }
+  }
   float sum = 0.f;
 #pragma unroll 1
-  for (int tile = warp, at = 0; tile < Top; tile += kWarps, at += kWarps * kTile) {
-    const unsigned y_words[4] = {raw_y.x, raw_y.y, raw_y.z, raw_y.w}, z_words[4] = {raw_z.x, raw_z.y, raw_z.z, raw_z.w};
-    float g[kLane], v[kLane];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = pair_of<Half>(z_words[i]);
-      g[2 * i] = pair.x, g[2 * i + 1] = pair.y;
-    }
+  for (int turn = 0, at = begin; turn < kTurns; ++turn, at += kWarps * kTile, tile += kWarps * kTile) {
+    uint4 raw_weight;
+    const bool alike = a.weight && a.weight_dtype == kType;
+    if (alike) raw_weight = __ldg(reinterpret_cast<const uint4*>(static_cast<const unsigned short*>(a.weight) + at));
+    float scale[kLane];
     if (a.z_scale) {
-      float scale[kLane];
       if (a.z_scale_count == 1) {
         const float one = __ldg(a.z_scale);
 #pragma unroll
         for (int i = 0; i < kLane; ++i) scale[i] = one;
       } else {
-        constant_octet(a.z_scale, QUAMBA_F32, begin + at, scale);
+        constant_octet(a.z_scale, QUAMBA_F32, at, scale);
       }
+    }
+    copy_async_wait_but<kTurns - 1>();
+    copy_async_commit();  // of nothing, so that the same number may be on their way next time
+    float g[kLane], v[kLane];
+    octet<Half>(reinterpret_cast<const uint4*>(tile)[lane + 32], g);
+    if (a.z_scale)
 #pragma unroll
       for (int i = 0; i < kLane; ++i) g[i] = __fmul_rn(code_on(g[i], make_grid(scale[i])), scale[i]);
-    }
+    octet<Half>(reinterpret_cast<const uint4*>(tile)[lane], v);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = pair_of<Half>(y_words[i]);
-      v[2 * i] = pair.x * silu(g[2 * i]), v[2 * i + 1] = pair.y * silu(g[2 * i + 1]);
-    }
-    if (tile + kWarps < Top) raw_y = load(y, at + kWarps * kTile), raw_z = load(z, at + kWarps * kTile);
+    for (int i = 0; i < kLane; ++i) v[i] *= silu(g[i]);
 #pragma unroll
     for (int i = 0; i < kLane; ++i) sum += v[i] * v[i];
     if (a.norm_groups > 1) {
       sum = warp_sum(sum);
-      if (lane == 0) sums[tile] = sum;
+      if (lane == 0) sums[turn * kWarps + warp] = sum;
       sum = 0.f;
     }
     if (a.weight) {
       float weight[kLane];
-      constexpr int kType = Half ? QUAMBA_F16 : QUAMBA_BF16;
-      if (a.weight_dtype == kType)
-        constant_octet(a.weight, kType, begin + at, weight);
+      if (alike)
+        octet<Half>(raw_weight, weight);
       else
-        constant_octet(a.weight, a.weight_dtype, begin + at, weight);
+        constant_octet(a.weight, a.weight_dtype, at, weight);
 #pragma unroll
       for (int i = 0; i < kLane; ++i) v[i] *= weight[i];
     }
-    rotate(v, row + tile * kTile);
+    __syncwarp();  // all have read y and z, in whose place the floats come
+    rotate(v, tile);
   }
   if (a.norm_groups == 1) {
     sum = warp_sum(sum);
@@ -235,18 +239,6 @@ __global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(c
   }
   __syncthreads();
 
-  const int column = kColumns * thread, low = channel_at(column);
-  float top[kColumns][Top];
-#pragma unroll
-  for (int r = 0; r < Top; ++r) {
-    const float* const from = row + r * kTile + place(column);
-    if constexpr (kColumns == 2) {
-      const float2 two = *reinterpret_cast<const float2*>(from);
-      top[0][r] = two.x, top[1][r] = two.y;
-    } else {
-      top[0][r] = *from;
-    }
-  }
   float gain = p.gain;
   if (a.norm_groups == 1) {
     float total = 0.f;
@@ -261,49 +253,63 @@ __global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(c
       factors[thread] = rsqrtf(total / static_cast<float>(tiles * kTile) + a.eps);
     }
     __syncthreads();
-#pragma unroll
-    for (int r = 0; r < Top; ++r)
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) top[c][r] *= factors[r];
   }
+  const int column = kColumns * thread;
+  auto take = [&](int c, float (&top)[Top]) {  // a column, rotated
 #pragma unroll
-  for (int c = 0; c < kColumns; ++c) rotate_tiles(top[c]);
-
-  float factor = gain;  // from what lies in top to codes, or to u
-  if (Static) {
-    factor = gain * inverse;
-  } else if (a.u_scale) {
-    float peak = 0.f;
+    for (int r = 0; r < Top; ++r) top[r] = row[r * kTile + place(column) + c];
+    if (a.norm_groups > 1)
+#pragma unroll
+      for (int r = 0; r < Top; ++r) top[r] *= factors[r];
+    rotate_tiles(top);
+  };
+  const long long out = index * a.I + channel_at(column);
+  if constexpr (Static) {
+    auto* const codes = static_cast<unsigned char*>(a.u) + out;
+    const float step = gain * reciprocal_approximate(__ldg(a.out_scale)) * (1.f / 254.f);
+    float top[Top];
+    take(0, top);
+    if constexpr (kColumns == 1) {
+#pragma unroll
+      for (int r = 0; r < Top; ++r) codes[r * kTile] = code_bits(top[r], step);
+    } else {
+      unsigned first[Top / 4];  // codes of the first column, four tiles a word
+#pragma unroll
+      for (int r = 0; r < Top; r += 4)
+        first[r / 4] = __byte_perm(__byte_perm(code_bits(top[r], step), code_bits(top[r + 1], step), 0x0040),
+                                   __byte_perm(code_bits(top[r + 2], step), code_bits(top[r + 3], step), 0x0040), 0x5410);
+      take(1, top);
+#pragma unroll
+      for (int r = 0; r < Top; ++r)
+        *reinterpret_cast<unsigned short*>(codes + r * kTile) =
+            __byte_perm(first[r / 4], code_bits(top[r], step), 0x0040 | r % 4);
+    }
+  } else {
+    float top[kColumns][Top], peak = 0.f;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) take(c, top[c]);
+    if (!a.u_scale) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+        for (int r = 0; r < Top; ++r)
+          store_raw(a.u, a.u_dtype, out + r * kTile + c,
+                    to_raw(make_float4(top[c][r] * gain, 0.f, 0.f, 0.f), a.u_dtype), 1, false);
+      return;
+    }
 #pragma unroll
     for (int c = 0; c < kColumns; ++c)
 #pragma unroll
       for (int r = 0; r < Top; ++r) peak = fmaxf(peak, fabsf(top[c][r]));
     peak = gain * block_reduce(peak, peaks, [](float x, float y) { return fmaxf(x, y); });
-    const float u_scale = peak > 0.f ? __fdiv_rn(peak, 127.f) : 1.f;
+    const float u_scale = peak > 0.f ? __fdiv_rn(peak, 127.f) : 1.f, step = __fdiv_rn(gain, u_scale) * (1.f / 254.f);
     if (thread == 0) a.u_scale[index] = u_scale;
-    factor = __fdiv_rn(gain, u_scale);
-  }
-  const long long out = index * a.I + low;
-  if (Static || a.u_scale) {
-    auto* const codes = static_cast<unsigned char*>(a.u) + out;
-    const float step = factor * (1.f / 254.f);
-#pragma unroll
-    for (int r = 0; r < Top; ++r) {
-      const unsigned code = code_bits(top[0][r], step);
-      if constexpr (kColumns == 2)
-        *reinterpret_cast<unsigned short*>(codes + r * kTile) = __byte_perm(code, code_bits(top[1][r], step), 0x0040);
-      else
-        codes[r * kTile] = code;
-    }
-    return;
-  }
-  if constexpr (!Static)
 #pragma unroll
     for (int c = 0; c < kColumns; ++c)
 #pragma unroll
       for (int r = 0; r < Top; ++r)
-        store_raw(a.u, a.u_dtype, out + r * kTile + c,
-                  to_raw(make_float4(top[c][r] * factor, 0.f, 0.f, 0.f), a.u_dtype), 1, false);
+        static_cast<unsigned char*>(a.u)[out + r * kTile + c] = code_bits(top[c][r], step);
+  }
 }
 
 template <int Top>
