@@ -12,7 +12,7 @@
 namespace quamba::conv {
 
 constexpr int kThreads = 64, kPast = 3;
-constexpr int kAhead = 8;       // tokens whose loads are on their way
+constexpr int kAhead = 4;       // tokens whose loads are on their way
 constexpr int kResident = 768;  // threads of a multiprocessor, for which registers are few enough and runs long enough
 
 // X: the type of x; 16-bit floats are rounded by in_scale.

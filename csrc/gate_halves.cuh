@@ -76,10 +76,10 @@ constexpr int threads() {
   return kTile / columns<Top>();
 }
 
-// Blocks of a multiprocessor, so that registers are few enough for them.
-template <int Top, bool Static>
+// Blocks of a multiprocessor: 16 warps, whose registers are enough to work on several tiles at once.
+template <int Top>
 constexpr int resident() {
-  return Top > 32 ? 3 : Top > 20 ? 4 : Static ? 8 : 6;
+  return 512 / threads<Top>();
 }
 
 // Where channel bits 0, 1, 5, 2, 3, 4, 6, 7 (from the lowest) of a tile lie in shared memory: a lane stores quads, and the
@@ -156,170 +156,193 @@ __device__ __forceinline__ void octet(const uint4& raw, float (&v)[kLane]) {
 
 // Eight constants of a model from a multiple of 8 on, through L1.
 __device__ __forceinline__ void constant_octet(const void* data, int type, int at, float (&v)[kLane]) {
+  if (type != QUAMBA_F32) {
+    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(static_cast<const unsigned short*>(data) + at));
+    return type == QUAMBA_F16 ? octet<true>(raw, v) : octet<false>(raw, v);
+  }
   const float4 low = constant_quad(data, type, at), high = constant_quad(data, type, at + 4);
   v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
 }
 
-// Half: fp16, else bf16. Static: codes with the one scale.
-template <int Top, bool Half, bool Static>
-__global__ void __launch_bounds__(threads<Top>(), resident<Top, Static>()) gate_halves(const __grid_constant__ Halves p) {
+// What is known of a call: nothing; codes with one scale leave, z is rounded by channel, and there is no weight or one of
+// the type of y and z.
+enum Kind { kGeneral, kPlain, kWeighted };
+
+// Half: fp16, else bf16. A block takes every gridDim.x-th row. The next one is on its way while columns are rotated, else
+// all blocks would wait for memory together and then compute together.
+template <int Top, bool Half, Kind Known>
+__global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(const __grid_constant__ Halves p) {
   constexpr int kColumns = columns<Top>(), kWarps = threads<Top>() / 32, kTurns = Top / kWarps;
-  constexpr int kType = Half ? QUAMBA_F16 : QUAMBA_BF16;
+  constexpr int kType = Half ? QUAMBA_F16 : QUAMBA_BF16, kStep = kWarps * kTile;
+  constexpr bool kStatic = Known != kGeneral;
   static_assert(Top % kWarps == 0);
-  __shared__ __align__(16) float row[Top * kTile];  // of each tile: y and z, a lane's beside each other, then floats
-  __shared__ float sums[Top], factors[Top], peaks[32];
+  extern __shared__ __align__(16) float rows[];  // two; of each tile: y and z, a lane's together, then floats
+  __shared__ float sums[2][Top], factors[2][Top], peaks[2][32];
   const QuambaGate& a = p.a;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const long long index = blockIdx.x;
-  launch_dependents();
-
-  const int begin = kTile * warp + kLane * lane;
-  float* tile = row + kTile * warp;
+  const int begin = kTile * warp + kLane * lane, column = kColumns * thread;
   const TileRotation rotate(lane, p);
+  const float inverse = a.out_scale ? reciprocal_approximate(__ldg(a.out_scale)) * (1.f / 254.f) : 1.f / 254.f;
+  launch_dependents();
   wait_for_previous_kernel();
-  {
+
+  auto fetch = [&](long long index, float* row) {
     const unsigned short* y = static_cast<const unsigned short*>(a.y) + index * a.y_stride + begin;
     const unsigned short* z = static_cast<const unsigned short*>(a.z) + index * a.z_stride + begin;
-    uint4* to = reinterpret_cast<uint4*>(tile) + lane;
+    uint4* const to = reinterpret_cast<uint4*>(row + kTile * warp) + lane;
 #pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn, to += kWarps * kTile / 4, y += kWarps * kTile, z += kWarps * kTile) {
-      copy_async(to, y, true);
-      copy_async(to + 32, z, true);
-      copy_async_commit();
+    for (int turn = 0; turn < kTurns; ++turn) {
+      copy_async(to + turn * kStep / 4, y + turn * kStep, true);
+      copy_async(to + turn * kStep / 4 + 32, z + turn * kStep, true);
     }
-  }
-  float sum = 0.f;
-#pragma unroll 1
-  for (int turn = 0, at = begin; turn < kTurns; ++turn, at += kWarps * kTile, tile += kWarps * kTile) {
-    uint4 raw_weight;
-    const bool alike = a.weight && a.weight_dtype == kType;
-    if (alike) raw_weight = __ldg(reinterpret_cast<const uint4*>(static_cast<const unsigned short*>(a.weight) + at));
-    float scale[kLane];
-    if (a.z_scale) {
-      if (a.z_scale_count == 1) {
+    copy_async_commit();
+  };
+  // y silu(z), with the weight, of the lane's channels of a tile; returns the sum of squares before that
+  auto gate = [&](const uint4* tile, int at, float (&v)[kLane]) {
+    float g[kLane], sum = 0.f;
+    octet<Half>(tile[lane + 32], g);
+    octet<Half>(tile[lane], v);
+    if (kStatic || a.z_scale) {
+      float scale[kLane];
+      if (kStatic || a.z_scale_count > 1) {
+        constant_octet(a.z_scale, QUAMBA_F32, at, scale);
+      } else {
         const float one = __ldg(a.z_scale);
 #pragma unroll
         for (int i = 0; i < kLane; ++i) scale[i] = one;
-      } else {
-        constant_octet(a.z_scale, QUAMBA_F32, at, scale);
       }
-    }
-    copy_async_wait_but<kTurns - 1>();
-    copy_async_commit();  // of nothing, so that the same number may be on their way next time
-    float g[kLane], v[kLane];
-    octet<Half>(reinterpret_cast<const uint4*>(tile)[lane + 32], g);
-    if (a.z_scale)
 #pragma unroll
       for (int i = 0; i < kLane; ++i) g[i] = __fmul_rn(code_on(g[i], make_grid(scale[i])), scale[i]);
-    octet<Half>(reinterpret_cast<const uint4*>(tile)[lane], v);
+    }
 #pragma unroll
     for (int i = 0; i < kLane; ++i) v[i] *= silu(g[i]);
 #pragma unroll
     for (int i = 0; i < kLane; ++i) sum += v[i] * v[i];
-    if (a.norm_groups > 1) {
-      sum = warp_sum(sum);
-      if (lane == 0) sums[turn * kWarps + warp] = sum;
-      sum = 0.f;
-    }
-    if (a.weight) {
+    if (Known == kWeighted || (Known == kGeneral && a.weight)) {
       float weight[kLane];
-      if (alike)
-        octet<Half>(raw_weight, weight);
-      else
-        constant_octet(a.weight, a.weight_dtype, at, weight);
+      constant_octet(a.weight, Known == kWeighted ? kType : a.weight_dtype, at, weight);
 #pragma unroll
       for (int i = 0; i < kLane; ++i) v[i] *= weight[i];
     }
-    __syncwarp();  // all have read y and z, in whose place the floats come
-    rotate(v, tile);
-  }
-  if (a.norm_groups == 1) {
-    sum = warp_sum(sum);
-    if (lane == 0) sums[warp] = sum;
-  }
-  __syncthreads();
-
-  float gain = p.gain;
-  if (a.norm_groups == 1) {
-    float total = 0.f;
+    return sum;
+  };
+  fetch(blockIdx.x, rows);
+  int odd = 0;
+  for (long long index = blockIdx.x; index < a.rows; index += gridDim.x, odd ^= 1) {
+    float* const row = rows + odd * Top * kTile;
+    float* const own = row + kTile * warp;
+    float v[kTurns][kLane], sum[kTurns];
+    copy_async_wait();
+    auto gate_tile = [&](int turn) {
+      sum[turn] = gate(reinterpret_cast<const uint4*>(own + turn * kStep), begin + turn * kStep, v[turn]);
+    };
+    gate_tile(0);
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) total += sums[i];
-    gain *= rsqrtf(total * (1.f / (Top * kTile)) + a.eps);
-  } else if (a.norm_groups > 1) {
-    if (thread < Top) {
-      const int tiles = Top / a.norm_groups, from = thread / tiles * tiles;  // of a group
-      float total = 0.f;
-      for (int i = 0; i < tiles; ++i) total += sums[from + i];
-      factors[thread] = rsqrtf(total / static_cast<float>(tiles * kTile) + a.eps);
+    for (int turn = 0; turn < kTurns; ++turn) {
+      __syncwarp();  // all have read y and z, in whose place the floats come
+      if (turn + 1 < kTurns) gate_tile(turn + 1);  // beside the products of this tile, each of which waits for the last
+      rotate(v[turn], own + turn * kStep);
+    }
+    if (a.norm_groups > 1) {
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) {
+        sum[turn] = warp_sum(sum[turn]);
+        if (lane == 0) sums[odd][turn * kWarps + warp] = sum[turn];
+      }
+    } else if (a.norm_groups) {
+#pragma unroll
+      for (int turn = 1; turn < kTurns; ++turn) sum[0] += sum[turn];
+      sum[0] = warp_sum(sum[0]);
+      if (lane == 0) sums[odd][warp] = sum[0];
     }
     __syncthreads();
-  }
-  const int column = kColumns * thread;
-  auto take = [&](int c, float (&top)[Top]) {  // a column, rotated
+    if (index + gridDim.x < a.rows) fetch(index + gridDim.x, rows + (odd ^ 1) * Top * kTile);
+
+    float top[kColumns][Top];
 #pragma unroll
-    for (int r = 0; r < Top; ++r) top[r] = row[r * kTile + place(column) + c];
-    if (a.norm_groups > 1)
+    for (int r = 0; r < Top; ++r) {
+      const float* const from = row + r * kTile + place(column);
+      if constexpr (kColumns == 2) {
+        const float2 two = *reinterpret_cast<const float2*>(from);
+        top[0][r] = two.x, top[1][r] = two.y;
+      } else {
+        top[0][r] = *from;
+      }
+    }
+    float gain = p.gain;
+    if (a.norm_groups == 1) {
+      float total = 0.f;
 #pragma unroll
-      for (int r = 0; r < Top; ++r) top[r] *= factors[r];
-    rotate_tiles(top);
-  };
-  const long long out = index * a.I + channel_at(column);
-  if constexpr (Static) {
-    auto* const codes = static_cast<unsigned char*>(a.u) + out;
-    const float step = gain * reciprocal_approximate(__ldg(a.out_scale)) * (1.f / 254.f);
-    float top[Top];
-    take(0, top);
-    if constexpr (kColumns == 1) {
-#pragma unroll
-      for (int r = 0; r < Top; ++r) codes[r * kTile] = code_bits(top[r], step);
-    } else {
-      unsigned first[Top / 4];  // codes of the first column, four tiles a word
-#pragma unroll
-      for (int r = 0; r < Top; r += 4)
-        first[r / 4] = __byte_perm(__byte_perm(code_bits(top[r], step), code_bits(top[r + 1], step), 0x0040),
-                                   __byte_perm(code_bits(top[r + 2], step), code_bits(top[r + 3], step), 0x0040), 0x5410);
-      take(1, top);
+      for (int i = 0; i < kWarps; ++i) total += sums[odd][i];
+      gain *= rsqrtf(total * (1.f / (Top * kTile)) + a.eps);
+    } else if (a.norm_groups > 1) {
+      if (thread < Top) {
+        const int tiles = Top / a.norm_groups, from = thread / tiles * tiles;  // of a group
+        float total = 0.f;
+        for (int i = 0; i < tiles; ++i) total += sums[odd][from + i];
+        factors[odd][thread] = rsqrtf(total / static_cast<float>(tiles * kTile) + a.eps);
+      }
+      __syncthreads();
 #pragma unroll
       for (int r = 0; r < Top; ++r)
-        *reinterpret_cast<unsigned short*>(codes + r * kTile) =
-            __byte_perm(first[r / 4], code_bits(top[r], step), 0x0040 | r % 4);
-    }
-  } else {
-    float top[kColumns][Top], peak = 0.f;
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) take(c, top[c]);
-    if (!a.u_scale) {
+        for (int c = 0; c < kColumns; ++c) top[c][r] *= factors[odd][r];
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) rotate_tiles(top[c]);
+
+    const long long out = index * a.I + channel_at(column);
+    float step = gain * inverse;
+    if (!kStatic && a.u_scale) {
+      float peak = 0.f;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+        for (int r = 0; r < Top; ++r) peak = fmaxf(peak, fabsf(top[c][r]));
+      peak = gain * block_reduce(peak, peaks[odd], [](float x, float y) { return fmaxf(x, y); });
+      const float u_scale = peak > 0.f ? __fdiv_rn(peak, 127.f) : 1.f;
+      if (thread == 0) a.u_scale[index] = u_scale;
+      step = __fdiv_rn(gain * (1.f / 254.f), u_scale);
+    }
+    if (kStatic || a.u_scale || a.out_scale) {
+      auto* const codes = static_cast<unsigned char*>(a.u) + out;
+#pragma unroll
+      for (int r = 0; r < Top; ++r) {
+        const unsigned code = code_bits(top[0][r], step);
+        if constexpr (kColumns == 2)
+          *reinterpret_cast<unsigned short*>(codes + r * kTile) = __byte_perm(code, code_bits(top[1][r], step), 0x0040);
+        else
+          codes[r * kTile] = code;
+      }
+    } else {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
 #pragma unroll
         for (int r = 0; r < Top; ++r)
           store_raw(a.u, a.u_dtype, out + r * kTile + c,
                     to_raw(make_float4(top[c][r] * gain, 0.f, 0.f, 0.f), a.u_dtype), 1, false);
-      return;
     }
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c)
-#pragma unroll
-      for (int r = 0; r < Top; ++r) peak = fmaxf(peak, fabsf(top[c][r]));
-    peak = gain * block_reduce(peak, peaks, [](float x, float y) { return fmaxf(x, y); });
-    const float u_scale = peak > 0.f ? __fdiv_rn(peak, 127.f) : 1.f, step = __fdiv_rn(gain, u_scale) * (1.f / 254.f);
-    if (thread == 0) a.u_scale[index] = u_scale;
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c)
-#pragma unroll
-      for (int r = 0; r < Top; ++r)
-        static_cast<unsigned char*>(a.u)[out + r * kTile + c] = code_bits(top[c][r], step);
   }
 }
 
 template <int Top>
 int launch_halves(const Halves& p, void* stream) {
-  auto kernel = [&](auto half) {
+  constexpr int kShared = 2 * Top * kTile * static_cast<int>(sizeof(float));
+  auto pick = [&](auto half) {
     constexpr bool kHalf = decltype(half)::value;
-    return p.a.out_scale && !p.a.u_scale ? gate_halves<Top, kHalf, true> : gate_halves<Top, kHalf, false>;
+    if (!p.a.out_scale || p.a.u_scale || p.a.z_scale_count != p.a.I) return gate_halves<Top, kHalf, kGeneral>;
+    if (!p.a.weight) return gate_halves<Top, kHalf, kPlain>;
+    return p.a.weight_dtype == p.a.y_dtype ? gate_halves<Top, kHalf, kWeighted> : gate_halves<Top, kHalf, kGeneral>;
   };
-  return launch(p.a.y_dtype == QUAMBA_F16 ? kernel(std::true_type{}) : kernel(std::false_type{}), p,
-                dim3(static_cast<unsigned>(p.a.rows)), threads<Top>(), stream);
+  const auto kernel = p.a.y_dtype == QUAMBA_F16 ? pick(std::true_type{}) : pick(std::false_type{});
+  int processors = 0;
+  cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, processors);
+  if (error == cudaSuccess && kShared > 47 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (error != cudaSuccess) return error;
+  const long long turns = (p.a.rows - 1) / (processors * resident<Top>()) + 1;  // of each block, as many of all
+  const dim3 grid(static_cast<unsigned>((p.a.rows - 1) / turns + 1));
+  return launch(kernel, p, grid, threads<Top>(), stream, kShared);
 }
 
 // Whether a call is of this kind, beyond what holds for every call.
