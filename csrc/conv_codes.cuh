@@ -150,12 +150,15 @@ inline bool of_codes(const Conv& p) {
 
 inline int run_codes(Conv p, int processors, void* stream) {
   const QuambaConv& a = p.a;
-  const long long places = static_cast<long long>(processors) * kResident, fewest = a.T / (60000LL * kThreads / 32);
-  const long long filling = std::min((a.T * (a.C / 4) * a.B - 1) / places + 1, 512LL);
-  p.run = static_cast<int>(((filling > fewest ? filling : fewest) - 1) / kAhead + 1) * kAhead;
-  const long long runs = (a.T - 1) / p.run + 1;
-  const dim3 grid(static_cast<unsigned>((a.C / 4 - 1) / 32 + 1),
-                  static_cast<unsigned>((runs - 1) / (kThreads / 32) + 1), static_cast<unsigned>(a.B));
+  constexpr int kWarps = kThreads / 32, kMany = 64, kMost = 512;
+  auto up = [](long long n, long long by) { return (n - 1) / by + 1; };
+  // runs so long that all blocks find room at once, where that fills the GPU; else short ones, many times over
+  const long long places = processors * (kResident / kThreads), across = up(a.C / 4, 32), beside = across * a.B;
+  const long long down = std::max(places / beside, 1LL), filling = up(a.T, down * kWarps);
+  const bool at_once = down * beside <= places && down * beside * 8 >= places * 7 && filling <= kMost;
+  p.run = static_cast<int>(up(std::max(at_once ? filling : kMany, up(a.T, 60000LL * kWarps)), kAhead)) * kAhead;
+  const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(up(up(a.T, p.run), kWarps)),
+                  static_cast<unsigned>(a.B));
   auto kernel = a.x_dtype == QUAMBA_I8    ? convolve_codes<QUAMBA_I8>
                 : a.x_dtype == QUAMBA_F16 ? convolve_codes<QUAMBA_F16>
                                           : convolve_codes<QUAMBA_BF16>;
