@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "conv_runs.cuh"
 #include "launch.cuh"

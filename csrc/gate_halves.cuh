@@ -1,5 +1,5 @@
 // gate_output where y and z have 16 bits and one Hadamard matrix rotates the whole row of I = Top x 256 channels: what a
-// quantised model runs. A row a block.
+// quantised model runs.
 //
 // A warp takes tiles of 256 channels, eight neighbours a lane, and rotates each by the tensor cores as H X H, H the
 // Sylvester matrix of order 16: X is the second operand of the first product, whose result lies as the first operand of
@@ -8,6 +8,8 @@
 // codes leave. The factor of a norm over the whole row is taken on the way out, those of groups (whole tiles) as a
 // column is read.
 #pragma once
+
+#include <type_traits>
 
 #include "hadamard.cuh"
 #include "launch.cuh"
