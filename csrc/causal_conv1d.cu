@@ -1,9 +1,9 @@
 // Causal depthwise convolution, SiLU and quantisation over tokens that lie one after the other.
 //
 // A thread takes four channels through a run of tokens with the last three inputs in registers, so x is read once but
-// for three tokens a run. Narrower kernels have leading taps of zero. Whoever reads the state of a sequence, which only
-// its first tokens do, also writes the new one: no run begins within the first W - 1 tokens.
-#include "conv.h"
+// for three tokens a run. Narrower kernels have leading taps of zero. This kernel serves any types and sizes; codes have
+// a faster one.
+#include "conv_codes.cuh"
 #include "launch.cuh"
 #include "quads.cuh"
 
@@ -12,17 +12,6 @@ namespace {
 using namespace quamba;
 
 constexpr int kWarps = 4, kWidth = 4, kPast = kWidth - 1, kLeast = 8;
-
-struct Conv {
-  QuambaConv a;
-  int run;  // tokens of a thread
-  bool whole_x, whole_weight, whole_state, whole_y;
-};
-
-struct Sequence {
-  long long begin, end;
-  int index;
-};
 
 // X: the type of x. Rounds: x becomes int8 on its way in. Whole: rows of x and y lie in whole quads.
 template <int X, bool Rounds, bool Whole>
@@ -38,26 +27,9 @@ __global__ void __launch_bounds__(32 * kWarps, 4) causal_conv1d(const __grid_con
   wait_for_previous_kernel();
   if (count <= 0 || wanted >= a.T) return;
 
-  auto find = [&](long long t) {  // the sequence of token t: the last that begins at or before it
-    if (!a.cu_seqlens) return Sequence{0, a.T, static_cast<int>(blockIdx.z)};
-    int low = 0, high = a.sequences - 1;
-    while (low < high) {
-      int middle = (low + high + 1) / 2;
-      if (__ldg(a.cu_seqlens + middle) <= t)
-        low = middle;
-      else
-        high = middle - 1;
-    }
-    const long long begin = __ldg(a.cu_seqlens + low), end = __ldg(a.cu_seqlens + low + 1);
-    return Sequence{begin, end > t ? min(end, a.T) : a.T, low};
-  };
-  auto cut = [&](long long t) {  // where the run begins that was to begin at t
-    if (!a.cu_seqlens || t == 0 || t >= a.T) return min(t, a.T);
-    const Sequence s = find(t);
-    return t == s.begin ? t : max(t, min(s.begin + a.W - 1, s.end));
-  };
-  long long t = cut(wanted);
-  const long long end = cut(wanted + p.run);
+  const int z = static_cast<int>(blockIdx.z);
+  long long t = cut(a, wanted, z);
+  const long long end = cut(a, wanted + p.run, z);
   if (t >= end) return;
 
   const int in_step = a.in_scale_count > 1, x_step = a.x_scale_count > 1;
@@ -127,7 +99,7 @@ __global__ void __launch_bounds__(32 * kWarps, 4) causal_conv1d(const __grid_con
       if (i >= lead) store_quad(a.state, kStateType, state_at(s, i), last[i], count, p.whole_state);
   };
 
-  Sequence s = find(t);
+  Sequence s = find_sequence(a, t, z);
   begin_at(t, s);
   auto step = [&](uint4 raw, long long at) {  // a token, whose outputs lie at ``at``
     const float4 now = enter(raw);
@@ -149,7 +121,7 @@ __global__ void __launch_bounds__(32 * kWarps, 4) causal_conv1d(const __grid_con
   };
   while (t < end) {
     if (t >= s.end) {
-      s = find(t);
+      s = find_sequence(a, t, z);
       begin_at(t, s);
     }
     const long long stop = min(end, s.end);
@@ -206,8 +178,6 @@ extern "C" int quamba_causal_conv1d(const QuambaConv* args, void* stream) {
   run = run < 128 ? run : 128;
   const long long fewest = a.T / (60000LL * kWarps);
   run = ((run > fewest ? run : fewest) / kLeast + 1) * kLeast;
-  const long long runs = (a.T - 1) / run + 1;
-  const int warps = static_cast<int>(runs < kWarps ? runs : kWarps);
   const bool dense = a.C % 4 == 0;
   const Conv p{a,
                static_cast<int>(run),
@@ -215,6 +185,9 @@ extern "C" int quamba_causal_conv1d(const QuambaConv* args, void* stream) {
                a.W == 4 && in_quads(a.weight, a.weight_dtype),
                dense && in_quads(a.state, rounds ? QUAMBA_I8 : a.x_dtype),
                dense && in_quads(a.y, a.out_scale ? QUAMBA_I8 : a.y_dtype)};
+  if (conv::of_codes(p)) return conv::run_codes(p, processors, stream);
+  const long long runs = (a.T - 1) / run + 1;
+  const int warps = static_cast<int>(runs < kWarps ? runs : kWarps);
   const dim3 grid(static_cast<unsigned>((quads - 1) / 32 + 1), static_cast<unsigned>((runs - 1) / warps + 1),
                   static_cast<unsigned>(a.B));
   switch (a.x_dtype) {

@@ -1,30 +1,34 @@
 // gate_output where y and z have 16 bits and one Hadamard matrix rotates the whole row of I = Top x 256 channels: what a
-// quantised model runs. A row a block; 16 channels a thread.
+// quantised model runs.
 //
-// The rotation is taken in three passes: over 16 neighbours as they are loaded, over 16 channels at a distance of 16, and
-// over the Top rows of 256 (the base matrix, and what is left of the factors 2), from where the codes leave. So a channel
-// passes through shared memory as a float twice. The factor of a norm over the whole row is taken with the last pass,
-// one of several groups (whole rows of 256) with the second.
+// A warp takes tiles of 256 channels, eight neighbours a lane, and rotates each by the tensor cores as H X H, H the
+// Sylvester matrix of order 16: X is the second operand of the first product, whose result lies as the first operand of
+// the second does. Every factor is split into two of tf32, which keeps 22 bits. Then each thread takes one or two
+// columns of all Top tiles through shared memory and the base matrix (with what is left of the factors 2), from where the
+// codes leave. The factor of a norm over the whole row is taken on the way out, those of groups (whole tiles) as a
+// column is read.
 #pragma once
+
+#include <type_traits>
 
 #include "hadamard.cuh"
 #include "launch.cuh"
+#include "mma.cuh"
 #include "quads.cuh"
 #include "rowwise.h"
 
 namespace quamba::gate {
 
-constexpr int kRow = 256, kPitch = kRow + 16, kPart = 16;
-constexpr int kResident = 1280;  // threads of a multiprocessor, so that registers are few enough for them
+constexpr int kTile = 256, kLane = 8;  // channels of a tile, of a lane in it
 
 struct Halves {
   QuambaGate a;
   float gain;
+  // Constants of the rotation, which come from outside because ptxas would put moves of registers in the place of operands
+  // that it knows: the bits of a float that tf32 has, and the signs of four operands.
+  unsigned upper = 0xffffe000u;
+  float signs[4] = {1.f, 1.f, 1.f, -1.f};
 };
-
-// Quads of a row of 256 change places so that 16 neighbours, as quads, and 32 channels at a distance of 1 or 16 apart
-// fall into different banks.
-__device__ __forceinline__ int place(int channel) { return channel ^ (channel >> 5 & 3) << 2; }
 
 constexpr int odd_part(int n) { return n % 2 ? n : odd_part(n / 2); }
 
@@ -34,9 +38,9 @@ constexpr int base_of() {
   return odd_part(Top) == 1 ? 1 : 4 * odd_part(Top);
 }
 
-// v <- v H over the rows of 256.
+// v <- v H over the tiles.
 template <int Top>
-__device__ __forceinline__ void rotate_rows(float (&v)[Top]) {
+__device__ __forceinline__ void rotate_tiles(float (&v)[Top]) {
   constexpr int kBase = base_of<Top>(), kTwos = Top / kBase;
   if constexpr (kBase == 1) {
     butterfly(v);
@@ -63,157 +67,284 @@ __device__ __forceinline__ void rotate_rows(float (&v)[Top]) {
   }
 }
 
+// Columns of a thread: more would not fit its registers.
+template <int Top>
+constexpr int columns() {
+  return Top <= 20 ? 2 : 1;
+}
+
 template <int Top>
 constexpr int threads() {
-  return Top * kRow / kPart;
+  return kTile / columns<Top>();
 }
 
-// Bytes of shared memory: the row as floats, its codes.
+// Blocks of a multiprocessor: 16 warps, whose registers are enough to work on several tiles at once.
 template <int Top>
-constexpr int shared_bytes() {
-  return Top * (kPitch * 4 + kRow);
+constexpr int resident() {
+  return 512 / threads<Top>();
 }
 
-// Half: fp16, else bf16.
-template <int Top, bool Half>
-__global__ void __launch_bounds__(threads<Top>(), kResident / threads<Top>()) gate_halves(const __grid_constant__ Halves p) {
-  constexpr int kThreads = threads<Top>(), kTurns = (kRow - 1) / kThreads + 1;
-  extern __shared__ __align__(16) float row[];
-  __shared__ float sums[Top], peaks[32];
-  signed char* const codes = reinterpret_cast<signed char*>(row + Top * kPitch);
+// Where channel bits 0, 1, 5, 2, 3, 4, 6, 7 (from the lowest) of a tile lie in shared memory: a lane stores quads, and the
+// eight lanes of a store fall into different banks.
+__device__ __forceinline__ int place(int at) { return at ^ (at >> 6 & 1) << 2 ^ (at >> 7) << 4; }
+__device__ __forceinline__ int channel_at(int at) { return (at & 0xc3) | (at & 0x38) >> 1 | (at & 4) << 3; }
+
+// A float as the sum of two with 11 significant bits.
+struct Split {
+  float high, low;
+};
+
+__device__ __forceinline__ Split split(float v, unsigned upper) {
+  const float high = __uint_as_float(__float_as_uint(v) & upper);
+  return {high, v - high};
+}
+
+// Rotates tiles, of which a lane has the channels from 8 lane on. Bits 1 to 4 of a channel are summed over by the first
+// product, the others by the second.
+class TileRotation {
+ public:
+  __device__ __forceinline__ TileRotation(int lane, const Halves& p) : upper_(p.upper) {
+    const int q = lane % 4, g = lane / 4;
+    const float one = __popc(q & g >> 1) % 2 ? -1.f : 1.f;
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) signs_[k][i] = (k && g % 2 ? -one : one) * p.signs[i];
+    at_ = place(8 * g + 64 * q);
+  }
+
+  __device__ __forceinline__ void operator()(const float (&v)[kLane], float* tile) const {
+    float middle[2][4] = {}, out[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        const float(&h)[4] = signs_[k];
+        const Split a = split(v[4 * k + t], upper_), b = split(v[4 * k + 2 + t], upper_);
+        mma_tf32(middle[t], h[0], h[1], h[2], h[3], a.high, b.high);
+        mma_tf32(middle[t], h[0], h[1], h[2], h[3], a.low, b.low);
+      }
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      Split m[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) m[i] = split(middle[k][i], upper_);
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        mma_tf32(out[t], m[0].high, m[2].high, m[1].high, m[3].high, signs_[k][2 * t], signs_[k][2 * t + 1]);
+        mma_tf32(out[t], m[0].low, m[2].low, m[1].low, m[3].low, signs_[k][2 * t], signs_[k][2 * t + 1]);
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+      *reinterpret_cast<float4*>(tile + (at_ ^ 4 * t)) = make_float4(out[t][0], out[t][1], out[t][2], out[t][3]);
+  }
+
+ private:
+  float signs_[2][4];
+  int at_;
+  unsigned upper_;
+};
+
+template <bool Half>
+__device__ __forceinline__ void octet(const uint4& raw, float (&v)[kLane]) {
+  const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = pair_of<Half>(words[i]);
+    v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
+  }
+}
+
+// Eight constants of a model from a multiple of 8 on, through L1.
+__device__ __forceinline__ void constant_octet(const void* data, int type, int at, float (&v)[kLane]) {
+  if (type != QUAMBA_F32) {
+    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(static_cast<const unsigned short*>(data) + at));
+    return type == QUAMBA_F16 ? octet<true>(raw, v) : octet<false>(raw, v);
+  }
+  const float4 low = constant_quad(data, type, at), high = constant_quad(data, type, at + 4);
+  v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+}
+
+// What is known of a call: nothing; codes with one scale leave, z is rounded by channel, and there is no weight or one of
+// the type of y and z.
+enum Kind { kGeneral, kPlain, kWeighted };
+
+// Half: fp16, else bf16. A block takes every gridDim.x-th row. The next one is on its way while columns are rotated, else
+// all blocks would wait for memory together and then compute together.
+template <int Top, bool Half, Kind Known>
+__global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(const __grid_constant__ Halves p) {
+  constexpr int kColumns = columns<Top>(), kWarps = threads<Top>() / 32, kTurns = Top / kWarps;
+  constexpr int kType = Half ? QUAMBA_F16 : QUAMBA_BF16, kStep = kWarps * kTile;
+  constexpr bool kStatic = Known != kGeneral;
+  static_assert(Top % kWarps == 0);
+  extern __shared__ __align__(16) float rows[];  // two; of each tile: y and z, a lane's together, then floats
+  __shared__ float sums[2][Top], factors[2][Top], peaks[2][32];
   const QuambaGate& a = p.a;
-  const int thread = threadIdx.x, first = kPart * thread, own = thread / kPart, place_of_own = own * kPitch;
-  const long long index = blockIdx.x;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int begin = kTile * warp + kLane * lane, column = kColumns * thread;
+  const TileRotation rotate(lane, p);
+  const float inverse = a.out_scale ? reciprocal_approximate(__ldg(a.out_scale)) * (1.f / 254.f) : 1.f / 254.f;
   launch_dependents();
-
-  float4 scale[kPart / 4];
-  if (a.z_scale)
-#pragma unroll
-    for (int q = 0; q < kPart / 4; ++q) {
-      const float one = a.z_scale_count == 1 ? __ldg(a.z_scale) : 1.f;
-      scale[q] = a.z_scale_count == 1 ? make_float4(one, one, one, one)
-                                      : constant_quad(a.z_scale, QUAMBA_F32, first + 4 * q);
-    }
   wait_for_previous_kernel();
-  uint4 raw_y[2], raw_z[2];
-  {
-    const uint4* y = reinterpret_cast<const uint4*>(static_cast<const unsigned short*>(a.y) + index * a.y_stride + first);
-    const uint4* z = reinterpret_cast<const uint4*>(static_cast<const unsigned short*>(a.z) + index * a.z_stride + first);
-    raw_y[0] = __ldcg(y), raw_y[1] = __ldcg(y + 1), raw_z[0] = __ldcg(z), raw_z[1] = __ldcg(z + 1);
-  }
-  auto quad_of = [](const uint4 (&raw)[2], int q) {
-    const float2 low = pair_of<Half>(q % 2 ? raw[q / 2].z : raw[q / 2].x);
-    const float2 high = pair_of<Half>(q % 2 ? raw[q / 2].w : raw[q / 2].y);
-    return make_float4(low.x, low.y, high.x, high.y);
+
+  auto fetch = [&](long long index, float* row) {
+    const unsigned short* y = static_cast<const unsigned short*>(a.y) + index * a.y_stride + begin;
+    const unsigned short* z = static_cast<const unsigned short*>(a.z) + index * a.z_stride + begin;
+    uint4* const to = reinterpret_cast<uint4*>(row + kTile * warp) + lane;
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      copy_async(to + turn * kStep / 4, y + turn * kStep, true);
+      copy_async(to + turn * kStep / 4 + 32, z + turn * kStep, true);
+    }
+    copy_async_commit();
   };
-  float v[kPart], sum = 0.f;
+  // y silu(z), with the weight, of the lane's channels of a tile; returns the sum of squares before that
+  auto gate = [&](const uint4* tile, int at, float (&v)[kLane]) {
+    float g[kLane], sum = 0.f;
+    octet<Half>(tile[lane + 32], g);
+    octet<Half>(tile[lane], v);
+    if (kStatic || a.z_scale) {
+      float scale[kLane];
+      if (kStatic || a.z_scale_count > 1) {
+        constant_octet(a.z_scale, QUAMBA_F32, at, scale);
+      } else {
+        const float one = __ldg(a.z_scale);
 #pragma unroll
-  for (int q = 0; q < kPart / 4; ++q) {
-    float4 z = quad_of(raw_z, q);
-    if (a.z_scale)
-      z = each([](float x, float s) { return __fmul_rn(code_on(x, make_grid(s)), s); }, z, scale[q]);
-    float4 u = each([](float x, float g) { return x * silu(g); }, quad_of(raw_y, q), z);
-    sum += (u.x * u.x + u.y * u.y) + (u.z * u.z + u.w * u.w);
-    if (a.weight) {
-      constexpr int kType = Half ? QUAMBA_F16 : QUAMBA_BF16;
-      const float4 weight = a.weight_dtype == kType ? constant_quad(a.weight, kType, first + 4 * q)
-                                                    : constant_quad(a.weight, a.weight_dtype, first + 4 * q);
-      u = each([](float x, float w) { return x * w; }, u, weight);
+        for (int i = 0; i < kLane; ++i) scale[i] = one;
+      }
+#pragma unroll
+      for (int i = 0; i < kLane; ++i) g[i] = __fmul_rn(code_on(g[i], make_grid(scale[i])), scale[i]);
     }
-    v[4 * q] = u.x, v[4 * q + 1] = u.y, v[4 * q + 2] = u.z, v[4 * q + 3] = u.w;
-  }
-  butterfly(v);
-  {
-    float* const at = row + place_of_own;
 #pragma unroll
-    for (int q = 0; q < kPart / 4; ++q)
-      *reinterpret_cast<float4*>(at + place(first % kRow + 4 * q)) =
-          make_float4(v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3]);
-  }
-  if (a.norm_groups) {
+    for (int i = 0; i < kLane; ++i) v[i] *= silu(g[i]);
 #pragma unroll
-    for (int d = kPart / 2; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-    if (thread % kPart == 0) sums[own] = sum;
-  }
-  __syncthreads();
-
-  auto factor_of = [&](float total, int channels) { return rsqrtf(total / static_cast<float>(channels) + a.eps); };
-  {
-    float* const at = row + place_of_own;
-    const int low = thread % kPart;
+    for (int i = 0; i < kLane; ++i) sum += v[i] * v[i];
+    if (Known == kWeighted || (Known == kGeneral && a.weight)) {
+      float weight[kLane];
+      constant_octet(a.weight, Known == kWeighted ? kType : a.weight_dtype, at, weight);
 #pragma unroll
-    for (int i = 0; i < kPart; ++i) v[i] = at[place(kPart * i + low)];
+      for (int i = 0; i < kLane; ++i) v[i] *= weight[i];
+    }
+    return sum;
+  };
+  fetch(blockIdx.x, rows);
+  int odd = 0;
+  for (long long index = blockIdx.x; index < a.rows; index += gridDim.x, odd ^= 1) {
+    float* const row = rows + odd * Top * kTile;
+    float* const own = row + kTile * warp;
+    float v[kTurns][kLane], sum[kTurns];
+    copy_async_wait();
+    auto gate_tile = [&](int turn) {
+      sum[turn] = gate(reinterpret_cast<const uint4*>(own + turn * kStep), begin + turn * kStep, v[turn]);
+    };
+    gate_tile(0);
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      __syncwarp();  // all have read y and z, in whose place the floats come
+      if (turn + 1 < kTurns) gate_tile(turn + 1);  // beside the products of this tile, each of which waits for the last
+      rotate(v[turn], own + turn * kStep);
+    }
     if (a.norm_groups > 1) {
-      const int rows = Top / a.norm_groups, begin = own / rows * rows;  // of 256 channels in a group
-      float total = 0.f;
-      for (int i = 0; i < rows; ++i) total += sums[begin + i];
-      const float factor = factor_of(total, rows * kRow);
 #pragma unroll
-      for (int i = 0; i < kPart; ++i) v[i] *= factor;
+      for (int turn = 0; turn < kTurns; ++turn) {
+        sum[turn] = warp_sum(sum[turn]);
+        if (lane == 0) sums[odd][turn * kWarps + warp] = sum[turn];
+      }
+    } else if (a.norm_groups) {
+#pragma unroll
+      for (int turn = 1; turn < kTurns; ++turn) sum[0] += sum[turn];
+      sum[0] = warp_sum(sum[0]);
+      if (lane == 0) sums[odd][warp] = sum[0];
     }
-    butterfly(v);
-#pragma unroll
-    for (int i = 0; i < kPart; ++i) at[place(kPart * i + low)] = v[i];
-  }
-  __syncthreads();
+    __syncthreads();
+    if (index + gridDim.x < a.rows) fetch(index + gridDim.x, rows + (odd ^ 1) * Top * kTile);
 
-  float gain = p.gain;
-  if (a.norm_groups == 1) {
-    const int lane = thread % 32;
-    float total = (lane < Top ? sums[lane] : 0.f) + (lane + 32 < Top ? sums[lane + 32] : 0.f);
-#pragma unroll
-    for (int d = 16; d; d /= 2) total += __shfl_xor_sync(~0u, total, d);
-    gain *= factor_of(total, Top * kRow);
-  }
-  float top[kTurns][Top], peak = 0.f;
-#pragma unroll
-  for (int turn = 0; turn < kTurns; ++turn) {
-    const int low = thread + turn * kThreads;
-    if (low >= kRow) break;
-#pragma unroll
-    for (int r = 0; r < Top; ++r) top[turn][r] = row[r * kPitch + place(low)];
-    rotate_rows(top[turn]);
-    if (a.u_scale)
-#pragma unroll
-      for (int r = 0; r < Top; ++r) peak = fmaxf(peak, fabsf(top[turn][r]));
-  }
-  float factor = gain;  // from what lies in top to codes, or to u
-  if (a.u_scale) {
-    peak = gain * block_reduce(peak, peaks, [](float x, float y) { return fmaxf(x, y); });
-    const float u_scale = peak > 0.f ? __fdiv_rn(peak, 127.f) : 1.f;
-    if (thread == 0) a.u_scale[index] = u_scale;
-    factor = __fdiv_rn(gain, u_scale);
-  } else if (a.out_scale) {
-    factor = __fdiv_rn(gain, __ldg(a.out_scale));
-  }
-  const bool coded = a.u_scale || a.out_scale;
-#pragma unroll
-  for (int turn = 0; turn < kTurns; ++turn) {
-    const int low = thread + turn * kThreads;
-    if (low >= kRow) break;
+    float top[kColumns][Top];
 #pragma unroll
     for (int r = 0; r < Top; ++r) {
-      const float u = top[turn][r] * factor;
-      if (coded)
-        codes[r * kRow + low] = static_cast<signed char>(__float_as_uint(saturate_code(u) + kRounder));
-      else
-        store_raw(a.u, a.u_dtype, index * a.I + r * kRow + low, to_raw(make_float4(u, 0.f, 0.f, 0.f), a.u_dtype), 1, false);
+      const float* const from = row + r * kTile + place(column);
+      if constexpr (kColumns == 2) {
+        const float2 two = *reinterpret_cast<const float2*>(from);
+        top[0][r] = two.x, top[1][r] = two.y;
+      } else {
+        top[0][r] = *from;
+      }
+    }
+    float gain = p.gain;
+    if (a.norm_groups == 1) {
+      float total = 0.f;
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) total += sums[odd][i];
+      gain *= rsqrtf(total * (1.f / (Top * kTile)) + a.eps);
+    } else if (a.norm_groups > 1) {
+      if (thread < Top) {
+        const int tiles = Top / a.norm_groups, from = thread / tiles * tiles;  // of a group
+        float total = 0.f;
+        for (int i = 0; i < tiles; ++i) total += sums[odd][from + i];
+        factors[odd][thread] = rsqrtf(total / static_cast<float>(tiles * kTile) + a.eps);
+      }
+      __syncthreads();
+#pragma unroll
+      for (int r = 0; r < Top; ++r)
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) top[c][r] *= factors[odd][r];
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) rotate_tiles(top[c]);
+
+    const long long out = index * a.I + channel_at(column);
+    float step = gain * inverse;
+    if (!kStatic && a.u_scale) {
+      float peak = 0.f;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+        for (int r = 0; r < Top; ++r) peak = fmaxf(peak, fabsf(top[c][r]));
+      peak = gain * block_reduce(peak, peaks[odd], [](float x, float y) { return fmaxf(x, y); });
+      const float u_scale = peak > 0.f ? __fdiv_rn(peak, 127.f) : 1.f;
+      if (thread == 0) a.u_scale[index] = u_scale;
+      step = __fdiv_rn(gain * (1.f / 254.f), u_scale);
+    }
+    if (kStatic || a.u_scale || a.out_scale) {
+      auto* const codes = static_cast<unsigned char*>(a.u) + out;
+#pragma unroll
+      for (int r = 0; r < Top; ++r) {
+        const unsigned code = code_bits(top[0][r], step);
+        if constexpr (kColumns == 2)
+          *reinterpret_cast<unsigned short*>(codes + r * kTile) = __byte_perm(code, code_bits(top[1][r], step), 0x0040);
+        else
+          codes[r * kTile] = code;
+      }
+    } else {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+        for (int r = 0; r < Top; ++r)
+          store_raw(a.u, a.u_dtype, out + r * kTile + c,
+                    to_raw(make_float4(top[c][r] * gain, 0.f, 0.f, 0.f), a.u_dtype), 1, false);
     }
   }
-  if (!coded) return;
-  __syncthreads();
-  *reinterpret_cast<uint4*>(static_cast<signed char*>(a.u) + index * a.I + first) =
-      *reinterpret_cast<const uint4*>(codes + first);
 }
 
 template <int Top>
 int launch_halves(const Halves& p, void* stream) {
-  auto kernel = p.a.y_dtype == QUAMBA_F16 ? gate_halves<Top, true> : gate_halves<Top, false>;
-  if (shared_bytes<Top>() > 47 * 1024)
-    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<Top>());
-        error != cudaSuccess)
-      return error;
-  return launch(kernel, p, dim3(static_cast<unsigned>(p.a.rows)), threads<Top>(), stream, shared_bytes<Top>());
+  constexpr int kShared = 2 * Top * kTile * static_cast<int>(sizeof(float));
+  auto pick = [&](auto half) {
+    constexpr bool kHalf = decltype(half)::value;
+    if (!p.a.out_scale || p.a.u_scale || p.a.z_scale_count != p.a.I) return gate_halves<Top, kHalf, kGeneral>;
+    if (!p.a.weight) return gate_halves<Top, kHalf, kPlain>;
+    return p.a.weight_dtype == p.a.y_dtype ? gate_halves<Top, kHalf, kWeighted> : gate_halves<Top, kHalf, kGeneral>;
+  };
+  const auto kernel = p.a.y_dtype == QUAMBA_F16 ? pick(std::true_type{}) : pick(std::false_type{});
+  int processors = 0;
+  cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, processors);
+  if (error == cudaSuccess && kShared > 47 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (error != cudaSuccess) return error;
+  const long long turns = (p.a.rows - 1) / (processors * resident<Top>()) + 1;  // of each block, as many of all
+  const dim3 grid(static_cast<unsigned>((p.a.rows - 1) / turns + 1));
+  return launch(kernel, p, grid, threads<Top>(), stream, kShared);
 }
 
 // Whether a call is of this kind, beyond what holds for every call.
@@ -221,15 +352,15 @@ inline bool of_halves(const QuambaGate& a) {
   auto whole = [](const void* data, long long stride) {
     return reinterpret_cast<unsigned long long>(data) % 16 == 0 && stride % 8 == 0;
   };
-  return a.block == a.I && a.I % kRow == 0 && size_of(a.y_dtype) == 2 && a.z_dtype == a.y_dtype &&
+  return a.block == a.I && a.I % kTile == 0 && size_of(a.y_dtype) == 2 && a.z_dtype == a.y_dtype &&
          whole(a.y, a.y_stride) && whole(a.z, a.z_stride) && whole(a.u, 0) && whole(a.z_scale, 0) &&
-         whole(a.weight, 0) && (a.norm_groups <= 1 || a.I / kRow % a.norm_groups == 0);
+         whole(a.weight, 0) && (a.norm_groups <= 1 || a.I / kTile % a.norm_groups == 0);
 }
 
 // QUAMBA_UNSUPPORTED where I is another than these.
 inline int run_halves(const QuambaGate& a, float gain, void* stream) {
   const Halves p{a, gain};
-  switch (a.I / kRow) {
+  switch (a.I / kTile) {
     case 8: return launch_halves<8>(p, stream);
     case 12: return launch_halves<12>(p, stream);
     case 16: return launch_halves<16>(p, stream);

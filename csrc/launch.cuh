@@ -43,6 +43,12 @@ int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads,
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) v += __shfl_xor_sync(~0u, v, step);
+  return v;
+}
+
 // Combine a value over the threads of a block, always in the same order; ``shared`` holds a float a warp and is used once.
 template <class F>
 __device__ __forceinline__ float block_reduce(float v, float* shared, F combine) {

@@ -217,6 +217,12 @@ __device__ __forceinline__ float code_on(float v, const Grid& g) {
   return __fadd_rn(__fadd_rn(exact, kRounder), -kRounder);
 }
 
+// The code nearest to 254 step v, within -127..127, in the lowest byte. The product is limited as a share of 0..1, which a
+// multiplication does by the way, and so rounded to about 2^-16 of a code: a tie may become either neighbour.
+__device__ __forceinline__ unsigned code_bits(float v, float step) {
+  return __float_as_uint(__fmaf_rn(__saturatef(__fmaf_rn(v, step, 0.5f)), 254.f, kRounder - 127.f));
+}
+
 // Four constants of a model that lie in a whole quad, through L1.
 __device__ __forceinline__ float4 constant_quad(const void* data, int type, int at) {
   if (type == QUAMBA_F32) return __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(data) + at));
