@@ -182,6 +182,15 @@ def test_a_linear_that_normalises_its_input(name: str) -> None:
             assert difference is None, f"{name} {rows} rows {shape}: {difference}"
 
 
+def test_a_gain_that_lies_unaligned_is_refused() -> None:
+    """A kernel that reads it early may not wait for a copy."""
+    *_, weights = draw("linear_w4a8", 1, (640, 256, 128))
+    gain = torch.ones(641, device="cuda")[1:]
+    with pytest.raises(ValueError, match="norm_weight does not start at a multiple of 16 bytes; pass a clone"):
+        options = {"linear": "linear_w4a8", "per_token": True, "in_dtype": torch.float16, "out_dtype": torch.float16}
+        backend("norm_linear")(torch.randn(1, 640, device="cuda"), gain, 1e-5, weights, None, None, **options)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_leading_dimensions_and_no_rows(name: str) -> None:
     x, *rest = draw(name, 6, (512, 192, 64))

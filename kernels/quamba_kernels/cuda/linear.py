@@ -1,7 +1,8 @@
 """The low-bit linears as custom ops quamba::linear_*: checked, dispatched by the number of rows, safe in CUDA graphs.
 
 Activations (x, x_scale, residual) that are not contiguous or not aligned to 16 bytes are copied; weights, biases and
-scales of such a layout are refused, because they would be copied at every call.
+scales of such a layout are refused: they would be copied at every call, and the kernels, which read constants before
+they wait for those before them, might read a copy that is not finished.
 """
 
 from __future__ import annotations
@@ -238,7 +239,6 @@ def norm_linear(
     if kind == "w4a8" and stream.normalises(p.linear) and p.hopper:
         whole = QuambaStream(prologue=1, eps=eps)
         if norm_weight is not None:
-            norm_weight = _tidy(norm_weight)
             whole.norm_weight = _check("norm_weight", norm_weight, p.device, FLOATS, (p.linear.K,))
             whole.norm_weight_dtype = DTYPES[norm_weight.dtype]
         if in_scale is not None and not per_token:
