@@ -90,7 +90,8 @@ def check(name: str, given: list[Any], options: dict[str, Any], label: str, got:
         # moves by less than that share of itself, and a code changes as often as that is of a code.
         gap, ulp = (got.int() - want.int()).abs(), {torch.bfloat16: 2**-8, torch.float16: 2**-11}[given[0].dtype]
         share = ulp * float(want.float().square().mean().sqrt()) + 0.005
-        assert gap.max() <= 1 and (gap > 0).float().mean() < share, label
+        expected = share * gap.numel()  # of a small result the codes that change are few, and vary
+        assert gap.max() <= 1 and int((gap > 0).sum()) < expected + 4 * expected**0.5, label
         return
     difference = disagreement([got], [want], tolerance(name, given, options))
     assert difference is None, f"{name} {label}: {difference}"
