@@ -136,14 +136,16 @@ def test_prompts(name: str, shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("name", NAMES)
-def test_the_kernel_between_serves_every_shape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_that_splits_columns_serves_every_shape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that fill no tile, columns that fill no step or lie across groups, out features that fill no tile."""
     if linear.library(0).arch != "sm_90a":
         pytest.skip("is for Hopper")
-    monkeypatch.setattr(linear, "FEW_TILES", {256: 10**6})
+    monkeypatch.setattr(linear, "FEW_TILES", dict.fromkeys(linear.FEW_TILES, {1000: 10**6}))
+    monkeypatch.setattr(linear.stream, "LARGEST", 0)
     shapes = [(192, 264, 64), (1600, 520, 64), (5120, 192, 640), (1152, 136, 192), (64, 8, 64), (8192, 1032, 128)]
     for shape in [*shapes, (2560, 10576, 128), (2560, 50280, 128)]:
-        for index, rows in enumerate((9, 15, 16, 27, 33, 64, 65, 129, 255) if shape[1] < 50000 else (16, 61)):
+        counts = (1, 4, 7, 9, 15, 16, 27, 33, 64, 65, 129, 255, 1000) if shape[1] < 10000 else (2, 16, 61)
+        for index, rows in enumerate(counts):
             given, epilogues = draw(name, rows, shape), variants(name, rows, shape[1])
             options = epilogues[index % len(epilogues)]
             first = backend(name)(*given, **options)
@@ -153,7 +155,7 @@ def test_the_kernel_between_serves_every_shape(name: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("name", NAMES)
 def test_both_paths_agree_on_every_row_count(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "FEW_TILES", {})
+    monkeypatch.setattr(linear, "FEW_TILES", dict.fromkeys(linear.FEW_TILES, {}))
     constant = {"linear_w8a8": "W8A8", "linear_w4a8": "W4A8", "linear_w4a16": "W4A16"}[name] + "_SKINNY_ROWS"
     for limit, counts, narrowest in ((0, (1, 2, 16, 63), 0), (0, (1, 63), 4096), (256, (65, 128, 255, 256), 0)):
         monkeypatch.setattr(linear, constant, limit)
