@@ -6,12 +6,15 @@
 // of the next 64 columns from the words of its 64 channels while the tensor cores work on the previous ones.
 #pragma once
 
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // instructions of 160 tokens
+
 #include <algorithm>
 
 #include "cute/tensor.hpp"
 #include "cutlass/arch/reg_reconfig.h"
 
 #include "finish.cuh"
+#include "launch.cuh"
 #include "operand_w4.cuh"
 
 namespace quamba::w4 {
@@ -56,6 +59,11 @@ struct Walk {
     if (++step == steps) next_tile();
   }
 };
+
+// Lets those who sync_threads on the same barrier go on, without waiting for them.
+__device__ __forceinline__ void signal_threads(int id, int count) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
+}
 
 // A group's 64 channels by TileM tokens, from registers over its buffer to y. 16-bit results without a residual are
 // finished where they are and cross over in pairs of tokens; all others cross over as accumulated, 16 tokens at a time.
@@ -146,7 +154,7 @@ __device__ __forceinline__ void finish_tokens(const Finish& p, Acc& acc, char* b
 template <class Element, int TileM, int Parts>
 __global__ void __launch_bounds__(kThreads, 1)
     multiply(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
-             const __grid_constant__ Weights w, const __grid_constant__ Finish finish, int lag) {
+             const __grid_constant__ Weights w, const __grid_constant__ Finish finish) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Buffers<Element, TileM>;
   using Op = Operand<Element>;
@@ -165,6 +173,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
+  launch_dependents();
+  wait_for_previous_kernel();
 
   int stage = 0;
   unsigned parity = 0;
@@ -204,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     Tensor a1 = make_fragment_like(a0);
     static_assert(decltype(size(a0))::value * sizeof(Element) == 4 * Op::kRegisters, "as fill makes them");
 
-    bool signals = lane == 0, first_tile = true;
+    const bool signals = lane == 0;
     int channel = group * 64 + thread / 32 * 16 + lane / 4;
     unsigned select = Op::selector(lane % 4);
     // a row is 64 bytes, its four 16-byte pieces exchanged by row: the 64-byte swizzle of TMA
@@ -226,7 +236,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int h = 0; h < 2; ++h) factor[p][h] = Op::factor(scales.raw[chunk * Parts + p][h]);
       Op::template fill<Parts>(reinterpret_cast<unsigned*>(raw_pointer_cast(a.data())), word, factor, select);
     };
+    // The groups take turns, so that one unpacks while the tensor cores work for the other.
     auto product = [&](auto& a, int chunk) {
+      sync_threads(4 + group, 256);
       warpgroup_arrive();
 #pragma unroll
       for (int k = 0; k < kSlices; ++k) {
@@ -234,13 +246,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         mma.accumulate_ = SM90::GMMA::ScaleOut::One;
       }
       warpgroup_commit_batch();
+      signal_threads(5 - group, 256);
     };
 
+    if (group == 1) signal_threads(4, 256);  // the first turn is the other's
     Walk<TileM> ahead(w);
     Scales<Element, Parts> next;
     next.load(w, ahead, channel);
     for (Walk<TileM> at(w); at.valid(); at.next_tile()) {
-      if (first_tile && group == 1 && lag) sync_threads(1, 256);
       mma.accumulate_ = SM90::GMMA::ScaleOut::Zero;
       int previous = stage;
       for (int step = 0; step < at.steps; ++step) {
@@ -255,18 +268,18 @@ __global__ void __launch_bounds__(kThreads, 1)
         unpack(a1, 1, now);
         product(a1, 1);
         warpgroup_wait<1>();
-        if (first_tile && group == 0 && step + 1 == lag) asm volatile("bar.arrive 1, 256;" ::: "memory");
         previous = stage;
         advance();
       }
       warpgroup_wait<0>();
       if (signals) arrive(empty + 8 * previous);
-      first_tile = false;
       finish_tokens<TileM, Op::kScaled>(finish, acc, out + group * L::kOut, group, at.row, at.column + group * 64);
     }
+    if (group == 0) sync_threads(4, 256);  // the turn that the other's last one gave
   }
 #endif
 }
+
 template <class Element, int TileM, int Parts>
 int launch(const QuambaLinear& a, int sms, cudaStream_t stream) {
   using Op = Operand<Element>;
@@ -278,8 +291,6 @@ int launch(const QuambaLinear& a, int sms, cudaStream_t stream) {
       !describe(encode, &w_map, CU_TENSOR_MAP_DATA_TYPE_INT32, a.w, a.K / 8, a.O, a.K / 2, kTileK / 8, kTileO,
                 CU_TENSOR_MAP_SWIZZLE_64B))
     return cudaErrorInvalidValue;
-  // steps that the second group starts behind the first
-  const int lag = std::min(tuned("QUAMBA_LAG", 1), (a.K + kTileK - 1) / kTileK);
   Weights w{Op::kScaled ? a.w_multiplier : a.w_scale, a.M, a.O, a.K, a.K / a.S,
             static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S)};
   auto kernel = multiply<Element, TileM, Parts>;
@@ -287,17 +298,27 @@ int launch(const QuambaLinear& a, int sms, cudaStream_t stream) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   long long tiles = static_cast<long long>((a.M + TileM - 1) / TileM) * ((a.O + kTileO - 1) / kTileO);
-  kernel<<<static_cast<unsigned>(tiles < sms ? tiles : sms), kThreads, kBytes, stream>>>(
-      x_map, w_map, w, make_finish(a, Op::kScaled ? static_cast<const float*>(a.w_scale) : nullptr), lag);
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(tiles < sms ? tiles : sms));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  error = cudaLaunchKernelEx(&config, kernel, x_map, w_map, w,
+                             make_finish(a, Op::kScaled ? static_cast<const float*>(a.w_scale) : nullptr));
+  return error != cudaSuccess ? error : cudaGetLastError();
 }
 
 // The tile that is done first: waves times what a tile takes, which has a part that does not shrink with its tokens.
 inline int choose_tile(const QuambaLinear& a, int sms) {
-  constexpr int kTokens[4] = {256, 192, 128, 64};
+  constexpr int kTokens[5] = {256, 192, 160, 128, 64};
   int best = 0;
   double least = 1e30;
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 5; ++i) {
     long long tiles = static_cast<long long>((a.M + kTokens[i] - 1) / kTokens[i]) * ((a.O + kTileO - 1) / kTileO);
     double cost = static_cast<double>((tiles + sms - 1) / sms) * (kTokens[i] + 120);
     if (cost < least) least = cost, best = i;
@@ -318,7 +339,8 @@ int run(const QuambaLinear& a, cudaStream_t stream) {
   switch (choose_tile(a, sms)) {
     case 0: return launch<Element, 256, 1>(a, sms, stream);
     case 1: return launch<Element, 192, 1>(a, sms, stream);
-    case 2: return launch<Element, 128, 1>(a, sms, stream);
+    case 2: return launch<Element, 160, 1>(a, sms, stream);
+    case 3: return launch<Element, 128, 1>(a, sms, stream);
     default: return launch<Element, 64, 1>(a, sms, stream);
   }
 }

@@ -1,4 +1,4 @@
-// How a linear over 9 to 256 tokens is cut up on Hopper: tokens of a tile, blocks that share its columns, and blocks on
+// How a linear over few tokens is cut up on Hopper: tokens of a tile, blocks that share its columns, and blocks on
 // a multiprocessor.
 #pragma once
 

@@ -1,4 +1,4 @@
-// y = x w^T for 9 to 256 tokens on Hopper, where the bytes of the weights decide: packed int4 weights of all types
+// y = x w^T for few tokens on Hopper, where the bytes of the weights decide: packed int4 weights of all types
 // of x (operand_w4.cuh), or int8 weights and x.
 //
 // A block takes 128 channels by 16, 32 or 64 tokens and a share of the columns; the blocks of a cluster share a tile

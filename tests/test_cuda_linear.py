@@ -160,7 +160,7 @@ def test_arguments_reach_the_kernels(
         monkeypatch.setattr(linear, constant, rows)
     monkeypatch.setattr(linear, "W4A8_GEMM_O", 0)
     monkeypatch.setattr(stream, "ROWS", 0)
-    monkeypatch.setattr(linear, "FEW_TILES", {})
+    monkeypatch.setattr(linear, "FEW_TILES", dict.fromkeys(linear.FEW_TILES, {}))
     assert served(name)
     for case in served(name):
         want = OPS[name].reference(*case.args, **case.kwargs)
@@ -169,8 +169,9 @@ def test_arguments_reach_the_kernels(
         assert last(library) == (f"quamba_{name}_skinny" if rows else gemm)
 
 
-def test_few_tokens_stream_on_hopper(kernels) -> None:
+def test_few_tokens_stream_on_hopper(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "linear_w4a8"
+    monkeypatch.setattr(linear, "STREAM_ROWS", stream.ROWS)
     library = kernels("sm_90a")
     chosen = []
     for case in served(name):
@@ -182,25 +183,23 @@ def test_few_tokens_stream_on_hopper(kernels) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_hopper_has_a_kernel_between(kernels, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hopper_splits_the_columns_of_few_rows(kernels, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For groups that it takes and as many rows as it is for; another architecture never asks for it."""
-    between = f"quamba_{name}_few"
-    monkeypatch.setattr(linear, "FEW_FIRST", 1)
+    few = f"quamba_{name}_few"
     monkeypatch.setattr(stream, "ROWS", 0)
     for case in served(name):
         library = kernels("sm_90a")
         want = OPS[name].reference(*case.args, **case.kwargs)
         assert disagreement([call(name, case)], [want], TOLERANCE[name][case.dtype]) is None, case.label
         groups = case.shape["S"] if name != "linear_w8a8" else 128
-        assert (last(library) == between) == (groups == 64 or groups % 128 == 0), case.label
+        assert (last(library) == few) == (groups == 64 or groups % 128 == 0), case.label
     library = kernels("sm_87")
     monkeypatch.setattr(linear, "W4A16_SKINNY_ROWS", 10**6)
     for case in served(name):
         call(name, case)
-        assert last(library) != between
+        assert last(library) != few
     library = kernels("sm_90a")
-    monkeypatch.setattr(linear, "FEW_FIRST", 9)
-    for rows, expected in ((8, False), (9, True), (64, True), (257, False)):
+    for rows, expected in ((1, True), (64, True), (513, False)):
         x, x_scale, w, w_scale = draw(rows)
         run(x, x_scale, w, w_scale)
         assert last(library).endswith("_few") == expected, rows

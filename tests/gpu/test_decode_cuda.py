@@ -284,6 +284,24 @@ def test_layouts_are_read_right_or_refused(name: str) -> None:
         backend(name)(*case.args[:at], state.cpu(), *case.args[at + 1 :], **case.kwargs)
 
 
+def test_constants_that_would_have_to_be_copied_are_refused() -> None:
+    """The kernels read them before they wait for those before them, so for a copy too."""
+    _, case = model_case("mamba2-2.7b", 1, torch.int8)
+
+    def shifted(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device="cuda")[1:].view(tensor.shape).copy_(tensor)
+
+    taps, D, dt_bias, gain = 5, 8, 9, 10
+    for at, other, sentence in (
+        (taps, shifted(case.args[taps]), "conv_weight .* has to be contiguous and aligned; pass a clone"),
+        (gain, shifted(case.args[gain]), "norm_weight .* has to be contiguous and aligned; pass a clone"),
+        (D, case.args[D].half(), "D has to be torch.float32"),
+        (dt_bias, case.args[dt_bias].half(), "dt_bias has to be torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            backend("ssd_decode")(*case.args[:at], other, *case.args[at + 1 :], **case.kwargs)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_schema_says_what_is_written(name: str) -> None:
     case = on_gpu(cases(name)[2])

@@ -90,7 +90,8 @@ def check(name: str, given: list[Any], options: dict[str, Any], label: str, got:
         # moves by less than that share of itself, and a code changes as often as that is of a code.
         gap, ulp = (got.int() - want.int()).abs(), {torch.bfloat16: 2**-8, torch.float16: 2**-11}[given[0].dtype]
         share = ulp * float(want.float().square().mean().sqrt()) + 0.005
-        assert gap.max() <= 1 and (gap > 0).float().mean() < share, label
+        expected = share * gap.numel()  # of a small result the codes that change are few, and vary
+        assert gap.max() <= 1 and int((gap > 0).sum()) < expected + 4 * expected**0.5, label
         return
     difference = disagreement([got], [want], tolerance(name, given, options))
     assert difference is None, f"{name} {label}: {difference}"
@@ -135,14 +136,16 @@ def test_prompts(name: str, shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("name", NAMES)
-def test_the_kernel_between_serves_every_shape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_that_splits_columns_serves_every_shape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that fill no tile, columns that fill no step or lie across groups, out features that fill no tile."""
     if linear.library(0).arch != "sm_90a":
         pytest.skip("is for Hopper")
-    monkeypatch.setattr(linear, "FEW_TILES", {256: 10**6})
+    monkeypatch.setattr(linear, "FEW_TILES", dict.fromkeys(linear.FEW_TILES, {1000: 10**6}))
+    monkeypatch.setattr(linear.stream, "LARGEST", 0)
     shapes = [(192, 264, 64), (1600, 520, 64), (5120, 192, 640), (1152, 136, 192), (64, 8, 64), (8192, 1032, 128)]
     for shape in [*shapes, (2560, 10576, 128), (2560, 50280, 128)]:
-        for index, rows in enumerate((9, 15, 16, 27, 33, 64, 65, 129, 255) if shape[1] < 50000 else (16, 61)):
+        counts = (1, 4, 7, 9, 15, 16, 27, 33, 64, 65, 129, 255, 1000) if shape[1] < 10000 else (2, 16, 61)
+        for index, rows in enumerate(counts):
             given, epilogues = draw(name, rows, shape), variants(name, rows, shape[1])
             options = epilogues[index % len(epilogues)]
             first = backend(name)(*given, **options)
@@ -152,7 +155,7 @@ def test_the_kernel_between_serves_every_shape(name: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("name", NAMES)
 def test_both_paths_agree_on_every_row_count(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "FEW_TILES", {})
+    monkeypatch.setattr(linear, "FEW_TILES", dict.fromkeys(linear.FEW_TILES, {}))
     constant = {"linear_w8a8": "W8A8", "linear_w4a8": "W4A8", "linear_w4a16": "W4A16"}[name] + "_SKINNY_ROWS"
     for limit, counts, narrowest in ((0, (1, 2, 16, 63), 0), (0, (1, 63), 4096), (256, (65, 128, 255, 256), 0)):
         monkeypatch.setattr(linear, constant, limit)
@@ -180,6 +183,15 @@ def test_a_linear_that_normalises_its_input(name: str) -> None:
             want, got = OPS[op].reference(*given, **options), backend(op)(*given, **options)
             difference = disagreement([got], [want], TOLERANCE[op][dtype])
             assert difference is None, f"{name} {rows} rows {shape}: {difference}"
+
+
+def test_a_gain_that_lies_unaligned_is_refused() -> None:
+    """A kernel that reads it early may not wait for a copy."""
+    *_, weights = draw("linear_w4a8", 1, (640, 256, 128))
+    gain = torch.ones(641, device="cuda")[1:]
+    with pytest.raises(ValueError, match="norm_weight does not start at a multiple of 16 bytes; pass a clone"):
+        options = {"linear": "linear_w4a8", "per_token": True, "in_dtype": torch.float16, "out_dtype": torch.float16}
+        backend("norm_linear")(torch.randn(1, 640, device="cuda"), gain, 1e-5, weights, None, None, **options)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,8 +1,9 @@
 """The decode steps as custom ops quamba::*: checked, then one or two kernels; safe in CUDA graphs.
 
-States and constants that are not contiguous, and states that are not aligned, are refused, because a copy would not be
-the state, or be made at every call. Activations need unit stride along their last axis alone, so slices of a projection
-are read as they lie.
+States and constants that are not contiguous or not aligned are refused: a copy would not be the state, and one of a
+constant would be made at every call and might not be finished, for the kernels read constants before they wait for
+those before them. Activations need unit stride along their last axis alone, so slices of a projection are read as they
+lie.
 """
 
 from __future__ import annotations
@@ -96,11 +97,11 @@ class Call:
 
     def whole(
         self, name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, ...],
-        kind: str | None = None, count: str | None = None, aligned: bool = False, small: bool = False,
+        kind: str | None = None, count: str | None = None, aligned: bool = False,
     ) -> None:  # fmt: skip
         """A contiguous tensor of one of the shapes, or None; kind and count name the fields for its type and size.
 
-        aligned: it has to start at a multiple of 16 bytes; small: of one that does not a copy does.
+        aligned: it has to start at a multiple of 16 bytes.
         """
         if tensor is None:
             return
@@ -109,8 +110,6 @@ class Call:
                 f"{name} has to be {' or '.join(map(str, dtypes))} {' or '.join(str(list(s)) for s in shapes)} "
                 f"on {self.device}, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             )
-        if small and tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT:
-            tensor = tensor.clone()
         if not tensor.is_contiguous() or (aligned and tensor.data_ptr() % ALIGNMENT):
             raise ValueError(f"{name} {list(tensor.shape)} has to be contiguous and aligned; pass a clone")
         self._set(name, tensor)
@@ -132,7 +131,7 @@ class Call:
         kept = torch.int8 if in_scale is not None else dtype
         self.whole("conv_state", state, (kept,), (p.batch, WIDTH - 1, *channels), kind="conv_state_type")
         taps = (torch.int8,) if weight_scale is not None else FLOATS
-        self.whole("conv_weight", weight, taps, (*channels, WIDTH), kind="conv_weight_type", small=True)
+        self.whole("conv_weight", weight, taps, (*channels, WIDTH), kind="conv_weight_type", aligned=True)
         self.whole("conv_bias", bias, FLOATS, channels, kind="conv_bias_type")
         self.scale("conv_in_scale", in_scale, (1,), channels, count="conv_in_count")
         self.scale("conv_weight_scale", weight_scale, channels)
@@ -151,8 +150,8 @@ class Call:
             self.whole("rng", rng, (torch.int64,), (2,))
         self.whole("A", A, (torch.float32,), tuple(A.shape), aligned=True)
         rates = (self.problem.H,)
-        self.scale("D", D.float(), rates)
-        self.scale("dt_bias", None if dt_bias is None else dt_bias.float(), rates)
+        self.scale("D", D, rates)
+        self.scale("dt_bias", dt_bias, rates)
 
     def finish(
         self, kernel: str, channels: int, norm_weight: Tensor | None, out_scale: Tensor | None, per_token: bool,
@@ -161,7 +160,7 @@ class Call:
         """Launch; the output [B, I] and its scale per token [B, 1], or an empty one."""
         if out_dtype not in FLOATS:
             raise TypeError(f"out_dtype has to be one of {FLOATS}, got {out_dtype}")
-        self.whole("norm_weight", norm_weight, FLOATS, (channels,), kind="norm_weight_type", small=True)
+        self.whole("norm_weight", norm_weight, FLOATS, (channels,), kind="norm_weight_type", aligned=True)
         batch = self.problem.batch
         dtype = torch.int8 if per_token or out_scale is not None else out_dtype
         out = torch.empty(batch, channels, dtype=dtype, device=self.device)

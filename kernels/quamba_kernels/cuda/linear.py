@@ -1,7 +1,8 @@
 """The low-bit linears as custom ops quamba::linear_*: checked, dispatched by the number of rows, safe in CUDA graphs.
 
 Activations (x, x_scale, residual) that are not contiguous or not aligned to 16 bytes are copied; weights, biases and
-scales of such a layout are refused, because they would be copied at every call.
+scales of such a layout are refused: they would be copied at every call, and the kernels, which read constants before
+they wait for those before them, might read a copy that is not finished.
 """
 
 from __future__ import annotations
@@ -22,9 +23,15 @@ W4A16_SKINNY_ROWS = 48
 """Up to so many rows the bytes of the weights decide, which the skinny kernels read once and expand in registers."""
 WIDE, WIDE_SKINNY_ROWS = 8192, 16
 """From so many out features on, Hopper's GEMM over int4 weights fills the GPU and wins beyond so many rows."""
-FEW_FIRST, FEW_GROUPS = 9, (64, 128)
-FEW_TILES = {32: 10**6, 64: 160, 128: 96, 256: 32}
-"""Hopper has a kernel between: from FEW_FIRST rows on, for int4 groups of 64 or a multiple of 128, up to so many rows
+STREAM_ROWS = 1
+"""Up to so many rows a kernel of its own is the fastest for W4A8 within a model, where it serves the problem."""
+FEW_GROUPS = (64, 128)
+FEW_TILES = {
+    "w8a8": {32: 10**6, 64: 160, 128: 48, 256: 32, 512: 16},
+    "w4a8": {64: 10**6, 128: 200, 256: 32, 512: 16},
+    "w4a16": {32: 10**6, 64: 160, 128: 96, 256: 32, 2048: 64},
+}
+"""Hopper has a kernel that splits K over a cluster, for int4 groups of 64 or a multiple of 128: up to so many rows
 where tiles of 64 rows by 128 out features are at most so many. With more of them the GEMMs fill the GPU and win."""
 W4A8_GEMM_O, W4A8_GEMM_ROWS = 4096, 256
 """Where that GEMM beats an expansion to int8 followed by the faster int8 GEMM: this wide, up to so many rows."""
@@ -100,6 +107,7 @@ class Problem:
         if out_dtype not in FLOATS:
             raise TypeError(f"out_dtype has to be one of {FLOATS}, got {out_dtype}; out_scale gives an int8 result")
         self.device, self.shape, self.int4 = device, (*x.shape[:-1], O), w.dtype != torch.int8
+        self.kind = "w8a8" if not self.int4 else "w4a8" if integers else "w4a16"
         self.dtype = out_dtype if out_scale is None else torch.int8
         # what the struct points at has to outlive it
         self.x = x = _tidy(x)
@@ -142,14 +150,18 @@ class Problem:
         return library(self.device.index).arch == "sm_90a"
 
     @property
-    def between(self) -> bool:
-        """Whether Hopper's kernel between the skinny ones and the GEMMs is the fastest."""
+    def _other_groups(self) -> bool:
+        """Whether the kernel that splits K does not know the groups."""
+        return bool(self.int4 and self.linear.S not in FEW_GROUPS and self.linear.S % max(FEW_GROUPS))
+
+    @property
+    def splits(self) -> bool:
+        """Whether Hopper's kernel that splits K over a cluster is the fastest."""
         a = self.linear
-        other_groups = self.int4 and a.S not in FEW_GROUPS and a.S % max(FEW_GROUPS)
-        if a.M < FEW_FIRST or other_groups or not self.hopper:
+        if self._other_groups or not self.hopper:
             return False
         tiles = -(-a.M // 64) * -(-a.O // 128)
-        return any(rows >= a.M and tiles <= most for rows, most in FEW_TILES.items())
+        return any(rows >= a.M and tiles <= most for rows, most in FEW_TILES[self.kind].items())
 
     def few_rows(self, limit: int) -> bool:
         """Whether int4 weights are better read by the skinny kernel; ``limit`` where no GEMM fits them better."""
@@ -160,8 +172,8 @@ class Problem:
 
     @property
     def streams(self) -> bool:
-        """Whether Hopper's kernel for a few tokens of a decode step takes it."""
-        return stream.serves(self.linear) and self.hopper
+        """Whether Hopper's kernel for the W4A8 linears of a decode step is the fastest."""
+        return (self.linear.M <= STREAM_ROWS or self._other_groups) and stream.serves(self.linear) and self.hopper
 
     def run(self, kernel: str, whole: QuambaStream | None = None) -> Tensor:
         """y, from a kernel that does the whole linear; ``whole``: the struct around the linear's that it takes."""
@@ -189,7 +201,7 @@ class Problem:
 
 def linear_w8a8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
     p = Problem(x, x_scale, w, w_scale, None, *epilogue)
-    if p.between:
+    if p.splits:
         return p.run("quamba_linear_w8a8_few")
     return p.run("quamba_linear_w8a8_skinny" if p.linear.M <= W8A8_SKINNY_ROWS else "quamba_linear_w8a8_gemm")
 
@@ -197,12 +209,12 @@ def linear_w8a8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *epilogu
 def linear_w4a8(
     x: Tensor, x_scale: Tensor, w: Tensor, w_multiplier: Tensor, w_scale: Tensor, *epilogue: Any
 ) -> Tensor:
-    """Many rows: the weight is expanded to int8 once per call, and the rest is linear_w8a8; in between, on sm_90a, a
-    kernel that unpacks as it multiplies."""
+    """Many rows: the weight is expanded to int8 once per call, and the rest is linear_w8a8; fewer, on sm_90a, kernels
+    that unpack as they multiply."""
     p = Problem(x, x_scale, w, w_scale, w_multiplier, *epilogue)
     if p.streams:
         return p.run("quamba_linear_w4a8_stream")
-    if p.between:
+    if p.splits:
         return p.run("quamba_linear_w4a8_few")
     if p.few_rows(W4A8_SKINNY_ROWS):
         return p.run("quamba_linear_w4a8_skinny")
@@ -216,7 +228,7 @@ def linear_w4a8(
 def linear_w4a16(x: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
     """Many rows: a mixed-input kernel on sm_90a; elsewhere the weight is expanded to x's type for torch's product."""
     p = Problem(x, None, w, w_scale, None, *epilogue)
-    if p.between:
+    if p.splits:
         return p.run("quamba_linear_w4a16_few")
     if p.few_rows(W4A16_SKINNY_ROWS):
         return p.run("quamba_linear_w4a16_skinny")
@@ -234,11 +246,9 @@ def norm_linear(
 ) -> Tensor:  # fmt: skip
     """One kernel where the linear can make its own input, else the norm and the linear."""
     p = Problem(x, None, w, w_scale, w_multiplier, bias, residual, None, out_dtype, raw=True)
-    kind = "w8a8" if w.dtype == torch.int8 else "w4a16" if w_multiplier is None else "w4a8"
-    if kind == "w4a8" and stream.normalises(p.linear) and p.hopper:
+    if p.kind == "w4a8" and p.streams and stream.normalises(p.linear):
         whole = QuambaStream(prologue=1, eps=eps)
         if norm_weight is not None:
-            norm_weight = _tidy(norm_weight)
             whole.norm_weight = check("norm_weight", norm_weight, p.device, FLOATS, (p.linear.K,))
             whole.norm_weight_dtype = DTYPES[norm_weight.dtype]
         if in_scale is not None and not per_token:
@@ -246,11 +256,11 @@ def norm_linear(
         return p.run("quamba_linear_w4a8_stream", whole)
     u, scale = torch.ops.quamba.rms_norm.default(x, norm_weight, eps, in_scale, per_token, in_dtype)
     epilogue = bias, residual, None, out_dtype
-    if kind == "w4a16":
+    if p.kind == "w4a16":
         return linear_w4a16(u, w, w_scale, *epilogue)
     if not per_token:
         if in_scale is None:
-            raise ValueError(f"linear_{kind} takes codes: give in_scale or per_token")
+            raise ValueError(f"linear_{p.kind} takes codes: give in_scale or per_token")
         scale = in_scale
     if w_multiplier is None:
         return linear_w8a8(u, scale, w, w_scale, *epilogue)
