@@ -1,8 +1,8 @@
 """The W4A8 linears of a decode step on Hopper: up to eight tokens, and up to two whose norm the linear does itself.
 
 csrc/linear_stream_w4a8_sm90.cu keeps what it reads of the weights in shared memory before its turn comes. ``serves``
-and ``normalises`` say exactly which problems it takes, so that no call finds out. For the other formats the skinny
-kernels are as fast within a model.
+and ``normalises`` say exactly which problems it takes, so that no call finds out. For the other formats, and from two
+rows on, the kernel that splits K is faster within a model.
 """
 
 from __future__ import annotations
