@@ -56,11 +56,13 @@ struct Params {
   unsigned* projected;  // what in_proj makes: 16 bits, and 16 of the layer's number
   uint2* u;             // what the mixer makes, before its norm: a float and the layer's number
   uint2* residual;
+  unsigned* counts;     // blocks that have passed on u, or the residual, in all layers together
   Groups groups[2];    // of the norms before them
   Rotation rotation;
   int layers;
   int rows, blocks;    // of the state: of a block; blocks of a group
   int stages, stage_bytes, x_bytes, sums_bytes, row_floats;
+  int flight, ahead;   // stages on their way; blocks that may be missing when all begin to ask for values
   float eps;
   QuambaStackLayer layer[kMostLayers];
 };
@@ -94,14 +96,38 @@ struct Patience {
 #endif
 };
 
-__device__ __forceinline__ unsigned receive(const unsigned* from, unsigned layer) {
-  unsigned v;
+// Asking for all of u or of the residual again and again would keep L2 busy, so that one thread asks how many blocks have
+// passed on theirs first. That orders nothing: the numbers in the values do.
+__device__ __forceinline__ void count_in(unsigned* count) {
+  if (threadIdx.x == 0) asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+}
+
+__device__ __forceinline__ void await(const unsigned* count, int wanted) {
+  if (threadIdx.x == 0) {
+    int blocks;
+    Patience patience;
+    do {
+      asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(blocks) : "l"(count) : "memory");
+      patience.lose();
+    } while (blocks < wanted);
+  }
+  Team::sync();
+}
+
+// Words of in_proj's result, asked for together.
+template <int COUNT>
+__device__ __forceinline__ void receive(unsigned (&v)[COUNT], const unsigned* const (&from)[COUNT], unsigned layer) {
   Patience patience;
+  bool waiting;
   do {
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+    waiting = false;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+      asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v[i]) : "l"(from[i]) : "memory");
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) waiting |= v[i] >> 16 != layer;
     patience.lose();
-  } while (v >> 16 != layer);
-  return v & 0xffffu;
+  } while (waiting);
 }
 
 __device__ __forceinline__ void receive(Quads& v, const uint2* from, int channels, unsigned layer) {
@@ -348,7 +374,8 @@ __device__ __forceinline__ void bring_mixer(const Params& p, const QuambaStackLa
 template <Kind KIND, typename State>
 __device__ __forceinline__ void bring_all(const Params& p, const Ring& ring, Mixer<kInteger<KIND>, State>& mixer,
                                           uint32_t mixer_full, uint32_t mixer_empty) {
-  Stage stage{0, 0};
+  Flow flow;
+  flow.flight = p.flight;
   const Part part(p);
   const Share of_in(p.matrix[0]), of_out(p.matrix[1]);
 #pragma unroll 1
@@ -371,7 +398,7 @@ __device__ __forceinline__ void bring_all(const Params& p, const Ring& ring, Mix
     }
     const Share& share = turn & 1 ? of_out : of_in;
     if (threadIdx.x % 32 == 0)
-      bring(ring, p.matrix[turn & 1], share, linear.w, KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale, stage);
+      bring(ring, p.matrix[turn & 1], share, linear.w, KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale, flow);
     __syncwarp();
   }
 }
@@ -493,6 +520,8 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
       if (linear.bias) bias = skinny::load_float(linear.bias, own, TYPE);
     }
     if (turn) {
+      if (p.ahead < static_cast<int>(gridDim.x))
+        await(p.counts + out, static_cast<int>((out ? layer : layer - 1) * gridDim.x) - p.ahead);
       receive(v, out ? p.u : p.residual, m.K, out ? layer : layer - 1);
     } else {
       QUAMBA_EACH_QUAD(i, m.K) {
@@ -508,7 +537,9 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
         const QuambaDecode q = mixer_of<kCodes, TYPE>(p, l);
         decode::Taps taps{};
         decode::Window window;
-        read_channel<kCodes, TYPE>(q, mixer, threadIdx.x, 0, place, receive(p.projected + inputs + place, layer), taps, window);
+        unsigned got[1];
+        receive(got, {p.projected + inputs + place}, layer);
+        read_channel<kCodes, TYPE>(q, mixer, threadIdx.x, 0, place, got[0] & 0xffffu, taps, window);
         decode::shift<kCodes>(q, taps.in, window);
       }
       if (kStateCodes && l.rng && blockIdx.x == 0 && threadIdx.x == 0) l.rng[1] = __ldcg(l.rng + 1) + 1;
@@ -533,19 +564,19 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
         pass_on(p.projected + own, to_half(sum, kHalf), layer);
       }
     }
+    if (out) count_in(p.counts);
     if (!out) {
       const QuambaDecode q = mixer_of<kCodes, TYPE>(p, l);
       if (rows > 0) wait(mixer_full, turn / 2 & 1);
       if (exists) {
         decode::Taps taps{};
         decode::Window window;
-        float dt = 0.f, z = 0.f;
-        if (is_row) {
-          dt = decode::to_float(receive(p.projected + dts + head, layer), TYPE);
-          z = decode::to_float(receive(p.projected + place, layer), TYPE);
-        }
-        const unsigned input = receive(p.projected + inputs + place, layer);
-        read_channel<kCodes, TYPE>(q, mixer, threadIdx.x, early, place, input, taps, window);
+        unsigned got[3];
+        const unsigned* const input = p.projected + inputs + place;
+        receive(got, {input, is_row ? p.projected + dts + head : input, is_row ? p.projected + place : input}, layer);
+        float dt = decode::to_float(got[1], TYPE);
+        const float z = decode::to_float(got[2], TYPE);
+        read_channel<kCodes, TYPE>(q, mixer, threadIdx.x, early, place, got[0] & 0xffffu, taps, window);
         const float made = decode::convolve<kCodes>(q, taps, window);
         if (is_row) {
           const int at = head - channel0 / q.P;
@@ -602,6 +633,7 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
           }
         }
       }
+      count_in(p.counts + 1);
     }
   }
 }
@@ -611,7 +643,7 @@ inline int64_t rounded_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 inline int outputs(const QuambaDecode& q) { return 2 * q.H * q.P + 2 * q.G * q.N + q.H; }
 
 inline int64_t workspace_of(const QuambaStack& s) {
-  return rounded_up(4ll * outputs(s.mixer)) + 8ll * (s.mixer.H * s.mixer.P + s.D);
+  return rounded_up(4ll * outputs(s.mixer)) + 8ll * (s.mixer.H * s.mixer.P + s.D) + 2 * sizeof(unsigned);
 }
 
 // The largest share of a matrix.
@@ -711,6 +743,9 @@ int launch(const QuambaStack& s, cudaStream_t stream) {
   p.projected = static_cast<unsigned*>(s.workspace);
   p.u = reinterpret_cast<uint2*>(static_cast<char*>(s.workspace) + rounded_up(4ll * outputs(q)));
   p.residual = p.u + inner;
+  p.counts = reinterpret_cast<unsigned*>(p.residual + s.D);
+  p.flight = std::min(tuned("QUAMBA_STACK_FLIGHT", 3), p.stages);
+  p.ahead = tuned("QUAMBA_STACK_AHEAD", 0);
 
   const auto kernel = ssd_stack<KIND, State, TYPE>;
   const int bytes = others + p.stages * p.stage_bytes;

@@ -93,20 +93,34 @@ __device__ __forceinline__ void ask_for(const void* data, int count, int element
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(data), "r"((count * element + 15) / 16 * 16) : "memory");
 }
 
-// A lane brings what the block has of a matrix, from `stage` on. Slots are free in the first round.
+// How far a lane has come with its copies. Of all that there is room for only `flight` stages are on their way at a time: more
+// would not come sooner, but stand before everything that blocks tell each other.
+struct Flow {
+  Stage next{0, 0}, oldest{0, 0};
+  int on_way = 0, flight;
+};
+
+// A lane brings what the block has of a matrix. Slots are free in the first round.
 __device__ __forceinline__ void bring(const Ring& ring, const Matrix& m, const Share& share, const void* w,
-                                      const void* scales, Stage& stage) {
+                                      const void* scales, Flow& flow) {
   const uint64_t policy = evict_first();
   const char* from = static_cast<const char*>(w) + static_cast<int64_t>(share.first) * m.row_bytes;
   const char* of_scales = static_cast<const char*>(scales) + static_cast<int64_t>(share.first) * m.scale_bytes;
   const int bytes = m.stage_rows * m.row_bytes, scale_bytes = m.stage_rows * m.scale_bytes;
 #pragma unroll 1
-  for (int row = 0; row < share.rows; row += m.stage_rows, stage.advance(ring, 1), from += bytes, of_scales += scale_bytes) {
-    const uint32_t full = ring.full + 8 * stage.slot, to = shared_address(ring.stages + stage.slot * ring.bytes);
-    wait(ring.empty + 8 * stage.slot, stage.parity ^ 1);
+  for (int row = 0; row < share.rows; row += m.stage_rows, from += bytes, of_scales += scale_bytes) {
+    const uint32_t full = ring.full + 8 * flow.next.slot, to = shared_address(ring.stages + flow.next.slot * ring.bytes);
+    wait(ring.empty + 8 * flow.next.slot, flow.next.parity ^ 1);
+    if (flow.on_way == flow.flight) {
+      wait(ring.full + 8 * flow.oldest.slot, flow.oldest.parity);
+      flow.oldest.advance(ring, 1);
+    } else {
+      ++flow.on_way;
+    }
     arrive_expecting(full, bytes + scale_bytes);
     bulk_copy(to, from, bytes, full, policy);
     if (scale_bytes) bulk_copy(to + bytes, of_scales, scale_bytes, full, policy);
+    flow.next.advance(ring, 1);
   }
 }
 
