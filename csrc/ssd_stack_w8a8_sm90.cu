@@ -1,4 +1,4 @@
-#include "ssd_stack.cuh"
+#include "stack_launch.cuh"
 
 extern "C" long long quamba_ssd_stack_w8a8_workspace(const QuambaStack* s) { return quamba::stack::workspace_of(*s); }
 

@@ -116,7 +116,7 @@ __device__ __forceinline__ void products(const Ring& ring, const Matrix& m, cons
     // the last strip may have half of its stages: the other lanes read what there is, for nothing
     const int first = strip * m.strip_stages, there = min(m.strip_stages, stages - first);
     Stage mine = stage;
-    mine.advance_far(ring, first + (own & (there - 1)));
+    mine.advance(ring, first + (own & (there - 1)));
     const int slot = mine.slot * ring.bytes;
     const Lane l{w + slot, own_x, scales + slot, half * m.row_bytes, half * m.scale_bytes};
     wait(ring.full + 8 * mine.slot, mine.parity);
@@ -125,7 +125,7 @@ __device__ __forceinline__ void products(const Ring& ring, const Matrix& m, cons
     __syncwarp();
     if (lane % 4 == 0 && lane / 4 < there) arrive(ring.empty + 8 * mine.slot, kShares / m.parts);
   }
-  stage.advance_far(ring, stages);
+  stage.advance(ring, stages);
 }
 
 // The sum of row r of the block's share.

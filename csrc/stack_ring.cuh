@@ -17,7 +17,7 @@ namespace quamba::stack {
 constexpr int kMaxStages = 32;
 constexpr int kOctet = 8;           // rows that belong to one block
 constexpr int kStrip = 16;          // rows that are multiplied together
-constexpr int kStageBytes = 10240;  // of rows in a stage, where at least two fit
+constexpr int kStageBytes = 10240;  // of rows in a stage, at most
 constexpr int kShares = 16;         // of a stage in arrivals of those who have used it
 constexpr int kStep = skinny::kStepBytes;
 
@@ -56,18 +56,13 @@ struct Ring {
   }
 };
 
-// A place in the ring: its slot, and the parity of its round.
+// A place in the ring: its slot, and the parity of its round. That tells two rounds apart, so nobody may wait for a stage who has
+// not seen the one before it in its slot, or one that came later.
 struct Stage {
   int slot;
   unsigned parity;
 
-  // `by` at most the ring's stages
   __device__ __forceinline__ void advance(const Ring& ring, int by) {
-    slot += by;
-    if (slot >= ring.count) slot -= ring.count, parity ^= 1;
-  }
-
-  __device__ __forceinline__ void advance_far(const Ring& ring, int by) {
     for (slot += by; slot >= ring.count; slot -= ring.count) parity ^= 1;
   }
 };
@@ -90,37 +85,25 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int byt
 // Ask L2 for elements that lie side by side from a multiple of 16 bytes on.
 __device__ __forceinline__ void ask_for(const void* data, int count, int element) {
   if (data)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(data), "r"((count * element + 15) / 16 * 16) : "memory");
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(data), "r"((count * element + 15) / 16 * 16)
+                 : "memory");
 }
 
-// How far a lane has come with its copies. Of all that there is room for only `flight` stages are on their way at a time: more
-// would not come sooner, but stand before everything that blocks tell each other.
-struct Flow {
-  Stage next{0, 0}, oldest{0, 0};
-  int on_way = 0, flight;
-};
-
-// A lane brings what the block has of a matrix. Slots are free in the first round.
+// A lane brings what the block has of a matrix, from `stage` on. Slots are free in the first round.
 __device__ __forceinline__ void bring(const Ring& ring, const Matrix& m, const Share& share, const void* w,
-                                      const void* scales, Flow& flow) {
+                                      const void* scales, Stage& stage) {
   const uint64_t policy = evict_first();
   const char* from = static_cast<const char*>(w) + static_cast<int64_t>(share.first) * m.row_bytes;
   const char* of_scales = static_cast<const char*>(scales) + static_cast<int64_t>(share.first) * m.scale_bytes;
   const int bytes = m.stage_rows * m.row_bytes, scale_bytes = m.stage_rows * m.scale_bytes;
 #pragma unroll 1
-  for (int row = 0; row < share.rows; row += m.stage_rows, from += bytes, of_scales += scale_bytes) {
-    const uint32_t full = ring.full + 8 * flow.next.slot, to = shared_address(ring.stages + flow.next.slot * ring.bytes);
-    wait(ring.empty + 8 * flow.next.slot, flow.next.parity ^ 1);
-    if (flow.on_way == flow.flight) {
-      wait(ring.full + 8 * flow.oldest.slot, flow.oldest.parity);
-      flow.oldest.advance(ring, 1);
-    } else {
-      ++flow.on_way;
-    }
+  for (int row = 0; row < share.rows; row += m.stage_rows) {
+    const uint32_t full = ring.full + 8 * stage.slot, to = shared_address(ring.stages + stage.slot * ring.bytes);
+    wait(ring.empty + 8 * stage.slot, stage.parity ^ 1);
     arrive_expecting(full, bytes + scale_bytes);
     bulk_copy(to, from, bytes, full, policy);
     if (scale_bytes) bulk_copy(to + bytes, of_scales, scale_bytes, full, policy);
-    flow.next.advance(ring, 1);
+    stage.advance(ring, 1), from += bytes, of_scales += scale_bytes;
   }
 }
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from quamba_kernels import OPS
-from quamba_kernels.registry import Backend
 
 import quamba
 from quamba.decoding import Decoder
 from quamba.modules import stack
 from quamba.modules.mixer import Mixer
+from quamba_kernels import OPS
+from quamba_kernels.registry import Backend
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Neighbouring Mamba2 blocks that take a decode step of one sequence together, where a backend has one launch for it."""
+"""Neighbouring Mamba2 blocks that take a decode step of one sequence together, where a backend has a launch for it."""
 
 from __future__ import annotations
 
@@ -125,7 +125,8 @@ def _kind(block: nn.Module) -> tuple[Any, ...] | None:
         block.residual_dtype, mixer.dtype, into.format.op.name,
         into.spec.group_size, into.bias is None, out.bias is None, mixer.state_spec.dtype, mixer.state_spec.rounding,
         _norm(block).folded, _norm(block).eps, mixer.eps, mixer.block, mixer.out.norm_groups,
-        mixer.conv1d.scale is None, tuple((site.ready, site.per_token, site.quantised, site.spec.granularity) for site in sites),
+        mixer.conv1d.scale is None,
+        tuple((site.ready, site.per_token, site.quantised, site.spec.granularity) for site in sites),
     )  # fmt: skip
 
 

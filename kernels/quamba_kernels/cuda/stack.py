@@ -18,6 +18,8 @@ from quamba_kernels.ops.stack import SsdBlock, SsdMemory
 
 D_STATE, RUN, MOST, BASE = 128, 128, 8192, 20
 """d_state; channels come in runs of so many, and are at most so many; order of the rotation's largest base matrix."""
+ROW_BYTES = 5120
+"""Of a row of weights, at most: two of them are copied at once."""
 WEIGHTS = 3
 """Tensors of a linear's weights, at most."""
 
@@ -71,8 +73,10 @@ def why_not(shape: dict[str, int]) -> str | None:
     if parts is None or parts[0] not in BASES or parts[0] > BASE:
         return f"knows Hadamard matrices of 2^k times {', '.join(str(b) for b in BASES if b <= BASE)}, got {block}"
     S = shape["S"]
-    if S and (S % RUN or any(shape[name] % S or shape[name] // S % 2 for name in ("D", "I"))):
-        return f"takes int4 groups of a multiple of {RUN}, an even number of them in a row, got {S}"
+    if max(shape["D"], shape["I"]) // (2 if S else 1) > ROW_BYTES:
+        return f"takes int8 weights of up to {ROW_BYTES} in features, got D={shape['D']} and I={shape['I']}"
+    if S and (S != RUN or any(shape[name] // S % 2 for name in ("D", "I"))):
+        return f"takes int4 groups of {RUN}, an even number of them in a row, got {S}"
     return None
 
 
@@ -185,7 +189,8 @@ def ssd_stack(
             conv_states[i], states[i], state_scales[i] if state_scales else None, rngs[i] if rngs else None
         )
         if memory.state.shape != states[0].shape or b.conv_weight.shape != blocks[0].conv_weight.shape:
-            raise ValueError(f"all layers of a stack have the same sizes; layer {i} has a state {[*memory.state.shape]}")
+            sizes = [*memory.state.shape]
+            raise ValueError(f"all layers of a stack have the same sizes; layer {i} has a state {sizes}")
         made = _Layer(call, b, memory, linear, in_dtype)
         layers[i] = made.layer
         kept.append(made)

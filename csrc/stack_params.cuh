@@ -1,0 +1,46 @@
+// What the kernel over a stack of Mamba2 blocks (ssd_stack.cuh) is given.
+#pragma once
+
+#include "decode_state.cuh"
+#include "hadamard.cuh"
+#include "stack_products.cuh"
+
+namespace quamba::stack {
+
+using decode::Rates;
+using decode::Row;
+
+constexpr int kThreads = kTeam + 32;
+constexpr int kN = 128, kMostRows = 64;  // d_state; rows of the state that a block has, at most
+constexpr int kQuads = 4;                // of a row of activations that a thread has, at most
+constexpr int kRun = 128;                // channels of a warp's quads
+constexpr int kMostLayers = 64;
+constexpr int kScratch = 2 * kWarps;  // floats
+constexpr int kAhead = 8;             // blocks that may be missing when all begin to ask for values
+constexpr int kBarrierBytes = 16 * kMaxStages + 128;
+
+// Groups of a norm: how many, runs of kRun channels in each (a power of two where there are several), 1 / their channels.
+struct Groups {
+  int count, runs;
+  float share;
+};
+
+struct Params {
+  QuambaDecode mixer;
+  Matrix matrix[2];    // in_proj, out_proj
+  const float* x;      // the residual stream
+  float* y;
+  unsigned* projected;  // what in_proj makes: 16 bits, and 16 of the layer's number
+  uint2* u;             // what the mixer makes, before its norm: a float and the layer's number
+  uint2* residual;
+  unsigned* counts;     // blocks that have passed on u, or the residual, in all layers together
+  Groups groups[2];    // of the norms before them
+  Rotation rotation;
+  int layers;
+  int rows, blocks;    // of the state: of a block; blocks of a group
+  int stages, stage_bytes, x_bytes, sums_bytes, row_floats;
+  float eps;
+  QuambaStackLayer layer[kMostLayers];
+};
+
+}  // namespace quamba::stack

@@ -1,0 +1,134 @@
+// A row of activations in registers, as every block makes it for itself: norm, rotation, and the input of a linear.
+#pragma once
+
+#include "finish.cuh"
+#include "quads.cuh"
+#include "stack_params.cuh"
+
+namespace quamba::stack {
+
+// A quad of channels for each i: channels 4 (i kTeam + threadIdx.x) on. Loops over i end where a row does.
+using Quads = float[kQuads][4];
+
+__device__ __forceinline__ int quad_of(int i) { return i * kTeam + threadIdx.x; }
+
+#define QUAMBA_EACH_QUAD(i, channels)            \
+  _Pragma("unroll") for (int i = 0; i < kQuads; ++i) \
+    if (i * kTeam * 4 < (channels))
+
+// The gains of a norm, of the activations' type, as they lie.
+using RawQuads = uint2[kQuads];
+
+__device__ __forceinline__ void load_gains(RawQuads& raw, const void* weight, int channels) {
+  if (!weight) return;
+  QUAMBA_EACH_QUAD(i, channels) {
+    raw[i] = make_uint2(0, 0);
+    if (quad_of(i) * 4 < channels) raw[i] = constant_pair(static_cast<const uint2*>(weight) + quad_of(i));
+  }
+}
+
+// v <- v / rms(v) * gain, the root mean square being that of each group of channels. runs: a float for every kRun channels.
+template <bool HALF>
+__device__ __forceinline__ void normalise(Quads& v, int channels, const Groups& g, float eps, bool weighted,
+                                          const RawQuads& gain, float* runs) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  QUAMBA_EACH_QUAD(i, channels) {
+    const float low = v[i][0] * v[i][0] + v[i][1] * v[i][1], high = v[i][2] * v[i][2] + v[i][3] * v[i][3];
+    const float sum = decode::sum_lanes<32>(low + high);
+    if (lane == 0) runs[i * kWarps + warp] = sum;  // zeros beyond the row
+  }
+  Team::sync();
+  float inverse = 0.f;
+  QUAMBA_EACH_QUAD(i, channels) {
+    if (i == 0 || g.count > 1) {
+      const float* const from = runs + (g.count > 1 ? (i * kWarps + warp & -g.runs) : 0);
+      float sum = lane < g.runs ? from[lane] : 0.f;
+      if (lane + 32 < g.runs) sum += from[lane + 32];
+      inverse = rsqrtf(decode::sum_lanes<32>(sum) * g.share + eps);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) v[i][j] = __fmul_rn(v[i][j], inverse);
+    if (weighted) {
+      const float2 low = pair_of<HALF>(gain[i].x), high = pair_of<HALF>(gain[i].y);
+      v[i][0] = __fmul_rn(v[i][0], low.x), v[i][1] = __fmul_rn(v[i][1], low.y);
+      v[i][2] = __fmul_rn(v[i][2], high.x), v[i][3] = __fmul_rn(v[i][3], high.y);
+    }
+  }
+}
+
+// The rotation of hadamard.cuh: two factors 2 within a thread's quads, three at a time through shared memory, then the base.
+__device__ __forceinline__ void rotate(Quads& v, float* row, int channels, const Rotation& r) {
+  float4* const own = reinterpret_cast<float4*>(row + Team::place(threadIdx.x * 4));
+  constexpr int kNext = Team::place(kTeam * 4) / 4;
+  QUAMBA_EACH_QUAD(i, channels) {
+    if (r.bits > 0) {
+      const float a = v[i][0] + v[i][1], b = v[i][0] - v[i][1], c = v[i][2] + v[i][3], d = v[i][2] - v[i][3];
+      v[i][0] = a, v[i][1] = b, v[i][2] = c, v[i][3] = d;
+    }
+    if (r.bits > 1) {
+      const float a = v[i][0] + v[i][2], b = v[i][1] + v[i][3], c = v[i][0] - v[i][2], d = v[i][1] - v[i][3];
+      v[i][0] = a, v[i][1] = b, v[i][2] = c, v[i][3] = d;
+    }
+    if (quad_of(i) * 4 < channels) own[i * kNext] = make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
+  }
+  Team::sync();
+  int done = min(r.bits, 2);
+#pragma unroll 1
+  for (; r.bits - done >= 3; done += 3) hadamard::pass<8, false, Team>(row, channels, done);
+  if (r.bits - done == 2) hadamard::pass<4, false, Team>(row, channels, done);
+  if (r.bits - done == 1) hadamard::pass<2, false, Team>(row, channels, done);
+  if (r.base == 12) hadamard::pass<12, true, Team>(row, channels, r.bits);
+  if (r.base == 20) hadamard::pass<20, true, Team>(row, channels, r.bits);
+  QUAMBA_EACH_QUAD(i, channels)
+    if (quad_of(i) * 4 < channels) {
+      const float4 q = own[i * kNext];
+      v[i][0] = q.x * r.gain, v[i][1] = q.y * r.gain, v[i][2] = q.z * r.gain, v[i][3] = q.w * r.gain;
+    }
+}
+
+// v as the input of a linear: codes by a static scale or the token's own, or floats of the activations' type. Ends with a
+// sync; returns the scale.
+template <Kind KIND, bool HALF>
+__device__ __forceinline__ float put_input(const Quads& v, int channels, float scale, bool is_static, char* x,
+                                           float* scratch) {
+  if constexpr (kInteger<KIND>) {
+    if (!is_static) {
+      float peak = 0.f;
+      QUAMBA_EACH_QUAD(i, channels)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) peak = fmaxf(peak, fabsf(v[i][j]));
+      peak = decode::max_lanes<32>(peak);
+      if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = peak;
+      Team::sync();
+      peak = decode::max_lanes<16>(scratch[threadIdx.x % kWarps]);
+      scale = peak > 0.f ? __fdiv_rn(peak, 127.f) : 1.f;
+    }
+  }
+  const Grid grid = make_grid(scale);
+  QUAMBA_EACH_QUAD(i, channels) {
+    const int quad = quad_of(i), k = quad * 4;
+    if (k < channels) {
+      if constexpr (kInteger<KIND>) {
+        unsigned code[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) code[j] = __float_as_uint(code_on(v[i][j], grid) + kRounder);
+        if constexpr (KIND == Kind::kW8A8) {
+          reinterpret_cast<unsigned*>(x)[quad] =
+              __byte_perm(__byte_perm(code[0], code[1], 0x0040), __byte_perm(code[2], code[3], 0x0040), 0x5410);
+        } else {
+          unsigned short* const to = reinterpret_cast<unsigned short*>(x + k / 8 * 8 + k % 8 / 2);
+          to[0] = static_cast<unsigned short>(__byte_perm(code[0], code[2], 0x0040));
+          to[2] = static_cast<unsigned short>(__byte_perm(code[1], code[3], 0x0040));
+        }
+      } else {
+        const int piece = k / 8, step = piece / 16, t = piece / 4 % 4, at = piece % 4;
+        *reinterpret_cast<uint2*>(x + (step * 32 + at * 8 + (t ^ (2 * at))) * 16 + k % 8 * 2) =
+            make_uint2(pack_pair(v[i][0], v[i][1], HALF), pack_pair(v[i][2], v[i][3], HALF));
+      }
+    }
+  }
+  Team::sync();
+  return scale;
+}
+
+}  // namespace quamba::stack
