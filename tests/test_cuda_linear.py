@@ -110,7 +110,7 @@ def kernels(fake_nvcc, monkeypatch: pytest.MonkeyPatch):
     csrc.mkdir()
     for header in ("linear.h", "linear_stream.h"):
         shutil.copy(building.CSRC / header, csrc)
-    others = [name for name in building.KERNELS if name not in KERNELS]
+    others = [name for name in (*building.KERNELS, *building.HOPPER) if name not in KERNELS]
     stubs = [f"int {name}(const void* a, void* s) {{ return QUAMBA_UNSUPPORTED; }}" for name in others]
     (csrc / "kernels.cu").write_text("\n".join([KERNELS, *stubs]))
     monkeypatch.setattr(loading, "identity", lambda arch: building.identity(arch, csrc))

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from quamba_kernels import OPS, Setting
-from quamba_kernels.cuda import arguments, conv, rowwise, scan, ssd
+from quamba_kernels.cuda import arguments, conv, rowwise, scan, ssd, stack
 from quamba_kernels.cuda.build import CSRC
 
-STRUCTS = [rowwise.QuambaRows, rowwise.QuambaGate, conv.QuambaConv, scan.QuambaScan, ssd.QuambaSsdScan]
+STRUCTS = [
+    rowwise.QuambaRows, rowwise.QuambaGate, conv.QuambaConv, scan.QuambaScan, ssd.QuambaSsdScan,
+    stack.QuambaStackLinear, stack.QuambaStackLayer, stack.QuambaStack,
+]  # fmt: skip
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -22,7 +25,7 @@ def test_structs_are_laid_out_as_in_c(tmp_path) -> None:
         lines.append(f'printf("{struct.__name__} %zu\\n", sizeof({struct.__name__}));')
         for name, *_ in struct._fields_:
             lines.append(f'printf("{name} %zu\\n", offsetof({struct.__name__}, {name}));')
-    headers = "".join(f'#include "{name}.h"\n' for name in ("rowwise", "conv", "scan"))
+    headers = "".join(f'#include "{name}.h"\n' for name in ("rowwise", "conv", "scan", "stack"))
     source = tmp_path / "layout.c"
     source.write_text(f"#include <stdio.h>\n#include <stddef.h>\n{headers}int main(void) {{ {' '.join(lines)} }}\n")
     subprocess.run(["cc", f"-I{CSRC}", str(source), "-o", str(tmp_path / "layout")], check=True)

@@ -1,5 +1,9 @@
 """Blocks that take a step together: they give what they give one by one, and only where they may."""
 
+import contextlib
+import ctypes
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,7 +12,9 @@ from quamba.decoding import Decoder
 from quamba.modules import stack
 from quamba.modules.mixer import Mixer
 from quamba_kernels import OPS
+from quamba_kernels.cuda import stack as cuda
 from quamba_kernels.registry import Backend
+from quamba_kernels.testing import testing_stack
 
 
 @pytest.fixture
@@ -71,3 +77,75 @@ def test_blocks_of_one_kind_stand_together(stock, calls):
         assert all(block.stack is found[0] for block in found[0].blocks)
     assert all(block.stack is None for block in found[0].blocks)
     assert stack.stacks_of(quamba.load(stock("w4a8", "mamba"), device="cpu")[0]) == []
+
+
+draw = testing_stack.draw
+SIZES = testing_stack.Sizes(256, 4, 64, 1, 128, 1, 256)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """(kernel, struct, pointers of its first layer) of every launch; none happens."""
+    seen = []
+
+    def call(name, problem, device):
+        layer = ctypes.cast(problem.layers, ctypes.POINTER(cuda.QuambaStackLayer))[0]
+        seen.append((name, problem, cuda.QuambaStackLayer.from_buffer_copy(layer)))
+
+    monkeypatch.setattr(cuda, "library", lambda index: SimpleNamespace(call=call))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return seen
+
+
+def launch(drawn, linear="linear_w4a8", x=None, dtype=torch.float16):
+    x = torch.zeros(1, SIZES.D) if x is None else x
+    kept = [[t for t in tensors if t is not None] for tensors in zip(*(m for _, m in drawn), strict=True)]
+    constants = cuda.flatten([b for b, _ in drawn])
+    return cuda.ssd_stack(x, constants, *kept, linear, 1e-5, 1e-6, 0.0, 1.0, SIZES.norm_groups, SIZES.block, dtype)
+
+
+@pytest.mark.parametrize("linear", ["linear_w8a8", "linear_w4a8", "linear_w4a16"])
+def test_all_layers_reach_one_launch(linear, launches):
+    rng = torch.Generator().manual_seed(0)
+    drawn = [draw(linear, rng, SIZES, torch.float16, torch.int8, noisy=True) for _ in range(3)]
+    assert launch(drawn, linear).shape == (1, SIZES.D)
+    [(name, problem, layer)] = launches
+    block, memory = drawn[0]
+    assert name == f"quamba_ssd_stack_{linear.removeprefix('linear_')}"
+    assert (problem.count, problem.D, problem.S) == (3, SIZES.D, 0 if linear == "linear_w8a8" else 128)
+    assert (problem.mixer.H, problem.mixer.channels, problem.mixer.state_type) == (4, 512, 3)
+    assert getattr(layer, "in").w == block.in_weights[0].data_ptr() and layer.out.w == block.out_weights[0].data_ptr()
+    assert layer.state == memory.state.data_ptr() and layer.rng == memory.rng.data_ptr()
+    assert layer.gate_weight == block.gate_weight.data_ptr()
+    assert layer.conv_state == memory.conv_state.data_ptr() and layer.out.bias == block.out_bias.data_ptr()
+
+
+def test_layers_that_differ_are_refused(launches):
+    rng = torch.Generator().manual_seed(0)
+    first = draw("linear_w4a8", rng, SIZES, torch.float16, torch.int8)
+    for other, message in (
+        (draw("linear_w4a8", rng, SIZES, torch.float16, torch.float16), "come with"),
+        (draw("linear_w4a8", rng, SIZES, torch.float16, torch.int8, static=False), "same types"),
+        (draw("linear_w4a8", rng, SIZES, torch.float16, torch.int8, gains=False), "same types"),
+        (draw("linear_w4a8", rng, SIZES._replace(H=8), torch.float16, torch.int8), "same sizes"),
+        (draw("linear_w8a8", rng, SIZES, torch.float16, torch.int8), "tensors of weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            launch([first, other])
+    with pytest.raises(ValueError, match="one token of float32"):
+        launch([first], x=torch.zeros(2, SIZES.D))
+    with pytest.raises(ValueError, match="one token of float32"):
+        launch([first], x=torch.zeros(1, SIZES.D, dtype=torch.float16))
+    with pytest.raises(TypeError):
+        launch([first], dtype=torch.bfloat16)
+    assert launches == []
+
+
+@pytest.mark.parametrize("changes, reason", [
+    ({"N": 64}, "d_state 128"), ({"D": 320}, "multiple of 128"), ({"S": 64}, "groups of 128"),
+    ({"S": 0, "I": 8192}, "int8"), ({"block": 28 * 64}, "Hadamard"), ({"W": 3}, "taps"),
+    ({"norm_groups": 3, "I": 1152}, "power of two"), ({}, None),
+])  # fmt: skip
+def test_sizes_that_the_kernel_does_not_take(changes, reason):
+    said = cuda.why_not({**SIZES.shape, **changes})
+    assert said is None if reason is None else reason in said

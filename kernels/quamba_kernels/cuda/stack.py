@@ -23,23 +23,26 @@ ROW_BYTES = 5120
 WEIGHTS = 3
 """Tensors of a linear's weights, at most."""
 
-_LINEAR = ("w", "w_scale", "w_multiplier", "bias")
 _MIXER = (
     "conv_state", "conv_weight", "conv_weight_scale", "conv_bias", "conv_in_scale", "conv_out_scale", "state",
     "state_scale", "rng", "A", "D", "dt_bias", "x_scale", "B_scale", "C_scale", "z_scale",
 )  # fmt: skip
 
 
+class QuambaStackLinear(ctypes.Structure):
+    """The struct of a linear in csrc/stack.h, field by field."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("w", "w_scale", "w_multiplier", "bias")]
+
+
 class QuambaStackLayer(ctypes.Structure):
     """The struct of a layer in csrc/stack.h, field by field."""
 
     _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in (
-            *(f"in_{name}" for name in _LINEAR), *(f"out_{name}" for name in _LINEAR), "norm_weight", "in_scale",
-            *_MIXER, "gate_weight", "out_scale",
-        )
-    ]  # fmt: skip
+        ("in", QuambaStackLinear),
+        ("out", QuambaStackLinear),
+        *((name, ctypes.c_void_p) for name in ("norm_weight", "in_scale", *_MIXER, "gate_weight", "out_scale")),
+    ]
 
 
 class QuambaStack(ctypes.Structure):
@@ -116,7 +119,7 @@ class _Layer:
             ("in", b.in_weights, b.in_bias, 2 * inner + 2 * G * N + H, D), ("out", b.out_weights, b.out_bias, D, inner),
         ):  # fmt: skip
             self._linear(name, linear, weights, O, K)
-            setattr(layer, f"{name}_bias", self._constant(f"{name}_bias", bias, (dtype,), (O,)))
+            getattr(layer, name).bias = self._constant(f"{name}_bias", bias, (dtype,), (O,))
         call.convolution(
             memory.conv_state, b.conv_weight, b.conv_bias, b.conv_in_scale, b.conv_weight_scale, b.conv_out_scale, dtype
         )
@@ -157,7 +160,7 @@ class _Layer:
         if len(weights) != len(wanted):
             raise ValueError(f"{linear} has {len(wanted)} tensors of weights, got {len(weights)}")
         for tensor, (field, (dtypes, shape)) in zip(weights, wanted.items(), strict=True):
-            setattr(self.layer, f"{name}_{field}", self._constant(f"{name}_{field}", tensor, dtypes, shape))
+            setattr(getattr(self.layer, name), field, self._constant(f"{name}_{field}", tensor, dtypes, shape))
 
 
 def ssd_stack(
@@ -171,8 +174,12 @@ def ssd_stack(
             f"the CUDA stack takes one token of float32 and activations of {HALVES}, "
             f"got {x.dtype} {list(x.shape)} and {in_dtype}"
         )
-    if not count or len(constants) != count * FIELDS or len(conv_states) != count:
-        raise ValueError(f"{count} states come with {count * FIELDS} constants, got {len(constants)}")
+    given = len(constants), len(conv_states), len(state_scales), len(rngs)
+    if not count or given[:2] != (count * FIELDS, count) or any(n not in (0, count) for n in given[2:]):
+        raise ValueError(
+            f"{count} states come with {count * FIELDS} constants, {count} states of the convolution, and as many scales "
+            f"and generators or none; got {given}"
+        )
     blocks = [_block(constants[i * FIELDS : (i + 1) * FIELDS]) for i in range(count)]
     x, device = x.contiguous(), x.device
     _, H, P, N = states[0].shape
@@ -217,7 +224,10 @@ _SAME = (
 
 def _alike(made: _Layer) -> tuple[Any, ...]:
     """What the layers of a stack have in common."""
-    present = [getattr(made.layer, field[0]) is not None for field in QuambaStackLayer._fields_]
+    layer = made.layer
+    fields = [getattr(layer, name) for name in ("norm_weight", "in_scale", *_MIXER, "gate_weight", "out_scale")]
+    fields += [getattr(layer, name).bias for name in ("in", "out")]
+    present = [field is not None for field in fields]
     return (made.S, present, *(getattr(made.call.problem, name) for name in _SAME))
 
 
