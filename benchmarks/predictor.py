@@ -45,7 +45,8 @@ def read(path: Path) -> tuple[str, list[dict[str, Any]], dict[str, Recipe]]:
     for row in rows:
         row["recipe"] = FP16 if row["recipe"].startswith("mamba-ssm") else row["recipe"]
     names = {row["recipe"] for row in rows} - {FP16}
-    return f"{path.name}, {data['device_name']}", rows, {name: load_recipe(name) for name in names}
+    recipes = {name: beside if (beside := path.with_name(f"{name}.yaml")).exists() else name for name in names}
+    return f"{path.name}, {data['device_name']}", rows, {name: load_recipe(file) for name, file in recipes.items()}
 
 
 def changed(name: str, base: str, linears: dict[str, Any] | None = None, **rest: Any) -> Recipe:

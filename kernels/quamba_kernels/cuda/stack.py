@@ -177,8 +177,8 @@ def ssd_stack(
     given = len(constants), len(conv_states), len(state_scales), len(rngs)
     if not count or given[:2] != (count * FIELDS, count) or any(n not in (0, count) for n in given[2:]):
         raise ValueError(
-            f"{count} states come with {count * FIELDS} constants, {count} states of the convolution, and as many scales "
-            f"and generators or none; got {given}"
+            f"{count} states come with {count * FIELDS} constants, {count} states of the convolution, and as many "
+            f"scales and generators or none; got {given}"
         )
     blocks = [_block(constants[i * FIELDS : (i + 1) * FIELDS]) for i in range(count)]
     x, device = x.contiguous(), x.device
