@@ -14,15 +14,12 @@ __device__ __forceinline__ void pass_on(unsigned* to, unsigned short v, unsigned
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v | layer << 16) : "memory");
 }
 
+// A value that never comes is an error after some seconds: it would hang the device for good.
 struct Patience {
-#ifdef QUAMBA_TUNE
-  long long polls = 0;
+  int polls = 0;
   __device__ __forceinline__ void lose() {
-    if (++polls > 1 << 22) __trap();  // a value that never comes would hang the device
+    if (++polls > 1 << 24) __trap();
   }
-#else
-  __device__ __forceinline__ void lose() {}
-#endif
 };
 
 // Asking for all of u or of the residual again and again would keep L2 busy, so that one thread asks how many blocks have
