@@ -143,7 +143,7 @@ def test_layers_that_differ_are_refused(launches):
 
 @pytest.mark.parametrize("changes, reason", [
     ({"N": 64}, "d_state 128"), ({"D": 320}, "multiple of 128"), ({"S": 64}, "groups of 128"),
-    ({"S": 0, "I": 8192}, "int8"), ({"block": 28 * 64}, "Hadamard"), ({"W": 3}, "taps"),
+    ({"S": 0, "I": 8192}, "int8"), ({"block": 28 * 64}, "Hadamard"), ({"W": 3}, "taps"), ({"residual_bits": 16}, "32 bits"),
     ({"norm_groups": 3, "I": 1152}, "power of two"), ({}, None),
 ])  # fmt: skip
 def test_sizes_that_the_kernel_does_not_take(changes, reason):

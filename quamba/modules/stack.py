@@ -122,8 +122,8 @@ def _kind(block: nn.Module) -> tuple[Any, ...] | None:
         return None
     sites = (mixer.conv_input, mixer.gate, *mixer.sites.values(), into.input, out.input)
     return (
-        block.residual_dtype, mixer.dtype, into.format.op.name,
-        into.spec.group_size, into.bias is None, out.bias is None, mixer.state_spec.dtype, mixer.state_spec.rounding,
+        mixer._any_device(), block.residual_dtype, mixer.dtype, into.format.op.name, into.spec.group_size,
+        into.bias is None, out.bias is None, mixer.state_spec.dtype, mixer.state_spec.rounding,
         _norm(block).folded, _norm(block).eps, mixer.eps, mixer.block, mixer.out.norm_groups,
         mixer.conv1d.scale is None,
         tuple((site.ready, site.per_token, site.quantised, site.spec.granularity) for site in sites),
@@ -141,6 +141,7 @@ def _backend(block: RecurrentBlock) -> Backend | None:
     shape = {
         **mixer.mixer_spec.sizes, "D": into.features, "norm_groups": mixer.out.norm_groups, "block": mixer.block,
         "S": into.features // grouped.shape[-1] if grouped.dim() == 2 else 0,
+        "residual_bits": torch.finfo(block.residual_dtype or mixer.dtype).bits,
     }  # fmt: skip
     backend = op.bind(Setting(mixer._any_device().type, mixer.dtype, shape))
     return None if backend.name == "torch" else backend

@@ -63,6 +63,8 @@ class QuambaStack(ctypes.Structure):
 
 def why_not(shape: dict[str, int]) -> str | None:
     """Why the kernel does not take a stack of these sizes, in a sentence."""
+    if shape.get("residual_bits", 32) != 32:
+        return f"takes a residual stream of 32 bits, got {shape['residual_bits']}"
     for name in ("D", "I"):
         if shape[name] % RUN or shape[name] > MOST:
             return f"takes {name} a multiple of {RUN} up to {MOST}, got {shape[name]}"
