@@ -69,6 +69,20 @@ def test_what_is_not_one_token_of_one_sequence_goes_block_by_block(stock, calls)
     assert len(calls) == 1 and seen
 
 
+def test_a_model_that_is_bound_again_steps_with_what_it_has_then(stock, calls):
+    model = quamba.load(stock("w4a8", "mamba2"), device="cpu")[0]
+    decoder = Decoder(model, capture=False)
+    with torch.inference_mode():
+        decoder.prefill(torch.tensor([[3, 1, 4]]))
+        decoder.step(torch.tensor([1]))
+        before = decoder._stacks[0]._constants
+        decoder.step(torch.tensor([1]))
+        assert decoder._stacks[0]._constants is before
+        model.state_dict()  # unbinds
+        decoder.step(torch.tensor([1]))
+    assert decoder._stacks[0]._constants is not before and len(calls) == 3
+
+
 def test_blocks_of_one_kind_stand_together(stock, calls):
     model = quamba.load(stock("w4a8", "mamba2"), device="cpu")[0]
     found = stack.stacks_of(model)
@@ -143,7 +157,8 @@ def test_layers_that_differ_are_refused(launches):
 
 @pytest.mark.parametrize("changes, reason", [
     ({"N": 64}, "d_state 128"), ({"D": 320}, "multiple of 128"), ({"S": 64}, "groups of 128"),
-    ({"S": 0, "I": 8192}, "int8"), ({"block": 28 * 64}, "Hadamard"), ({"W": 3}, "taps"), ({"residual_bits": 16}, "32 bits"),
+    ({"S": 0, "I": 8192}, "int8"), ({"block": 28 * 64}, "Hadamard"), ({"W": 3}, "taps"),
+    ({"residual_bits": 16}, "32 bits"),
     ({"norm_groups": 3, "I": 1152}, "power of two"), ({}, None),
 ])  # fmt: skip
 def test_sizes_that_the_kernel_does_not_take(changes, reason):

@@ -27,7 +27,7 @@ class Stack:
     def __init__(self, blocks: list[RecurrentBlock], backend: Backend) -> None:
         self.blocks, self.backend = blocks, backend
         self._taken = False
-        self._constants: tuple[SsdBlock, ...] | None = None
+        self._constants: tuple[SsdBlock, ...] = ()
 
     def step(self, block: RecurrentBlock, hidden: torch.Tensor, cache: Any, mask: torch.Tensor | None) -> torch.Tensor:
         """What ``block`` makes of hidden [B, T, D]."""
@@ -56,7 +56,7 @@ class Stack:
     def _run(self, hidden: torch.Tensor, states: list[RecurrentState]) -> torch.Tensor:
         first = self.blocks[0]
         mixer = _mixer(first)
-        if self._constants is None:
+        if not self._constants or not all(map(_holds, self.blocks, self._constants)):
             self._constants = tuple(_constants(block) for block in self.blocks)
         memories = tuple(SsdMemory(s.conv, s.recurrent, s.scale, s.rng) for s in states)
         kept = first.residual_dtype or hidden.dtype
@@ -115,9 +115,7 @@ def _kind(block: nn.Module) -> tuple[Any, ...] | None:
     into, out = mixer.linear("in_proj"), mixer.linear(mixer.out.role)
     if into.held is not None or out.held is not None or into.input.block or out.input.block:
         return None
-    mixer.bind()
-    into.bind()
-    out.bind()
+    _bind(block)
     if mixer._decode is None or into.format is not out.format or into.spec.group_size != out.spec.group_size:
         return None
     sites = (mixer.conv_input, mixer.gate, *mixer.sites.values(), into.input, out.input)
@@ -147,7 +145,25 @@ def _backend(block: RecurrentBlock) -> Backend | None:
     return None if backend.name == "torch" else backend
 
 
+def _bind(block: RecurrentBlock) -> None:
+    mixer = _mixer(block)
+    for module in (mixer, mixer.linear("in_proj"), mixer.linear(mixer.out.role)):
+        module.bind()
+
+
+def _holds(block: RecurrentBlock, constants: SsdBlock) -> bool:
+    """Whether the block is bound to what it was bound to: it may have been moved or saved in between."""
+    _bind(block)
+    mixer = _mixer(block)
+    return (
+        mixer._rates[0] is constants.A
+        and mixer.linear("in_proj")._weights is constants.in_weights
+        and mixer.linear(mixer.out.role)._weights is constants.out_weights
+    )
+
+
 def _constants(block: RecurrentBlock) -> SsdBlock:
+    _bind(block)
     mixer, norm = _mixer(block), _norm(block)
     into, out = mixer.linear("in_proj"), mixer.linear(mixer.out.role)
     A, D, dt_bias = mixer._rates
