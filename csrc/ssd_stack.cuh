@@ -15,7 +15,8 @@
 // Hazards. A value of layer t is replaced by one of layer t + 1 when all blocks have used it, since that has to pass through
 // all of them: nobody makes u before projected, nor the residual before all of u, nor projected before all of the residual.
 // For the same reason the first block of a group may shift the convolution's state of B and C, and one block advance the step
-// of the rounding, when they have all of u. The launch is cooperative: all blocks run, or none does.
+// of the rounding, when they have all of u. Where some blocks have no rows of a matrix they ask for values only when all others
+// have counted in, behind everything that they read. The launch is cooperative: all blocks run, or none does.
 #pragma once
 
 #include "stack_mixer.cuh"
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
       if (linear.bias) bias = skinny::load_float(linear.bias, own, TYPE);
     }
     if (turn) {
-      await(p.counts + out, static_cast<int>((out ? layer : layer - 1) * gridDim.x) - kAhead);
+      await(p.counts + out, static_cast<int>((out ? layer : layer - 1) * gridDim.x) - p.ahead);
       receive(v, out ? p.u : p.residual, m.K, out ? layer : layer - 1);
     } else {
       QUAMBA_EACH_QUAD(i, m.K) {

@@ -1,6 +1,7 @@
 // The C ABI of a stack of Mamba2 blocks (ops/stack.py): one token of one sequence through norm, in_proj, mixer, out_proj and
 // residual of every layer, in one launch. Entry points as in linear.h:
-//   quamba_ssd_stack_w8a8, _w4a8, _w4a16 (int NAME(const QuambaStack*, void* stream)), with NAME_workspace.
+//   quamba_ssd_stack_w8a8, _w4a8, _w4a16 (int NAME(const QuambaStack*, void* stream)), with NAME_workspace;
+//   NAME_serves launches nothing and looks at sizes and types alone.
 // All layers have the same sizes and types; gains and biases have the type of the activations, and so has the convolution
 // of w4a16, where the others have codes. Weights start at a multiple of 16 bytes.
 #pragma once

@@ -47,7 +47,8 @@ bool describe(Matrix& m, int O, int K, int S, int blocks) {
 inline bool aligned(const QuambaStackLayer& l) {
   for (const void* p : {l.in.w, l.in.w_scale, l.in.w_multiplier, l.out.w, l.out.w_scale, l.out.w_multiplier,
                         static_cast<const void*>(l.conv_state), l.conv_weight, l.conv_bias,
-                        static_cast<const void*>(l.conv_weight_scale), static_cast<const void*>(l.conv_in_scale), static_cast<const void*>(l.conv_out_scale),
+                        static_cast<const void*>(l.conv_weight_scale), static_cast<const void*>(l.conv_in_scale),
+                        static_cast<const void*>(l.conv_out_scale),
                         static_cast<const void*>(l.state), static_cast<const void*>(l.state_scale),
                         static_cast<const void*>(l.x_scale), static_cast<const void*>(l.z_scale), l.norm_weight,
                         l.gate_weight})
@@ -55,14 +56,14 @@ inline bool aligned(const QuambaStackLayer& l) {
   return true;
 }
 
+// Everything but the pointers; QUAMBA_UNSUPPORTED for what the kernel does not take.
 template <Kind KIND, typename State, int TYPE>
-int launch(const QuambaStack& s, cudaStream_t stream) {
+int plan(const QuambaStack& s, Params& p, int& sms, int& bytes) {
   const QuambaDecode& q = s.mixer;
   const int inner = q.H * q.P;
   constexpr bool kCodes = kInteger<KIND>;
-  Params p{};
-  p.mixer = q, p.x = s.x, p.y = s.y, p.eps = s.eps;
-  if (q.batch != 1 || q.G < 1 || q.H % q.G || q.N != kN || inner % kRun || s.D % kRun || s.count < 1)
+  p.mixer = q, p.eps = s.eps;
+  if (q.batch != 1 || q.G < 1 || q.H % q.G || q.N != kN || inner % kRun || inner / q.G % 8 || s.D % kRun || s.count < 1)
     return QUAMBA_UNSUPPORTED;
   if (q.conv_state_type != (kCodes ? QUAMBA_I8 : TYPE) || q.conv_weight_type != q.conv_state_type)
     return QUAMBA_UNSUPPORTED;
@@ -72,11 +73,8 @@ int launch(const QuambaStack& s, cudaStream_t stream) {
   p.groups[1] = {groups, runs, groups ? 1.f / static_cast<float>(runs * kRun) : 0.f};
   if (!make_rotation(q.block, p.rotation) || p.rotation.base > 20 || (p.rotation.base && inner % q.block))
     return QUAMBA_UNSUPPORTED;
-  if (s.workspace_bytes < workspace_of(s) || q.channels % 16 || q.P * (Mixer<kCodes, State>::kHeads - 1) < kMostRows)
-    return QUAMBA_UNSUPPORTED;
-  for (int i = 0; i < s.count; ++i)
-    if (!aligned(s.layers[i])) return QUAMBA_UNSUPPORTED;
-  int ordinal = 0, sms = 0, most = 0, cooperative = 0;
+  if (q.channels % 16 || q.P * (Mixer<kCodes, State>::kHeads - 1) < kMostRows) return QUAMBA_UNSUPPORTED;
+  int ordinal = 0, most = 0, cooperative = 0;
   cudaError_t error = cudaGetDevice(&ordinal);
   const auto get = [&](int& value, cudaDeviceAttr attribute) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, ordinal);
@@ -94,6 +92,7 @@ int launch(const QuambaStack& s, cudaStream_t stream) {
   if (!p.blocks) return QUAMBA_UNSUPPORTED;
   p.rows = ((group_rows + p.blocks - 1) / p.blocks + 7) / 8 * 8;
   if (p.rows > kMostRows) return QUAMBA_UNSUPPORTED;
+  p.ahead = std::min(s.D, outputs(q)) / kOctet >= sms ? kAhead : 0;
 
   int stage_bytes = 0;
   for (const Matrix& m : p.matrix) {
@@ -104,6 +103,7 @@ int launch(const QuambaStack& s, cudaStream_t stream) {
   p.stage_bytes = (stage_bytes + 63) / 128 * 128 + 64;
   p.row_floats = (Team::place(inner) + 31) / 32 * 32;
   using Made = Mixer<kCodes, State>;
+  const auto stride = [](const Matrix& m) { return kWarps / m.parts * m.strip_stages; };  // from a warp's strip to its next
   int others = 0;
   for (bool again = true; again;) {
     p.sums_bytes = 0;
@@ -112,21 +112,50 @@ int launch(const QuambaStack& s, cudaStream_t stream) {
              p.rows * kN * static_cast<int>(sizeof(State)) + 4 * (kScratch + kQuads * kWarps + p.row_floats);
     p.stages = std::min((most - others) / p.stage_bytes, kMaxStages) / 2 * 2;
     again = false;
-    for (Matrix& m : p.matrix) {  // a warp goes from one of its strips to the next within the ring (see Stage)
-      if (kWarps / m.parts * m.strip_stages <= p.stages) continue;
+    for (Matrix& m : p.matrix) {
+      if (stride(m) <= p.stages) continue;
       if (m.parts == kWarps) return QUAMBA_UNSUPPORTED;
       m.parts *= 2, again = true;
     }
   }
+  // where a turn does not fit the ring, the stage before in a slot has to be the warp's own (see Stage)
+  for (bool again = true; again;) {
+    again = false;
+    for (const Matrix& m : p.matrix)
+      if (most_rows(m, sms) / m.stage_rows > p.stages && p.stages % stride(m)) p.stages -= p.stages % stride(m), again = true;
+  }
+  bytes = others + p.stages * p.stage_bytes;
+  return QUAMBA_OK;
+}
 
+// Whether tensors are there where the kernel reads them, and not where it does not.
+template <Kind KIND, int TYPE>
+bool complete(const QuambaStackLayer& l, const QuambaDecode& q) {
+  constexpr bool kCodes = kInteger<KIND>;
+  for (const float* scale : {l.conv_in_scale, static_cast<const float*>(l.conv_weight_scale), l.conv_out_scale, l.x_scale,
+                             l.B_scale, l.C_scale})
+    if ((scale != nullptr) != kCodes) return false;
+  return (kCodes || !l.z_scale) && (!l.conv_bias || q.conv_bias_type == TYPE);
+}
+
+template <Kind KIND, typename State, int TYPE>
+int launch(const QuambaStack& s, bool only_plan, cudaStream_t stream) {
+  const QuambaDecode& q = s.mixer;
+  Params p{};
+  int sms = 0, bytes = 0;
+  const int status = plan<KIND, State, TYPE>(s, p, sms, bytes);
+  if (status != QUAMBA_OK || only_plan) return status;
+  if (s.workspace_bytes < workspace_of(s)) return QUAMBA_UNSUPPORTED;
+  for (int i = 0; i < s.count; ++i)
+    if (!aligned(s.layers[i]) || !complete<KIND, TYPE>(s.layers[i], q)) return QUAMBA_UNSUPPORTED;
+  p.x = s.x, p.y = s.y;
   p.projected = static_cast<unsigned*>(s.workspace);
   p.u = reinterpret_cast<uint2*>(static_cast<char*>(s.workspace) + rounded_up(4ll * outputs(q)));
-  p.residual = p.u + inner;
+  p.residual = p.u + q.H * q.P;
   p.counts = reinterpret_cast<unsigned*>(p.residual + s.D);
 
   const auto kernel = ssd_stack<KIND, State, TYPE>;
-  const int bytes = others + p.stages * p.stage_bytes;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
@@ -149,18 +178,18 @@ int launch(const QuambaStack& s, cudaStream_t stream) {
 
 // By the type of the states.
 template <Kind KIND, int TYPE>
-int launch(const QuambaStack& s, void* stream) {
-  const auto to = static_cast<cudaStream_t>(stream);
-  if (s.mixer.state_type == QUAMBA_I8) return launch<KIND, int8_t, TYPE>(s, to);
-  if (s.mixer.state_type == QUAMBA_F16) return launch<KIND, __half, TYPE>(s, to);
+int launch(const QuambaStack& s, bool only_plan, cudaStream_t stream) {
+  if (s.mixer.state_type == QUAMBA_I8) return launch<KIND, int8_t, TYPE>(s, only_plan, stream);
+  if (s.mixer.state_type == QUAMBA_F16) return launch<KIND, __half, TYPE>(s, only_plan, stream);
   return QUAMBA_UNSUPPORTED;
 }
 
 // And of the activations.
 template <Kind HALF, Kind BRAIN>
-int launch(const QuambaStack& s, void* stream) {
-  if (s.mixer.in == QUAMBA_F16) return launch<HALF, QUAMBA_F16>(s, stream);
-  if (s.mixer.in == QUAMBA_BF16) return launch<BRAIN, QUAMBA_BF16>(s, stream);
+int launch(const QuambaStack* s, bool only_plan, void* stream) {
+  const auto to = static_cast<cudaStream_t>(stream);
+  if (s->mixer.in == QUAMBA_F16) return launch<HALF, QUAMBA_F16>(*s, only_plan, to);
+  if (s->mixer.in == QUAMBA_BF16) return launch<BRAIN, QUAMBA_BF16>(*s, only_plan, to);
   return QUAMBA_UNSUPPORTED;
 }
 

@@ -16,7 +16,7 @@ constexpr int kQuads = 4;                // of a row of activations that a threa
 constexpr int kRun = 128;                // channels of a warp's quads
 constexpr int kMostLayers = 64;
 constexpr int kScratch = 2 * kWarps;  // floats
-constexpr int kAhead = 8;             // blocks that may be missing when all begin to ask for values
+constexpr int kAhead = 8;             // blocks that may be missing when all begin to ask, where all have rows
 constexpr int kBarrierBytes = 16 * kMaxStages + 128;
 
 // Groups of a norm: how many, runs of kRun channels in each (a power of two where there are several), 1 / their channels.
@@ -39,6 +39,7 @@ struct Params {
   int layers;
   int rows, blocks;    // of the state: of a block; blocks of a group
   int stages, stage_bytes, x_bytes, sums_bytes, row_floats;
+  int ahead;
   float eps;
   QuambaStackLayer layer[kMostLayers];
 };

@@ -7,7 +7,8 @@ namespace quamba::stack {
 
 // What other blocks pass on. Of 8 bytes that are written at once none is seen without the others.
 __device__ __forceinline__ void pass_on(uint2* to, float v, unsigned layer) {
-  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(__float_as_uint(v)), "r"(layer) : "memory");
+  const uint64_t both = __float_as_uint(v) | static_cast<uint64_t>(layer) << 32;
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(both) : "memory");
 }
 
 __device__ __forceinline__ void pass_on(unsigned* to, unsigned short v, unsigned layer) {
@@ -66,13 +67,14 @@ __device__ __forceinline__ void receive(Quads& v, const uint2* from, int channel
       if (quad_of(i) * 4 < channels)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          unsigned a, b, c, d;
-          asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                       : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+          uint64_t a, b;
+          asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+                       : "=l"(a), "=l"(b)
                        : "l"(from + quad_of(i) * 4 + h * 2)
                        : "memory");
-          v[i][2 * h] = __uint_as_float(a), v[i][2 * h + 1] = __uint_as_float(c);
-          waiting |= b != layer || d != layer;
+          v[i][2 * h] = __uint_as_float(static_cast<unsigned>(a));
+          v[i][2 * h + 1] = __uint_as_float(static_cast<unsigned>(b));
+          waiting |= a >> 32 != layer || b >> 32 != layer;
         }
     }
     patience.lose();

@@ -56,8 +56,8 @@ struct Ring {
   }
 };
 
-// A place in the ring: its slot, and the parity of its round. That tells two rounds apart, so nobody may wait for a stage who has
-// not seen the one before it in its slot, or one that came later.
+// A place in the ring: its slot, and the parity of its round. That tells two rounds apart and no more, so who waits for a stage
+// has to have seen the one before it in its slot: another that came later does not do, since copies end out of order.
 struct Stage {
   int slot;
   unsigned parity;
@@ -84,7 +84,7 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int byt
 
 // Ask L2 for elements that lie side by side from a multiple of 16 bytes on.
 __device__ __forceinline__ void ask_for(const void* data, int count, int element) {
-  if (data)
+  if (data && count > 0)
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(data), "r"((count * element + 15) / 16 * 16)
                  : "memory");
 }

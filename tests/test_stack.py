@@ -155,12 +155,40 @@ def test_layers_that_differ_are_refused(launches):
     assert launches == []
 
 
+SHAPE = SIZES.shape("linear_w4a8", torch.int8)
+
+
 @pytest.mark.parametrize("changes, reason", [
-    ({"N": 64}, "d_state 128"), ({"D": 320}, "multiple of 128"), ({"S": 64}, "groups of 128"),
-    ({"S": 0, "I": 8192}, "int8"), ({"block": 28 * 64}, "Hadamard"), ({"W": 3}, "taps"),
-    ({"residual_bits": 16}, "32 bits"),
-    ({"norm_groups": 3, "I": 1152}, "power of two"), ({}, None),
+    ({"N": 64}, "d_state 128"), ({"W": 3}, "taps"), ({"residual_bits": 16}, "32 bits"), ({"state_bits": 32}, "8 or 16"),
+    ({"codes": 0}, "where the linears"), ({"codes": -1}, "where the linears"), ({"D": 320}, "no stack of 1 layers"),
+    ({}, None),
 ])  # fmt: skip
-def test_sizes_that_the_kernel_does_not_take(changes, reason):
-    said = cuda.why_not({**SIZES.shape, **changes})
+def test_sizes_that_the_kernel_does_not_take(changes, reason, monkeypatch):
+    asked = []
+
+    def serves(name, problem):
+        asked.append((name, problem.mixer.state_type, problem.mixer.conv_state_type, problem.S))
+        return problem.D % 128 == 0
+
+    monkeypatch.setattr(cuda, "library", lambda index: SimpleNamespace(serves=serves))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    said = cuda.why_not({**SHAPE, **changes}, torch.float16)
     assert said is None if reason is None else reason in said
+    assert len(asked) == (reason is None or "no stack" in reason)
+    assert all(call == ("quamba_ssd_stack_w4a8_serves", 3, 3, 128) for call in asked)
+
+
+def test_mixers_in_floats_go_block_by_block(monkeypatch):
+    """Float linears have no op of a stack, and a forced backend that has none serves the blocks."""
+    from transformers import AutoConfig
+
+    from quamba.bench import materialise
+    from quamba.models import ARCHITECTURES
+    from quamba.recipe import parse_recipe
+
+    monkeypatch.setattr(Mixer, "_fused", lambda self, op: op.candidates[-1])
+    config = AutoConfig.for_model("mamba2", **ARCHITECTURES["mamba2"].tiny[0])
+    recipe = parse_recipe({"linears": {"default": {"format": "float"}}}, "floats")
+    model = materialise.build(config, recipe, torch.float32, torch.device("cpu"))
+    assert stack.stacks_of(model) == []
+    assert len(logits(model, torch.tensor([[3, 1, 4]]))) == 5

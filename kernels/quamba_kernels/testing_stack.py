@@ -25,10 +25,14 @@ class Sizes(NamedTuple):
     block: int
     S: int = 128
 
-    @property
-    def shape(self) -> dict[str, int]:
-        """As a backend is asked."""
-        return {**self._asdict(), "I": self.H * self.P, "W": 4}
+    def shape(self, linear: str, kind: torch.dtype) -> dict[str, int]:
+        """As a backend is asked; kind: type of the state."""
+        coded = int(linear != "linear_w4a16")
+        size = 0 if linear == "linear_w8a8" else self.S
+        return {
+            **self._asdict(), "I": self.H * self.P, "W": 4, "S": size, "coded": coded, "codes": coded,
+            "state_bits": 8 * kind.itemsize, "residual_bits": 32,
+        }  # fmt: skip
 
 
 def weights(linear: str, rng: torch.Generator, outputs: int, features: int, size: int) -> tuple[torch.Tensor, ...]:
@@ -101,6 +105,6 @@ def _ssd_stack(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[
             }  # fmt: skip
             x = _normal(rng, 1, made.D)
             label = f"{linear} {made} {len(drawn)} layers {kind} rng={noisy} static={static} {dtype}"
-            yield Case(label, (x, blocks, memories), options, made.shape, dtype)
+            yield Case(label, (x, blocks, memories), options, made.shape(linear, kind), dtype)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.ssd import SSDMixer
-from quamba.modules.state import RecurrentState
+from quamba.modules.state import DTYPES, RecurrentState
 from quamba_kernels import Setting, ops
 from quamba_kernels.ops import SsdBlock, SsdMemory
 from quamba_kernels.registry import Backend, forced_backend
@@ -48,7 +48,8 @@ class Stack:
             mixer, state = _mixer(block), cache.layers[block.layer_idx]
             if not isinstance(state, RecurrentState) or not mixer.decodes(state, 1, mask):
                 return None
-            if mixer.linear("in_proj").capture or mixer.linear("in_proj").input.watched:
+            into, out = mixer.linear("in_proj"), mixer.linear(mixer.out.role)
+            if into.capture or out.capture or into.input.watched:
                 return None
             found.append(state)
         return found
@@ -113,15 +114,18 @@ def _kind(block: nn.Module) -> tuple[Any, ...] | None:
         return None
     mixer = _mixer(block)
     into, out = mixer.linear("in_proj"), mixer.linear(mixer.out.role)
-    if into.held is not None or out.held is not None or into.input.block or out.input.block:
+    if not into.format.has_grid or into.held is not None or out.held is not None:
+        return None
+    if into.input.block or out.input.block:
         return None
     _bind(block)
     if mixer._decode is None or into.format is not out.format or into.spec.group_size != out.spec.group_size:
         return None
     sites = (mixer.conv_input, mixer.gate, *mixer.sites.values(), into.input, out.input)
     return (
-        mixer._any_device(), block.residual_dtype, mixer.dtype, into.format.op.name, into.spec.group_size,
-        into.bias is None, out.bias is None, mixer.state_spec.dtype, mixer.state_spec.rounding,
+        tuple(mixer.mixer_spec.sizes.items()), mixer.mixer_spec.dt_limit, mixer._any_device(), block.residual_dtype,
+        mixer.dtype, into.format.op.name, into.spec.group_size, into.bias is None, out.bias is None,
+        mixer.state_spec.dtype, mixer.state_spec.rounding,
         _norm(block).folded, _norm(block).eps, mixer.eps, mixer.block, mixer.out.norm_groups,
         mixer.conv1d.scale is None,
         tuple((site.ready, site.per_token, site.quantised, site.spec.granularity) for site in sites),
@@ -140,9 +144,24 @@ def _backend(block: RecurrentBlock) -> Backend | None:
         **mixer.mixer_spec.sizes, "D": into.features, "norm_groups": mixer.out.norm_groups, "block": mixer.block,
         "S": into.features // grouped.shape[-1] if grouped.dim() == 2 else 0,
         "residual_bits": torch.finfo(block.residual_dtype or mixer.dtype).bits,
+        "state_bits": 8 * DTYPES[mixer.state_spec.dtype].itemsize, "coded": int(into.format.int8_input),
+        "codes": _codes(mixer, floats=not into.format.int8_input),
     }  # fmt: skip
-    backend = op.bind(Setting(mixer._any_device().type, mixer.dtype, shape))
+    setting = Setting(mixer._any_device().type, mixer.dtype, shape)
+    forced = forced_backend(op.name)
+    if forced is not None and op.explain(setting)[forced] is not None:
+        return None  # what is forced serves the blocks one by one
+    backend = op.bind(setting)
     return None if backend.name == "torch" else backend
+
+
+def _codes(mixer: SSDMixer, floats: bool) -> int:
+    """Whether the scan's inputs and the convolution are codes, 1 or 0; -1 where some are, or the gate beside floats."""
+    sites = mixer.conv_input, *mixer.sites.values()
+    found = {site.ready for site in sites} | {mixer.conv1d.scale is not None}
+    if floats and mixer.gate.quantised:
+        return -1
+    return int(found.pop()) if len(found) == 1 else -1
 
 
 def _bind(block: RecurrentBlock) -> None:

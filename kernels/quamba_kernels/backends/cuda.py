@@ -217,7 +217,7 @@ def _why_not_stack(setting: Setting) -> str | None:
     reason = _why_not_w4a16(setting)
     if reason is None and of_device(torch.cuda.get_device_capability()) != "sm_90a":
         reason = "is written for Hopper (sm_90a)"
-    return reason or (stack.why_not(setting.shape) if setting.shape else None)
+    return reason or (stack.why_not(setting.shape, setting.dtype) if setting.shape else None)
 
 
 @ops.ssd_stack.backend("cuda", why_not=_why_not_stack, rank=RANK)

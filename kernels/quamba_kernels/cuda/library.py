@@ -72,6 +72,14 @@ class Library:
             workspace.argtypes, workspace.restype = [ctypes.c_void_p], ctypes.c_longlong
         return kernel, workspace
 
+    def serves(self, name: str, problem: Any) -> bool:
+        """What an entry point that launches nothing says of a problem. Raises RuntimeError on an error of CUDA."""
+        status = self._kernels[name][0](ctypes.byref(problem), None)
+        if status not in (0, UNSUPPORTED):
+            why = self._loaded.quamba_error_string(status).decode()
+            raise RuntimeError(f"{name} on {self.arch} failed with {problem}: CUDA error {status}, {why}")
+        return bool(status == 0)
+
     def call(self, name: str, problem: Any, device: torch.device) -> None:
         """Launch a kernel on the current stream of ``device``, which must be the current device; ``problem`` is the
         struct that it takes.

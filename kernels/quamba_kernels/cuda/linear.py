@@ -53,7 +53,7 @@ def shape_why_not(K: int, O: int, S: int) -> str | None:
     return None
 
 
-def _tidy(tensor: Tensor) -> Tensor:
+def tidy(tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
@@ -110,9 +110,9 @@ class Problem:
         self.kind = "w8a8" if not self.int4 else "w4a8" if integers else "w4a16"
         self.dtype = out_dtype if out_scale is None else torch.int8
         # what the struct points at has to outlive it
-        self.x = x = _tidy(x)
+        self.x = x = tidy(x)
         self.x_scale = x_scale = None if x_scale is None else x_scale.contiguous()
-        self.residual = residual = None if residual is None else _tidy(residual)
+        self.residual = residual = None if residual is None else tidy(residual)
 
         int8, fp32 = (torch.int8,), (torch.float32,)
         self.linear = a = QuambaLinear(M=M, O=O, K=K, S=S, y_dtype=DTYPES[self.dtype])

@@ -9,17 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quamba_kernels.cuda.decode import BASES, WIDTH, Call, QuambaDecode
+from quamba_kernels.cuda.decode import WIDTH, Call, QuambaDecode
 from quamba_kernels.cuda.library import DTYPES, library
-from quamba_kernels.cuda.linear import HALVES, check
-from quamba_kernels.hadamard import factor
+from quamba_kernels.cuda.linear import HALVES, check, tidy
 from quamba_kernels.ops.linear import NIBBLES
 from quamba_kernels.ops.stack import SsdBlock, SsdMemory
 
-D_STATE, RUN, MOST, BASE = 128, 128, 8192, 20
-"""d_state; channels come in runs of so many, and are at most so many; order of the rotation's largest base matrix."""
-ROW_BYTES = 5120
-"""Of a row of weights, at most: two of them are copied at once."""
+D_STATE = 128
 WEIGHTS = 3
 """Tensors of a linear's weights, at most."""
 
@@ -61,28 +57,37 @@ class QuambaStack(ctypes.Structure):
         return f"{self.count} layers of D={self.D} S={self.S}, {self.mixer}"
 
 
-def why_not(shape: dict[str, int]) -> str | None:
-    """Why the kernel does not take a stack of these sizes, in a sentence."""
-    if shape.get("residual_bits", 32) != 32:
+STATES = {8: torch.int8, 16: torch.float16}
+"""Types of the state by their bits."""
+
+
+def why_not(shape: dict[str, int], dtype: torch.dtype) -> str | None:
+    """Why the kernel does not take a stack of these sizes, in a sentence.
+
+    Beside the axes: S, group size of int4 weights or 0; coded, whether the linears' inputs are codes; codes, whether
+    the scan's inputs and the convolution are (-1: some); state_bits and residual_bits.
+    """
+    if shape["residual_bits"] != 32:
         return f"takes a residual stream of 32 bits, got {shape['residual_bits']}"
-    for name in ("D", "I"):
-        if shape[name] % RUN or shape[name] > MOST:
-            return f"takes {name} a multiple of {RUN} up to {MOST}, got {shape[name]}"
+    if shape["state_bits"] not in STATES:
+        return f"takes states of 8 or 16 bits, got {shape['state_bits']}"
+    if shape["codes"] != shape["coded"]:
+        return "takes the scan's inputs and the convolution as codes where the linears' inputs are, else as floats"
     if shape["N"] != D_STATE or shape["W"] != WIDTH:
         return f"takes d_state {D_STATE} and {WIDTH} taps, got {shape['N']} and {shape['W']}"
-    groups, block = shape["norm_groups"], shape["block"]
-    runs = shape["I"] // max(groups, 1) // RUN
-    if groups and (shape["I"] % (groups * RUN) or (groups > 1 and runs & (runs - 1))):
-        return f"takes norm groups of {RUN} times a power of two channels, got {groups} of {shape['I']}"
-    parts = factor(block) if block > 1 else (1, 1)
-    if parts is None or parts[0] not in BASES or parts[0] > BASE:
-        return f"knows Hadamard matrices of 2^k times {', '.join(str(b) for b in BASES if b <= BASE)}, got {block}"
-    S = shape["S"]
-    if max(shape["D"], shape["I"]) // (2 if S else 1) > ROW_BYTES:
-        return f"takes int8 weights of up to {ROW_BYTES} in features, got D={shape['D']} and I={shape['I']}"
-    if S and (S != RUN or any(shape[name] // S % 2 for name in ("D", "I"))):
-        return f"takes int4 groups of {RUN}, an even number of them in a row, got {S}"
-    return None
+    H, P, G = shape["H"], shape["P"], shape["G"]
+    mixer = QuambaDecode(
+        batch=1, H=H, P=P, G=G, N=D_STATE, channels=H * P + 2 * G * D_STATE, norm_groups=shape["norm_groups"],
+        block=shape["block"], in_=DTYPES[dtype], conv_state_type=DTYPES[torch.int8 if shape["codes"] else dtype],
+        conv_weight_type=DTYPES[torch.int8 if shape["codes"] else dtype], conv_bias_type=DTYPES[dtype],
+        state_type=DTYPES[STATES[shape["state_bits"]]],
+    )  # fmt: skip
+    linear = "w8a8" if not shape["S"] else "w4a8" if shape["coded"] else "w4a16"
+    index = torch.cuda.current_device()
+    problem = QuambaStack(mixer=mixer, count=1, D=shape["D"], S=shape["S"])
+    if library(index).serves(f"quamba_ssd_stack_{linear}_serves", problem):
+        return None
+    return f"takes no stack of {problem} and {linear} on this device (csrc/stack_launch.cuh says what it needs)"
 
 
 def flatten(blocks: Sequence[SsdBlock]) -> list[Tensor | None]:
@@ -110,13 +115,14 @@ def _block(flat: Sequence[Tensor | None]) -> SsdBlock:
 class _Layer:
     """The pointers of one layer, from tensors that are checked."""
 
-    def __init__(self, call: Call, b: SsdBlock, memory: SsdMemory, linear: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, call: Call, b: SsdBlock, memory: SsdMemory, linear: str, D: int, dtype: torch.dtype
+    ) -> None:  # fmt: skip
         self.call = call
         p = call.problem
         H, P, N, G, inner = p.H, p.P, p.N, p.G, p.H * p.P
         self.layer = layer = QuambaStackLayer()
         self.S = 0
-        D = b.out_weights[0].shape[0]
         for name, weights, bias, O, K in (
             ("in", b.in_weights, b.in_bias, 2 * inner + 2 * G * N + H, D), ("out", b.out_weights, b.out_bias, D, inner),
         ):  # fmt: skip
@@ -154,7 +160,10 @@ class _Layer:
         grouped = linear != "linear_w8a8"
         if grouped:
             groups = weights[1].shape[-1]
-            self.S = K // max(groups, 1)
+            size = K // max(groups, 1)
+            if self.S and size != self.S:
+                raise ValueError(f"both linears have groups of one size, got {self.S} and {size}")
+            self.S = size
             if linear == "linear_w4a8":
                 wanted = {"w": wanted["w"], "w_multiplier": (int8, (O, groups)), "w_scale": (fp32, (O,))}
             else:
@@ -183,7 +192,7 @@ def ssd_stack(
             f"scales and generators or none; got {given}"
         )
     blocks = [_block(constants[i * FIELDS : (i + 1) * FIELDS]) for i in range(count)]
-    x, device = x.contiguous(), x.device
+    x, device = tidy(x), x.device
     _, H, P, N = states[0].shape
     channels = blocks[0].conv_weight.shape[0]
     G = (channels - H * P) // (2 * N)
@@ -200,7 +209,7 @@ def ssd_stack(
         if memory.state.shape != states[0].shape or b.conv_weight.shape != blocks[0].conv_weight.shape:
             sizes = [*memory.state.shape]
             raise ValueError(f"all layers of a stack have the same sizes; layer {i} has a state {sizes}")
-        made = _Layer(call, b, memory, linear, in_dtype)
+        made = _Layer(call, b, memory, linear, x.shape[1], in_dtype)
         layers[i] = made.layer
         kept.append(made)
         mine = _alike(made)
