@@ -47,22 +47,6 @@ struct Params {
   int x_slots, x_plane, x_bytes, token_pitch, sums_bytes, sums, shared_bytes;
 };
 
-// How L2 is to treat the weights of a decode step: they are read once, and what the step comes back to (states,
-// activations, the kernels' instructions) should not make room for them.
-__device__ __forceinline__ uint64_t evict_first() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          to),
-      "l"(from), "r"(bytes), "r"(barrier), "l"(evict_first())
-      : "memory");
-}
-
 __device__ __forceinline__ void bulk_prefetch(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(from), "r"(bytes), "l"(evict_first())
                : "memory");

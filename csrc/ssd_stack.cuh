@@ -4,13 +4,13 @@
 // part, every one of them waits for its predecessor, for its instructions, which the weights have driven out of the caches,
 // and for its weights. Here one block stays on each multiprocessor for all layers, so that the code stays where it is and
 // weights stream without a pause (stack_ring.cuh). Blocks pass on what they make in words that hold a value and the number of
-// its layer: who needs one asks until the number is right, which takes half as long as a barrier of the grid.
+// its layer: who needs one asks until the number is right.
 //
 //   norm, codes (every block for itself); in_proj, a share of the rows            -> projected
 //   convolution, B and C (every block of a group for itself); rows of the state   -> u
 //   norm, rotation, codes (every block for itself); out_proj, a share of the rows -> the residual
 //
-// That every block makes the whole input of its linears costs less than passing on once more.
+// Every block makes the whole input of its linears, so that it is not passed on once more.
 //
 // Hazards. A value of layer t is replaced by one of layer t + 1 when all blocks have used it, since that has to pass through
 // all of them: nobody makes u before projected, nor the residual before all of u, nor projected before all of the residual.
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
       }
     }
     if (out) count_in(p.counts);
-    if (!out) {
+    if (!out) {  // a branch of its own: as an else, ptxas 13.0 spills three times as much for W8A8
       const QuambaDecode q = mixer_of<kCodes, TYPE>(p, l);
       if (rows > 0) wait(mixer_full, turn / 2 & 1);
       if (exists) {

@@ -45,7 +45,6 @@ __device__ __forceinline__ void bring_mixer(const Params& p, const QuambaStackLa
   using Made = Mixer<CODES, State>;
   const QuambaDecode& q = p.mixer;
   const int lane = threadIdx.x % 32, inner = q.H * q.P, rows = part.rows;
-  const uint64_t policy = evict_first();
   // a lane copies one stretch of one tensor
   const int stretch = lane % 3, tensor = lane / 3;
   const int first = stretch == 2 ? part.channel0 : inner + (stretch * q.G + part.group) * kN;
@@ -105,7 +104,7 @@ __device__ __forceinline__ void bring_mixer(const Params& p, const QuambaStackLa
   if (lane == 0) arrive_expecting(full, total);
   __syncwarp();
   if (bytes)
-    bulk_copy(shared_address(into), reinterpret_cast<const void*>(begin - early), bytes, full, policy);
+    bulk_copy(shared_address(into), reinterpret_cast<const void*>(begin - early), bytes, full);
 }
 
 // The mixer of a layer as the decode kernels see it.

@@ -7,7 +7,6 @@
 
 namespace quamba::stack {
 
-using decode::Rates;
 using decode::Row;
 
 constexpr int kThreads = kTeam + 32;

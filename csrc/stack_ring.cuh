@@ -39,8 +39,6 @@ struct Share {
     const int end = static_cast<int>(static_cast<int64_t>(octets) * (blockIdx.x + 1) / gridDim.x);
     first = begin * kOctet, rows = (end - begin) * kOctet;
   }
-
-  __device__ __forceinline__ int strips() const { return (rows + kStrip - 1) / kStrip; }
 };
 
 // `count` stages, an even number; stage n of the whole run of a kernel lies in slot n % count. Slots are an odd multiple of 64
@@ -67,21 +65,6 @@ struct Stage {
   }
 };
 
-// How L2 is to treat the weights: they are read once.
-__device__ __forceinline__ uint64_t evict_first() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          to),
-      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
-      : "memory");
-}
-
 // Ask L2 for elements that lie side by side from a multiple of 16 bytes on.
 __device__ __forceinline__ void ask_for(const void* data, int count, int element) {
   if (data && count > 0)
@@ -92,7 +75,6 @@ __device__ __forceinline__ void ask_for(const void* data, int count, int element
 // A lane brings what the block has of a matrix, from `stage` on. Slots are free in the first round.
 __device__ __forceinline__ void bring(const Ring& ring, const Matrix& m, const Share& share, const void* w,
                                       const void* scales, Stage& stage) {
-  const uint64_t policy = evict_first();
   const char* from = static_cast<const char*>(w) + static_cast<int64_t>(share.first) * m.row_bytes;
   const char* of_scales = static_cast<const char*>(scales) + static_cast<int64_t>(share.first) * m.scale_bytes;
   const int bytes = m.stage_rows * m.row_bytes, scale_bytes = m.stage_rows * m.scale_bytes;
@@ -101,8 +83,8 @@ __device__ __forceinline__ void bring(const Ring& ring, const Matrix& m, const S
     const uint32_t full = ring.full + 8 * stage.slot, to = shared_address(ring.stages + stage.slot * ring.bytes);
     wait(ring.empty + 8 * stage.slot, stage.parity ^ 1);
     arrive_expecting(full, bytes + scale_bytes);
-    bulk_copy(to, from, bytes, full, policy);
-    if (scale_bytes) bulk_copy(to + bytes, of_scales, scale_bytes, full, policy);
+    bulk_copy(to, from, bytes, full);
+    if (scale_bytes) bulk_copy(to + bytes, of_scales, scale_bytes, full);
     stage.advance(ring, 1), from += bytes, of_scales += scale_bytes;
   }
 }

@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <cstdlib>
 
 namespace quamba {
@@ -44,6 +45,23 @@ __device__ __forceinline__ void wait(unsigned barrier, unsigned parity) {
         : "r"(barrier), "r"(parity)
         : "memory");
   }
+}
+
+// How L2 is to treat the weights of a decode step: they are read once, and what the step comes back to (states,
+// activations, the kernels' instructions) should not make room for them.
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// A multiple of 16 bytes, from a multiple of 16 on, which the barrier has been told to expect.
+__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(evict_first())
+      : "memory");
 }
 
 __device__ __forceinline__ void load_box(unsigned to, const CUtensorMap* map, unsigned barrier, int x, int y) {

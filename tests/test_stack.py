@@ -14,7 +14,7 @@ from quamba.modules.mixer import Mixer
 from quamba_kernels import OPS
 from quamba_kernels.cuda import stack as cuda
 from quamba_kernels.registry import Backend
-from quamba_kernels.testing import testing_stack
+from quamba_kernels.testing_stack import Sizes, draw
 
 
 @pytest.fixture
@@ -93,8 +93,7 @@ def test_blocks_of_one_kind_stand_together(stock, calls):
     assert stack.stacks_of(quamba.load(stock("w4a8", "mamba"), device="cpu")[0]) == []
 
 
-draw = testing_stack.draw
-SIZES = testing_stack.Sizes(256, 4, 64, 1, 128, 1, 256)
+SIZES = Sizes(256, 4, 64, 1, 128, 1, 256)
 
 
 @pytest.fixture

@@ -134,10 +134,7 @@ def _kind(block: nn.Module) -> tuple[Any, ...] | None:
 
 def _backend(block: RecurrentBlock) -> Backend | None:
     """What runs a stack of such blocks in one launch, if anything does."""
-    op = ops.ssd_stack
-    if forced_backend(op.name) not in (None, *(known.name for known in op.candidates)):
-        return None
-    mixer = _mixer(block)
+    op, mixer = ops.ssd_stack, _mixer(block)
     into = mixer.linear("in_proj")
     grouped = into._weights[1]
     shape = {
@@ -149,7 +146,7 @@ def _backend(block: RecurrentBlock) -> Backend | None:
     }  # fmt: skip
     setting = Setting(mixer._any_device().type, mixer.dtype, shape)
     forced = forced_backend(op.name)
-    if forced is not None and op.explain(setting)[forced] is not None:
+    if forced is not None and op.explain(setting).get(forced, "unknown") is not None:
         return None  # what is forced serves the blocks one by one
     backend = op.bind(setting)
     return None if backend.name == "torch" else backend

@@ -83,9 +83,8 @@ def why_not(shape: dict[str, int], dtype: torch.dtype) -> str | None:
         state_type=DTYPES[STATES[shape["state_bits"]]],
     )  # fmt: skip
     linear = "w8a8" if not shape["S"] else "w4a8" if shape["coded"] else "w4a16"
-    index = torch.cuda.current_device()
     problem = QuambaStack(mixer=mixer, count=1, D=shape["D"], S=shape["S"])
-    if library(index).serves(f"quamba_ssd_stack_{linear}_serves", problem):
+    if library(torch.cuda.current_device()).serves(f"quamba_ssd_stack_{linear}_serves", problem):
         return None
     return f"takes no stack of {problem} and {linear} on this device (csrc/stack_launch.cuh says what it needs)"
 
