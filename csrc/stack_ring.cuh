@@ -24,9 +24,14 @@ constexpr int kStep = skinny::kStepBytes;
 // A matrix of every layer.
 struct Matrix {
   int O, K, row_bytes, steps;  // steps of 64 bytes
-  int stage_rows, strip_stages;
-  int parts;                   // of K, a warp each
-  int scale_bytes;             // group scales of a row, one a step
+  // powers of two, by their logarithms: numbers of the launch are divided by them in every turn
+  int stage_rows_log, strip_stages_log;
+  int parts_log;    // of K, a warp each
+  int scale_bytes;  // group scales of a row, one a step
+
+  __host__ __device__ __forceinline__ int stage_rows() const { return 1 << stage_rows_log; }
+  __host__ __device__ __forceinline__ int strip_stages() const { return 1 << strip_stages_log; }
+  __host__ __device__ __forceinline__ int parts() const { return 1 << parts_log; }
 };
 
 // What a block has of it.
@@ -77,9 +82,9 @@ __device__ __forceinline__ void bring(const Ring& ring, const Matrix& m, const S
                                       const void* scales, Stage& stage) {
   const char* from = static_cast<const char*>(w) + static_cast<int64_t>(share.first) * m.row_bytes;
   const char* of_scales = static_cast<const char*>(scales) + static_cast<int64_t>(share.first) * m.scale_bytes;
-  const int bytes = m.stage_rows * m.row_bytes, scale_bytes = m.stage_rows * m.scale_bytes;
+  const int bytes = m.row_bytes << m.stage_rows_log, scale_bytes = m.scale_bytes << m.stage_rows_log;
 #pragma unroll 1
-  for (int row = 0; row < share.rows; row += m.stage_rows) {
+  for (int row = 0; row < share.rows; row += m.stage_rows()) {
     const uint32_t full = ring.full + 8 * stage.slot, to = shared_address(ring.stages + stage.slot * ring.bytes);
     wait(ring.empty + 8 * stage.slot, stage.parity ^ 1);
     arrive_expecting(full, bytes + scale_bytes);

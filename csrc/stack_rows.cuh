@@ -105,25 +105,39 @@ __device__ __forceinline__ float put_input(const Quads& v, int channels, float s
     }
   }
   const Grid grid = make_grid(scale);
+  // a warp's quads are a step of int4 weights, of which two lanes have an octet; where they lie is not worth a register
+  unsigned thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  const unsigned lane = thread % 32, octet = lane / 2;
+  const bool second = lane % 2;
+  char* const step = x + thread / 32 * kStepX<KIND>;
   QUAMBA_EACH_QUAD(i, channels) {
-    const int quad = quad_of(i), k = quad * 4;
-    if (k < channels) {
+    if (quad_of(i) * 4 < channels) {
+      char* const to = step + i * kWarps * kStepX<KIND>;
       if constexpr (kInteger<KIND>) {
         unsigned code[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) code[j] = __float_as_uint(code_on(v[i][j], grid) + kRounder);
         if constexpr (KIND == Kind::kW8A8) {
-          reinterpret_cast<unsigned*>(x)[quad] =
+          reinterpret_cast<unsigned*>(x + thread * 4)[i * kTeam] =
               __byte_perm(__byte_perm(code[0], code[1], 0x0040), __byte_perm(code[2], code[3], 0x0040), 0x5410);
         } else {
-          unsigned short* const to = reinterpret_cast<unsigned short*>(x + k / 8 * 8 + k % 8 / 2);
-          to[0] = static_cast<unsigned short>(__byte_perm(code[0], code[2], 0x0040));
-          to[2] = static_cast<unsigned short>(__byte_perm(code[1], code[3], 0x0040));
+          const int even = static_cast<int>(code[0] + code[2] - 2 * __float_as_uint(kRounder));
+          const int begin = __reduce_add_sync(~0u, even) * -kTooMuch<KIND>;
+          unsigned short* const pair = reinterpret_cast<unsigned short*>(to + octet * 8 + second * 2);
+          pair[0] = static_cast<unsigned short>(__byte_perm(code[0], code[2], 0x0040));
+          pair[2] = static_cast<unsigned short>(__byte_perm(code[1], code[3], 0x0040));
+          if (lane < 4) reinterpret_cast<int*>(to + kRun)[lane] = begin;
         }
       } else {
-        const int piece = k / 8, step = piece / 16, t = piece / 4 % 4, at = piece % 4;
-        *reinterpret_cast<uint2*>(x + (step * 32 + at * 8 + (t ^ (2 * at))) * 16 + k % 8 * 2) =
-            make_uint2(pack_pair(v[i][0], v[i][1], HALF), pack_pair(v[i][2], v[i][3], HALF));
+        const unsigned low = pack_pair(v[i][0], v[i][1], HALF), high = pack_pair(v[i][2], v[i][3], HALF);
+        const float2 a = pair_of<HALF>(low), b = pair_of<HALF>(high);
+        const float sum = decode::sum_lanes<32>((a.x + a.y) + (b.x + b.y));
+        const unsigned got = __shfl_xor_sync(~0u, second ? low : high, 1);
+        const unsigned one = second ? got : low, other = second ? high : got;
+        *reinterpret_cast<uint2*>(to + octet % 4 * 64 + octet / 4 * 16 + second * 8) =
+            make_uint2(__byte_perm(one, other, 0x5410), __byte_perm(one, other, 0x7632));
+        if (lane < 4) reinterpret_cast<float*>(to + 2 * kRun)[lane] = sum * -kTooMuch<KIND>;
       }
     }
   }
