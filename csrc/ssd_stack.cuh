@@ -28,13 +28,16 @@ namespace quamba::stack {
 template <Kind KIND>
 __device__ __forceinline__ void bring_weights(const Params& p, const Ring& ring) {
   Stage stage{0, 0};
+  Pace pace;
   const Share of_in(p.matrix[0]), of_out(p.matrix[1]);
+  const unsigned copies = max(1, (of_in.rows >> p.matrix[0].stage_rows_log) + (of_out.rows >> p.matrix[1].stage_rows_log));
 #pragma unroll 1
   for (int turn = 0; turn < 2 * p.layers; ++turn) {
     const QuambaStackLayer& l = p.layer[turn / 2];
     const QuambaStackLinear& linear = turn & 1 ? l.out : l.in;
+    if (turn && !(turn & 1)) pace.measure(copies, p.pace);
     bring(ring, p.matrix[turn & 1], turn & 1 ? of_out : of_in, linear.w,
-          KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale, stage);
+          KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale, stage, pace);
   }
 }
 

@@ -95,6 +95,7 @@ int plan(const QuambaStack& s, Params& p, int& sms, int& bytes) {
   if (p.rows > kMostRows) return QUAMBA_UNSUPPORTED;
   p.ahead = std::min(s.D, outputs(q)) / kOctet >= sms ? kAhead : 0;
 
+
   int stage_bytes = 0;
   for (const Matrix& m : p.matrix) {
     stage_bytes = std::max(stage_bytes, (m.row_bytes + m.scale_bytes) << m.stage_rows_log);
@@ -126,6 +127,10 @@ int plan(const QuambaStack& s, Params& p, int& sms, int& bytes) {
       if (most_rows(m, sms) >> m.stage_rows_log > p.stages && p.stages % stride(m)) p.stages -= p.stages % stride(m), again = true;
   }
   bytes = others + p.stages * p.stage_bytes;
+  // of a layer's time, for its copies: as much as has been found to leave none waiting, by what of a layer the ring holds
+  int copies = 0;
+  for (const Matrix& m : p.matrix) copies += most_rows(m, sms) >> m.stage_rows_log;
+  p.pace = tuned("QUAMBA_PACE", 45 + 40 * std::min(p.stages, copies) / copies);
   return QUAMBA_OK;
 }
 

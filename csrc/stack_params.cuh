@@ -42,6 +42,7 @@ struct Params {
   int rows, blocks;    // of the state: of a block; blocks of a group
   int stages, stage_bytes, x_bytes, sums_bytes, row_floats;
   int ahead;
+  int pace;  // percent
   float eps;
   QuambaStackLayer layer[kMostLayers];
 };

@@ -77,9 +77,29 @@ __device__ __forceinline__ void ask_for(const void* data, int count, int element
                  : "memory");
 }
 
+// Copies at even distances. What blocks pass on waits in L2 behind copies that memory has not answered yet, so that those must
+// not all be asked for when a turn has emptied the ring: they are spread over a layer's time, as the one before has shown it.
+struct Pace {
+  unsigned cycles = 0, next, began;
+
+  __device__ __forceinline__ Pace() { next = began = clock(); }
+
+  // At the begin of a layer of so many copies.
+  __device__ __forceinline__ void measure(unsigned copies, unsigned percent) {
+    const unsigned now = clock();
+    cycles = (now - began) / 100 * percent / copies, began = now;
+  }
+
+  __device__ __forceinline__ void keep() {
+    unsigned now = clock();
+    while (static_cast<int>(now - next) < 0) now = clock();
+    next = now + cycles;
+  }
+};
+
 // A lane brings what the block has of a matrix, from `stage` on. Slots are free in the first round.
 __device__ __forceinline__ void bring(const Ring& ring, const Matrix& m, const Share& share, const void* w,
-                                      const void* scales, Stage& stage) {
+                                      const void* scales, Stage& stage, Pace& pace) {
   const char* from = static_cast<const char*>(w) + static_cast<int64_t>(share.first) * m.row_bytes;
   const char* of_scales = static_cast<const char*>(scales) + static_cast<int64_t>(share.first) * m.scale_bytes;
   const int bytes = m.row_bytes << m.stage_rows_log, scale_bytes = m.scale_bytes << m.stage_rows_log;
@@ -87,6 +107,7 @@ __device__ __forceinline__ void bring(const Ring& ring, const Matrix& m, const S
   for (int row = 0; row < share.rows; row += m.stage_rows()) {
     const uint32_t full = ring.full + 8 * stage.slot, to = shared_address(ring.stages + stage.slot * ring.bytes);
     wait(ring.empty + 8 * stage.slot, stage.parity ^ 1);
+    pace.keep();
     arrive_expecting(full, bytes + scale_bytes);
     bulk_copy(to, from, bytes, full);
     if (scale_bytes) bulk_copy(to + bytes, of_scales, scale_bytes, full);
