@@ -110,7 +110,8 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
 
   const int inputs = inner, dts = 2 * inner + 2 * p.mixer.G * kN;  // where x and dt begin in projected
   Stage stage{0, 0};
-  float before = 0.f;  // the residual in the thread's row of out_proj
+  unsigned own_input = 0;  // of the thread's channel of the convolution
+  float before = 0.f;      // the residual in the thread's row of out_proj
   if (static_cast<int>(threadIdx.x) < of_out.rows) before = __ldcg(p.x + of_out.first + threadIdx.x);
 
   // in_proj and out_proj of every layer in turn: what they share is there once, as instructions have to be fetched, too
@@ -146,21 +147,7 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
         v[i][0] = four.x, v[i][1] = four.y, v[i][2] = four.z, v[i][3] = four.w;
       }
     }
-    if (out && rows > 0) {
-      // not before all threads have all of u, so that all blocks have read them
-      Team::sync();
-      if (part.first == 0 && !is_row) {
-        const QuambaDecode q = mixer_of<kCodes, TYPE>(p, l);
-        decode::Taps taps{};
-        decode::Window window;
-        unsigned got[1];
-        receive(got, {p.projected + inputs + place}, layer);
-        read_channel<kCodes, TYPE>(q, mixer, threadIdx.x, 0, place, got[0] & 0xffffu, taps, window);
-        decode::shift<kCodes>(q, taps.in, window);
-      }
-      if (kStateCodes && l.rng && blockIdx.x == 0 && threadIdx.x == 0) l.rng[1] = __ldcg(l.rng + 1) + 1;
-    }
-    if (out) {
+    if (out && part.first) {  // the first block of a group still needs what it has of the mixer
       __syncwarp();
       if (lane == 0) arrive(mixer_empty);
     }
@@ -183,6 +170,19 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
       }
     }
     if (out) count_in(p.counts);
+    if (out && !part.first) {
+      // all threads of the block have had all of u, so that all blocks have read what is replaced here
+      if (rows > 0 && !is_row) {
+        const QuambaDecode q = mixer_of<kCodes, TYPE>(p, l);
+        decode::Taps taps{};
+        decode::Window window;
+        read_channel<kCodes, TYPE>(q, mixer, threadIdx.x, 0, place, own_input & 0xffffu, taps, window);
+        decode::shift<kCodes>(q, taps.in, window);
+      }
+      if (kStateCodes && l.rng && blockIdx.x == 0 && threadIdx.x == 0) l.rng[1] = __ldcg(l.rng + 1) + 1;
+      __syncwarp();
+      if (lane == 0) arrive(mixer_empty);
+    }
     if (!out) {  // a branch of its own: as an else, ptxas 13.0 spills three times as much for W8A8
       const QuambaDecode q = mixer_of<kCodes, TYPE>(p, l);
       if (rows > 0) wait(mixer_full, turn / 2 & 1);
@@ -192,6 +192,7 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
         unsigned got[3];
         const unsigned* const input = p.projected + inputs + place;
         receive(got, {input, is_row ? p.projected + dts + head : input, is_row ? p.projected + place : input}, layer);
+        own_input = got[0];
         float dt = decode::to_float(got[1], TYPE);
         const float z = decode::to_float(got[2], TYPE);
         read_channel<kCodes, TYPE>(q, mixer, threadIdx.x, early, place, got[0] & 0xffffu, taps, window);

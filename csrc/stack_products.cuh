@@ -91,10 +91,10 @@ __device__ __forceinline__ void multiply_step(Sums<Kind::kW4A8>& acc, const Lane
   const int m[2] = {static_cast<uint8_t>(l.scales[s]), static_cast<uint8_t>(l.scales[s + l.scale_bytes])};
   int low[4] = {static_cast<int>(begin.x), static_cast<int>(begin.y), static_cast<int>(begin.z), static_cast<int>(begin.w)};
   int high[4] = {};
-  mma_s8(low, low_codes(a.x), low_codes(b.x), low_codes(a.y), low_codes(b.y), first.x, first.z);
-  mma_s8(high, high_codes(a.x), high_codes(b.x), high_codes(a.y), high_codes(b.y), first.y, first.w);
-  mma_s8(low, low_codes(a.z), low_codes(b.z), low_codes(a.w), low_codes(b.w), second.x, second.z);
-  mma_s8(high, high_codes(a.z), high_codes(b.z), high_codes(a.w), high_codes(b.w), second.y, second.w);
+  mma_s8(low, low_codes(a.x), low_codes(b.x), low_codes(a.y), low_codes(b.y), first.x, first.y);
+  mma_s8(high, high_codes(a.x), high_codes(b.x), high_codes(a.y), high_codes(b.y), first.z, first.w);
+  mma_s8(low, low_codes(a.z), low_codes(b.z), low_codes(a.w), low_codes(b.w), second.x, second.y);
+  mma_s8(high, high_codes(a.z), high_codes(b.z), high_codes(a.w), high_codes(b.w), second.z, second.w);
   acc[0][0] += (low[0] * 16 + high[0]) * m[0], acc[0][2] += (low[2] * 16 + high[2]) * m[1];
 }
 
@@ -106,7 +106,7 @@ __device__ __forceinline__ void multiply_step(Sums<KIND>& acc, const Lane& l, in
                              reinterpret_cast<const uint16_t*>(l.scales + l.scale_bytes)[s]};
   const char* const x = l.x + s * kStepX<KIND>;
   const float4 begin = *reinterpret_cast<const float4*>(l.begin + s * kStepX<KIND>);
-  float d[4] = {begin.x, begin.y, begin.z, begin.w};
+  float d[2][4] = {{begin.x, begin.y, begin.z, begin.w}};
 #pragma unroll
   for (int piece = 0; piece < 4; ++piece) {
     uint32_t first[4], second[4];
@@ -115,14 +115,14 @@ __device__ __forceinline__ void multiply_step(Sums<KIND>& acc, const Lane& l, in
     const uint4 pairs = *reinterpret_cast<const uint4*>(x + piece * 64);
     const auto mma = [&](int i, uint32_t u, uint32_t v) {
       if constexpr (KIND == Kind::kW4F16)
-        mma_f16(d, first[i], second[i], first[i + 1], second[i + 1], u, v);
+        mma_f16(d[i / 2], first[i], second[i], first[i + 1], second[i + 1], u, v);
       else
-        mma_bf16(d, first[i], second[i], first[i + 1], second[i + 1], u, v);
+        mma_bf16(d[i / 2], first[i], second[i], first[i + 1], second[i + 1], u, v);
     };
     mma(0, pairs.x, pairs.y), mma(2, pairs.z, pairs.w);
   }
-  acc[0][0] = fmaf(d[0], skinny::float_of_half(scale[0]), acc[0][0]);
-  acc[0][2] = fmaf(d[2], skinny::float_of_half(scale[1]), acc[0][2]);
+  acc[0][0] = fmaf(d[0][0] + d[1][0], skinny::float_of_half(scale[0]), acc[0][0]);
+  acc[0][2] = fmaf(d[0][2] + d[1][2], skinny::float_of_half(scale[1]), acc[0][2]);
 }
 
 template <Kind KIND, int STEPS>
