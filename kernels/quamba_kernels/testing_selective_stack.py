@@ -9,7 +9,7 @@ import torch
 
 from quamba_kernels.ops.selective_stack import SelectiveBlock, SelectiveMemory
 from quamba_kernels.testing import F16, Case, _codes, _for, _normal, _scale, _stored
-from quamba_kernels.testing_stack import weights
+from quamba_kernels.testing_linear import weights
 
 
 class Sizes(NamedTuple):

@@ -84,15 +84,13 @@ def test_the_same_bits_every_time_and_in_a_captured_graph() -> None:
         assert all(torch.equal(a.cpu(), b) for a, b in zip([y, *flat(args)], first, strict=True)), linear
 
 
-def test_what_is_no_number_ends() -> None:
-    """It comes out as it does elsewhere; blocks that wait for sums of it would wait for good."""
-    for linear in LINEARS:
-        given = case(linear, MODELS["130m"], kind=torch.float16)
-        x, blocks, memories = change(given.args, lambda t: t.cuda())
-        memories[0].conv_state[0, 0, 5] = memories[0].state[0, 7, 3] = float("nan") if linear == "linear_w4a16" else 3
-        memories[0].state[0, 9, 1] = float("inf")
-        y = kernel()(x, blocks, memories, **given.kwargs)
-        assert not y.isfinite().all()
+def test_what_is_no_number_comes_through() -> None:
+    """Blocks would wait for good for sums that count it."""
+    given = case("linear_w4a16", MODELS["130m"], kind=torch.float16)
+    x, blocks, memories = change(given.args, lambda t: t.cuda())
+    memories[0].conv_state[0, 0, 5] = float("nan")
+    memories[0].state[0, 9, 1] = float("inf")
+    assert not kernel()(x, blocks, memories, **given.kwargs).isfinite().any()
 
 
 def test_what_the_kernel_would_misread_is_refused() -> None:
