@@ -21,6 +21,7 @@
 
 namespace quamba::stack::selective {
 
+constexpr int kInput = 0, kGate = 1, kOut = 2;  // turns: rows of x, of z, of out_proj
 constexpr int kCountBit = 55;  // below it the sum, as a signed number: +-2^54
 constexpr float kUnit = 0x1p-28f, kMostSum = 0x1p18f;  // of a block: beyond fp16, and 256 of them do not reach the count
 
@@ -28,12 +29,18 @@ __device__ __forceinline__ void add_to(unsigned long long* sum, long long v) {
   asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(sum), "l"((1ll << kCountBit) + v) : "memory");
 }
 
-// What `blocks` blocks have added.
-__device__ __forceinline__ long long whole_sum(const unsigned long long* sum, int blocks) {
+// What `blocks` blocks have added to copies that lie `apart`.
+__device__ __forceinline__ long long whole_sum(const unsigned long long* sum, int apart, int blocks) {
   Patience patience;
   long long v;
   do {
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(sum) : "memory");
+    long long copy[kCopies];
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i)
+      asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(copy[i]) : "l"(sum + i * apart) : "memory");
+    v = 0;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) v += copy[i];
     patience.lose();
   } while ((v + (1ll << (kCountBit - 1))) >> kCountBit != blocks);
   return v - (static_cast<long long>(blocks) << kCountBit);
@@ -47,11 +54,11 @@ __device__ __forceinline__ void bring_weights(const Params& p, const Ring& ring)
 #pragma unroll 1
   for (int layer = 0; layer < p.layers; ++layer)
 #pragma unroll 1
-    for (int stretch = 0; stretch < 3; ++stretch) {  // rows of x, of z, of out_proj
-      const bool out = stretch == 2;
+    for (int turn = 0; turn < 3; ++turn) {
+      const bool out = turn == kOut;
       const QuambaStackLinear& linear = out ? p.layer[layer].out : p.layer[layer].in;
       Share share = out ? of_out : of_in;
-      if (stretch == 1) share.first += p.matrix[0].O;
+      if (turn == kGate) share.first += p.matrix[0].O;
       bring(ring, p.matrix[out], share, linear.w, KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale, stage);
     }
 }
@@ -74,6 +81,7 @@ __device__ __forceinline__ void bring_mixers(const Params& p, Mixer<kInteger<KIN
       if (lane == 4) ask_for(scales + p.matrix[0].O + of_in.first, of_in.rows, 4);
       if (lane == 5) ask_for(static_cast<const float*>(l.out.w_scale) + of_out.first, of_out.rows, 4);
     }
+    if (layer + 1 < p.layers) ask_for_mixer<KIND, State>(p, p.layer[layer + 1], of_in);
     wait(empty, layer & 1 ^ 1);
     if (of_in.rows > 0) bring_mixer<KIND, State>(p, l, of_in, mixer, full);
   }
@@ -103,71 +111,69 @@ template <Kind KIND, typename State, int TYPE>
 __device__ __forceinline__ void take_step(const Params& p, const Ring& ring, const Memory<kInteger<KIND>, State>& memory) {
   constexpr bool kCodes = kInteger<KIND>, kStateCodes = sizeof(State) == 1, kHalf = TYPE == QUAMBA_F16;
   constexpr int kLanes = 8;  // of a channel of the scan
-  static_assert(kMostChannels * kLanes <= kTeam && kStates == 2 * kLanes && 2 * kMostChannels <= kTeam);
+  static_assert(kMostChannels * kLanes <= kTeam && kStates == 2 * kLanes);
   char* const x = memory.x;
   uint32_t* const sums = memory.sums;
   Between& between = *memory.between;
-  float* const row = memory.row;
   const auto& mixer = *memory.mixer;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32, common = p.R + 2 * kStates;
   const Share of_in(p.matrix[0]), of_out(p.matrix[1]);
   const int channels = of_in.rows, channel0 = of_in.first;
-  Share of_both = of_in;  // what lies side by side in the ring
-  of_both.rows *= 2;
-  // a thread's row of in_proj, of x in the first threads and of z in the next
-  const int slot = threadIdx.x % kMostChannels, gate = threadIdx.x / kMostChannels;
-  const bool in_owner = gate < 2 && slot < channels, out_owner = static_cast<int>(threadIdx.x) < of_out.rows;
   const int early = kCodes ? channel0 % 16 : 0;  // bytes that came along
   const int octets = channels / kOctet, first_group = min(octets, kGroup - channel0 / kOctet % kGroup);
 
   Stage stage{0, 0};
-  float before = 0.f;  // the residual in the thread's row of out_proj
-  if (out_owner) before = __ldcg(p.x + of_out.first + threadIdx.x);
+  float x_scale = 1.f, before = 0.f;  // of a linear's input; the residual in the thread's row of out_proj
+  if (static_cast<int>(threadIdx.x) < of_out.rows) before = __ldcg(p.x + of_out.first + threadIdx.x);
 
-  // in_proj and out_proj of every layer in turn: what they share is there once, as instructions have to be fetched, too
+  // three turns a layer, of a product each: what they share is there once, as instructions have to be fetched, too
 #pragma unroll 1
-  for (int turn = 0; turn < 2 * p.layers; ++turn) {
-    const int out = turn & 1;
-    const QuambaSelectiveStackLayer& l = p.layer[turn / 2];
+  for (int turn = 0, at_layer = 0; at_layer < p.layers; turn == kOut ? turn = 0, ++at_layer : ++turn) {
+    const bool out = turn == kOut;
+    const QuambaSelectiveStackLayer& l = p.layer[at_layer];
     const QuambaStackLinear& linear = out ? l.out : l.in;
     const Matrix& m = p.matrix[out];
-    const Share share = out ? of_out : of_both;
-    const unsigned layer = turn / 2 + 1;
-    const void* const weight = out ? nullptr : l.norm_weight;
-    const float* const static_scale = out ? l.out_scale : l.in_scale;
-    const bool owner = out ? out_owner : in_owner;
-    const int own = out ? of_out.first + static_cast<int>(threadIdx.x) : channel0 + slot + (gate ? p.matrix[0].O : 0);
-
-    Quads v;
-    RawQuads gain;
-    load_gains(gain, weight, m.K);
-    float in_scale = 1.f, weight_scale = 1.f, bias = -0.f;
-    if (kCodes && static_scale) in_scale = __uint_as_float(constant_word(static_scale));
+    const Share share = out ? of_out : of_in;
+    const unsigned layer = at_layer + 1;
+    // a thread's row; those of z belong to threads that do not wait for sums
+    const int own_row = static_cast<int>(threadIdx.x) - (turn == kGate ? kTeam - kMostChannels : 0);
+    const bool owner = own_row >= 0 && own_row < share.rows;
+    const int own = share.first + own_row + (turn == kGate ? p.matrix[0].O : 0);
+    float weight_scale = 1.f, bias = -0.f;
     if (owner) {
       if (kCodes) weight_scale = __uint_as_float(constant_word(static_cast<const float*>(linear.w_scale) + own));
       if (linear.bias) bias = skinny::load_float(linear.bias, own, TYPE);
     }
-    if (turn) {
-      await(p.counts + out, static_cast<int>((out ? layer : layer - 1) * gridDim.x) - p.ahead);
-      receive(v, out ? p.u : p.residual, m.K, out ? layer : layer - 1);
-    } else {
-      QUAMBA_EACH_QUAD(i, m.K) {
-        const float4 four = quad_of(i) * 4 < m.K ? __ldcg(reinterpret_cast<const float4*>(p.x) + quad_of(i))
-                                                 : make_float4(0.f, 0.f, 0.f, 0.f);
-        v[i][0] = four.x, v[i][1] = four.y, v[i][2] = four.z, v[i][3] = four.w;
+    if (turn != kGate) {
+      const void* const weight = out ? nullptr : l.norm_weight;
+      const float* const static_scale = out ? l.out_scale : l.in_scale;
+      Quads v;
+      RawQuads gain;
+      load_gains(gain, weight, m.K);
+      float in_scale = 1.f;
+      if (kCodes && static_scale) in_scale = __uint_as_float(constant_word(static_scale));
+      if (out || at_layer) {
+        await(p.counts + out, static_cast<int>((out ? layer : layer - 1) * gridDim.x) - p.ahead);
+        receive(v, out ? p.u : p.residual, m.K, out ? layer : layer - 1);
+      } else {
+        QUAMBA_EACH_QUAD(i, m.K) {
+          const float4 four = quad_of(i) * 4 < m.K ? __ldcg(reinterpret_cast<const float4*>(p.x) + quad_of(i))
+                                                   : make_float4(0.f, 0.f, 0.f, 0.f);
+          v[i][0] = four.x, v[i][1] = four.y, v[i][2] = four.z, v[i][3] = four.w;
+        }
       }
+      if (!out)
+        normalise<kHalf>(v, m.K, p.norm, p.eps, weight != nullptr, gain, memory.runs);
+      else if (p.rotation.base)
+        rotate(v, memory.row, m.K, p.rotation);
+      x_scale = put_input<KIND, kHalf>(v, m.K, in_scale, static_scale != nullptr, x, memory.scratch);
     }
-    if (!out)
-      normalise<kHalf>(v, m.K, p.norm, p.eps, weight != nullptr, gain, memory.runs);
-    else if (p.rotation.base)
-      rotate(v, row, m.K, p.rotation);
-    const float x_scale = put_input<KIND, kHalf>(v, m.K, in_scale, static_scale != nullptr, x, memory.scratch);
     products<KIND>(ring, m, share, stage, x, sums);
     Team::sync();
     float made = 0.f;
     if (owner) {
-      made = sum_of<KIND>(m, sums, out ? static_cast<int>(threadIdx.x) : slot + gate * channels);
+      made = sum_of<KIND>(m, sums, own_row);
       if (kCodes) made = __fmul_rn(__fmul_rn(made, x_scale), weight_scale);
       made = __fadd_rn(made, bias);
     }
@@ -175,7 +181,7 @@ __device__ __forceinline__ void take_step(const Params& p, const Ring& ring, con
       if (owner) {
         before = __fadd_rn(made, before);
         pass_on(p.residual + own, before, layer);
-        if (turn + 1 == 2 * p.layers) p.y[own] = before;
+        if (at_layer + 1 == p.layers) p.y[own] = before;
       }
       count_in(p.counts);
       // behind a sync of those who have all of u; a sum of no result, for which nobody waits
@@ -185,42 +191,45 @@ __device__ __forceinline__ void take_step(const Params& p, const Ring& ring, con
     }
 
     const QuambaDecode q = mixer_of<kCodes, TYPE>(p, l);
-    unsigned long long* const total = p.common + static_cast<int64_t>(turn / 2) * common + threadIdx.x;
+    unsigned long long* const total = p.common + static_cast<int64_t>(at_layer * kCopies) * common + threadIdx.x;
     const bool adds = static_cast<int>(threadIdx.x) < common;
-    if (channels > 0) {
-      wait(memory.mixer_full, turn / 2 & 1);
-      if (in_owner) {
-        const unsigned short kept = to_half(made, kHalf);
-        if (gate) {
-          between.gate[slot] = decode::gate_of(q, decode::to_float(kept, TYPE), mixer.z_scale[q.z_count > 1 ? slot : 0]);
-        } else {
+    if (turn == kInput) {
+      if (channels > 0) {
+        wait(memory.mixer_full, at_layer & 1);
+        if (owner) {
           decode::Taps taps{};
           decode::Window window;
-          read_channel<kCodes, TYPE>(q, mixer, slot, early, channel0 + slot, kept, taps, window);
+          read_channel<kCodes, TYPE>(q, mixer, own_row, early, own, to_half(made, kHalf), taps, window);
           const float y = decode::convolve<kCodes>(q, taps, window);
-          put_channel<KIND>(between.inputs, slot, y);
-          between.x[slot] = kCodes ? y * mixer.x_scale : y;
+          put_channel<KIND>(between.inputs, own_row, y);
+          between.x[own_row] = kCodes ? y * mixer.x_scale : y;
           decode::shift<kCodes>(q, taps.in, window);
         }
       }
-      Team::sync();
-    }
-    if (adds) {
-      if (channels > 0) {
-        const auto sum = share_of_row<KIND>(p, mixer.more, between.inputs, threadIdx.x, octets, first_group);
-        if constexpr (kCodes)
-          add_to(total, sum);
-        else
-          add_to(total, __float2ll_rn(fminf(fmaxf(sum, -kMostSum), kMostSum) * (1.f / kUnit)));
-      } else {
-        add_to(total, 0);
+      Team::sync();  // all have used the sums of x, too
+      if (adds) {
+        unsigned long long* const to = total + blockIdx.x % kCopies * common;
+        if (channels > 0) {
+          const auto sum = share_of_row<KIND>(p, mixer.more, between.inputs, threadIdx.x, octets, first_group);
+          if constexpr (kCodes)
+            add_to(to, sum);
+          else
+            add_to(to, __float2ll_rn(fminf(fmaxf(sum, -kMostSum), kMostSum) * (1.f / kUnit)));
+        } else {
+          add_to(to, 0);
+        }
       }
+      continue;
     }
+
+    if (owner)
+      between.gate[own_row] = decode::gate_of(q, decode::to_float(to_half(made, kHalf), TYPE),
+                                              mixer.z_scale[q.z_count > 1 ? own_row : 0]);
     if (channels > 0) {
       const int at = static_cast<int>(threadIdx.x) - p.R;  // of B and C
       float low = 0.f;
       if (adds) {
-        const long long sum = whole_sum(total, gridDim.x);
+        const long long sum = whole_sum(total, common, gridDim.x);
         float value = __ll2float_rn(sum);
         if constexpr (kCodes)
           value = __fmul_rn(__fmul_rn(value, mixer.x_scale), mixer.common_scale[threadIdx.x]);

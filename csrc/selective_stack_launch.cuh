@@ -11,7 +11,7 @@ constexpr int kMostBlocks = 255;  // that a sum can count, with kMostSum of each
 inline int common_of(const QuambaSelectiveStack& s) { return s.R + 2 * kStates; }
 
 inline int64_t workspace_of(const QuambaSelectiveStack& s) {
-  return rounded_up(8ll * std::min(s.count, kMostLayers) * common_of(s)) + 4ll * (s.mixer.H + s.D) + 2 * sizeof(unsigned);
+  return rounded_up(8ll * kCopies * std::min(s.count, kMostLayers) * common_of(s)) + 4ll * (s.mixer.H + s.D) + 2 * sizeof(unsigned);
 }
 
 inline bool aligned(const QuambaSelectiveStackLayer& l) {
@@ -52,15 +52,14 @@ int plan(const QuambaSelectiveStack& s, Params& p, int& sms, int& bytes) {
   get(most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   get(cooperative, cudaDevAttrCooperativeLaunch);
   if (error != cudaSuccess) return error;
-  if (!cooperative || sms > kMostBlocks || !describe<KIND>(p.matrix[0], 2 * inner, s.D, s.S, sms) ||
+  if (!cooperative || sms > kMostBlocks || !describe<KIND>(p.matrix[0], inner, s.D, s.S, sms) ||
       !describe<KIND>(p.matrix[1], s.D, inner, s.S, sms))
     return QUAMBA_UNSUPPORTED;
-  p.matrix[0].O = inner;
   p.groups = KIND == Kind::kW8A8 ? 0 : inner / s.S;
   p.ahead = std::min(s.D, inner) / kOctet >= sms ? kAhead : 0;
 
-  const int channels = most_rows(p.matrix[0], sms), rows[2] = {2 * channels, most_rows(p.matrix[1], sms)};
-  if (channels > kMostChannels || rows[1] > kTeam) return QUAMBA_UNSUPPORTED;
+  const int channels = most_rows(p.matrix[0], sms);
+  if (channels > kMostChannels || most_rows(p.matrix[1], sms) > kTeam) return QUAMBA_UNSUPPORTED;
   p.pitch = (channels / kOctet | 1) * kOctetBytes<KIND>;  // odd, for the banks
   p.dt_at = 0, p.x_at = (channels * s.R + 15) / 16 * 16;
   p.multipliers_at = (p.x_at + common_of(s) * p.pitch + 15) / 16 * 16;
@@ -74,11 +73,10 @@ int plan(const QuambaSelectiveStack& s, Params& p, int& sms, int& bytes) {
   p.stage_bytes = (stage_bytes + 63) / 128 * 128 + 64;
   p.row_floats = (Team::place(inner) + 31) / 32 * 32;
   const auto stride = [](const Matrix& m) { return kWarps >> m.parts_log << m.strip_stages_log; };
-  const auto strips = [&](int i) { return (rows[i] + kStrip - 1) / kStrip; };
   int others = 0;
   for (bool again = true; again;) {
     p.sums_bytes = 0;
-    for (int i = 0; i < 2; ++i) p.sums_bytes = std::max(p.sums_bytes, 4 * kStrip * strips(i) << p.matrix[i].parts_log);
+    for (const Matrix& m : p.matrix) p.sums_bytes = std::max(p.sums_bytes, 4 * kStrip * strips_of(m, sms) << m.parts_log);
     others = kBarrierBytes + p.x_bytes + p.sums_bytes + static_cast<int>(sizeof(Between) + offsetof(Made, more)) + more +
              4 * (kScratch + kQuads * kWarps + p.row_floats);
     p.stages = std::min((most - others) / p.stage_bytes, kMaxStages) / 2 * 2;
@@ -92,10 +90,8 @@ int plan(const QuambaSelectiveStack& s, Params& p, int& sms, int& bytes) {
   // where a turn does not fit the ring, the stage before in a slot has to be the warp's own (see Stage)
   for (bool again = true; again;) {
     again = false;
-    for (int i = 0; i < 2; ++i) {
-      const Matrix& m = p.matrix[i];
-      if (rows[i] >> m.stage_rows_log > p.stages && p.stages % stride(m)) p.stages -= p.stages % stride(m), again = true;
-    }
+    for (const Matrix& m : p.matrix)
+      if (most_rows(m, sms) >> m.stage_rows_log > p.stages && p.stages % stride(m)) p.stages -= p.stages % stride(m), again = true;
   }
   bytes = others + p.stages * p.stage_bytes;
   return QUAMBA_OK;
@@ -125,7 +121,7 @@ int launch(const QuambaSelectiveStack& s, bool only_plan, cudaStream_t stream) {
   p.x = s.x, p.y = s.y;
   p.common = static_cast<unsigned long long*>(s.workspace);
   p.u = reinterpret_cast<float*>(static_cast<char*>(s.workspace) +
-                                 rounded_up(8ll * std::min(s.count, kMostLayers) * common_of(s)));
+                                 rounded_up(8ll * kCopies * std::min(s.count, kMostLayers) * common_of(s)));
   p.residual = p.u + q.H;
   p.counts = reinterpret_cast<unsigned*>(p.residual + s.D);
 

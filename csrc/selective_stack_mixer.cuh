@@ -10,6 +10,7 @@ constexpr int kStates = 16;         // of a channel
 constexpr int kMostChannels = 64;   // of a block
 constexpr int kMostRank = 256, kMostCommon = kMostRank + 2 * kStates;
 constexpr int kGroup = 16;          // octets of channels in a group of int4 weights
+constexpr int kCopies = 8;          // of a sum, since L2 adds to one line a word after the other
 
 template <Kind KIND>
 constexpr int kOctetBytes = KIND == Kind::kW8A8 ? 8 : 4;  // of a row of x_proj
@@ -19,7 +20,7 @@ struct Params {
   Matrix matrix[2];  // in_proj, of which O are the rows of x, as many as those of z behind them; out_proj
   const float* x;    // the residual stream
   float* y;
-  unsigned long long* common;  // what x_proj makes, common to all channels: sums [layers, R + 2 N] of all blocks
+  unsigned long long* common;  // what x_proj makes, common to all channels: sums [layers, kCopies, R + 2 N] of all blocks
   float* u;                    // before its rotation; the last bit is the parity of the layer's number
   float* residual;             // likewise
   unsigned* counts;            // blocks that have passed on the residual, or u, in all layers together
@@ -59,6 +60,20 @@ __device__ __forceinline__ void copy_piece(uint32_t to, const void* from) {
 // An arrival once all copies of this thread have come.
 __device__ __forceinline__ void arrive_behind_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// The larger part of it comes to L2, x_proj's weights by all blocks together.
+template <Kind KIND, typename State>
+__device__ __forceinline__ void ask_for_mixer(const Params& p, const QuambaSelectiveStackLayer& l, const Share& share) {
+  const int lane = threadIdx.x % 32, inner = p.mixer.H, pieces = (p.R + 2 * kStates) * (inner / 128) * kOctetBytes<KIND>;
+  const int first = pieces * static_cast<int>(blockIdx.x) / static_cast<int>(gridDim.x);  // of 16 bytes
+  const int end = pieces * static_cast<int>(blockIdx.x + 1) / static_cast<int>(gridDim.x);
+  if (lane == 6) ask_for(static_cast<const char*>(l.x.w) + first * 16, end - first, 16);
+  if (lane == 7) ask_for(static_cast<const char*>(l.dt.w) + static_cast<int64_t>(share.first) * p.R, share.rows * p.R, 1);
+  if (lane == 8) ask_for(l.A + static_cast<int64_t>(share.first) * kStates, share.rows * kStates, 4);
+  if (lane == 9)
+    ask_for(static_cast<const State*>(l.state) + static_cast<int64_t>(share.first) * kStates, share.rows * kStates,
+            sizeof(State));
 }
 
 // A warp brings it for the channels of `share`. full: a barrier of 33 arrivals.
