@@ -50,17 +50,23 @@ __device__ __forceinline__ long long whole_sum(const unsigned long long* sum, in
 template <Kind KIND>
 __device__ __forceinline__ void bring_weights(const Params& p, const Ring& ring) {
   Stage stage{0, 0};
+  Pace pace;
   const Share of_in(p.matrix[0]), of_out(p.matrix[1]);
+  const unsigned copies =
+      max(1, 2 * (of_in.rows >> p.matrix[0].stage_rows_log) + (of_out.rows >> p.matrix[1].stage_rows_log));
 #pragma unroll 1
-  for (int layer = 0; layer < p.layers; ++layer)
+  for (int layer = 0; layer < p.layers; ++layer) {
+    if (layer) pace.measure(copies, p.pace);
 #pragma unroll 1
     for (int turn = 0; turn < 3; ++turn) {
       const bool out = turn == kOut;
       const QuambaStackLinear& linear = out ? p.layer[layer].out : p.layer[layer].in;
       Share share = out ? of_out : of_in;
       if (turn == kGate) share.first += p.matrix[0].O;
-      bring(ring, p.matrix[out], share, linear.w, KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale, stage);
+      bring(ring, p.matrix[out], share, linear.w, KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale, stage,
+            pace);
     }
+  }
 }
 
 // What the mixers need from before this token, a layer ahead; what others read of a layer comes to L2 in time.

@@ -94,6 +94,9 @@ int plan(const QuambaSelectiveStack& s, Params& p, int& sms, int& bytes) {
       if (most_rows(m, sms) >> m.stage_rows_log > p.stages && p.stages % stride(m)) p.stages -= p.stages % stride(m), again = true;
   }
   bytes = others + p.stages * p.stage_bytes;
+  const int copies =
+      2 * (channels >> p.matrix[0].stage_rows_log) + (most_rows(p.matrix[1], sms) >> p.matrix[1].stage_rows_log);
+  p.pace = 45 + 40 * std::min(p.stages, copies) / copies;  // as in stack_launch.cuh
   return QUAMBA_OK;
 }
 

@@ -30,6 +30,7 @@ struct Params {
   int pitch, dt_at, x_at, multipliers_at;  // of a row of x_proj; offsets in Mixer::more
   int stages, stage_bytes, x_bytes, sums_bytes, row_floats;
   int ahead;
+  int pace;  // percent
   float eps;
   QuambaSelectiveStackLayer layer[kMostLayers];
 };
