@@ -12,8 +12,8 @@
 //
 // Hazards. Every layer has sums of its own. A value of layer t is replaced by one of layer t + 1 when all blocks have used it:
 // every block adds to the sums, if it has channels or not, behind all that it read of the residual and u; nobody makes u before
-// the sums are whole, nor the residual before all of u. The step of the rounding is advanced when u is whole, which takes all
-// who draw. The launch is cooperative: all blocks run, or none does.
+// the sums are whole, nor the residual before all of u. So everybody may ask for values at once. The step of the rounding is
+// advanced when u is whole, which takes all who draw. The launch is cooperative: all blocks run, or none does.
 #pragma once
 
 #include "selective_stack_mixer.cuh"
@@ -99,6 +99,7 @@ struct __align__(16) Between {
   float x[kMostChannels], gate[kMostChannels];
   float B[kStates], C[kStates], peaks[kWarps];
   char rank[kMostRank];
+  float weight_scale[kTeam];  // of a thread's row
 };
 
 // Where a block has what in shared memory.
@@ -146,11 +147,9 @@ __device__ __forceinline__ void take_step(const Params& p, const Ring& ring, con
     const int own_row = static_cast<int>(threadIdx.x) - (turn == kGate ? kTeam - kMostChannels : 0);
     const bool owner = own_row >= 0 && own_row < share.rows;
     const int own = share.first + own_row + (turn == kGate ? p.matrix[0].O : 0);
-    float weight_scale = 1.f, bias = -0.f;
-    if (owner) {
-      if (kCodes) weight_scale = __uint_as_float(constant_word(static_cast<const float*>(linear.w_scale) + own));
-      if (linear.bias) bias = skinny::load_float(linear.bias, own, TYPE);
-    }
+    // through shared memory, as a register that holds it would be spilled, and so waited for
+    if (kCodes && owner)
+      copy_piece<4>(shared_address(between.weight_scale + threadIdx.x), static_cast<const float*>(linear.w_scale) + own);
     if (turn != kGate) {
       const void* const weight = out ? nullptr : l.norm_weight;
       const float* const static_scale = out ? l.out_scale : l.in_scale;
@@ -160,7 +159,6 @@ __device__ __forceinline__ void take_step(const Params& p, const Ring& ring, con
       float in_scale = 1.f;
       if (kCodes && static_scale) in_scale = __uint_as_float(constant_word(static_scale));
       if (out || at_layer) {
-        await(p.counts + out, static_cast<int>((out ? layer : layer - 1) * gridDim.x) - p.ahead);
         receive(v, out ? p.u : p.residual, m.K, out ? layer : layer - 1);
       } else {
         QUAMBA_EACH_QUAD(i, m.K) {
@@ -176,12 +174,13 @@ __device__ __forceinline__ void take_step(const Params& p, const Ring& ring, con
       x_scale = put_input<KIND, kHalf>(v, m.K, in_scale, static_scale != nullptr, x, memory.scratch);
     }
     products<KIND>(ring, m, share, stage, x, sums);
+    if (kCodes) copy_async_wait();
     Team::sync();
     float made = 0.f;
     if (owner) {
       made = sum_of<KIND>(m, sums, own_row);
-      if (kCodes) made = __fmul_rn(__fmul_rn(made, x_scale), weight_scale);
-      made = __fadd_rn(made, bias);
+      if (kCodes) made = __fmul_rn(__fmul_rn(made, x_scale), between.weight_scale[threadIdx.x]);
+      if (linear.bias) made = __fadd_rn(made, skinny::load_float(linear.bias, own, TYPE));
     }
     if (out) {
       if (owner) {
@@ -189,7 +188,6 @@ __device__ __forceinline__ void take_step(const Params& p, const Ring& ring, con
         pass_on(p.residual + own, before, layer);
         if (at_layer + 1 == p.layers) p.y[own] = before;
       }
-      count_in(p.counts);
       // behind a sync of those who have all of u; a sum of no result, for which nobody waits
       if (kStateCodes && l.rng && blockIdx.x == 0 && threadIdx.x == 0)
         asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(l.rng + 1), "l"(1ll) : "memory");
@@ -313,7 +311,6 @@ __device__ __forceinline__ void take_step(const Params& p, const Ring& ring, con
     }
     __syncwarp();
     if (lane == 0) arrive(memory.mixer_empty);
-    count_in(p.counts + 1);
   }
 }
 

@@ -8,10 +8,12 @@ namespace quamba::stack::selective {
 
 constexpr int kMostBlocks = 255;  // that a sum can count, with kMostSum of each
 
+constexpr int kPace = 75;  // percent of a layer's time for its copies: with more of it the smallest ring is too slow
+
 inline int common_of(const QuambaSelectiveStack& s) { return s.R + 2 * kStates; }
 
 inline int64_t workspace_of(const QuambaSelectiveStack& s) {
-  return rounded_up(8ll * kCopies * std::min(s.count, kMostLayers) * common_of(s)) + 4ll * (s.mixer.H + s.D) + 2 * sizeof(unsigned);
+  return rounded_up(8ll * kCopies * std::min(s.count, kMostLayers) * common_of(s)) + 4ll * (s.mixer.H + s.D);
 }
 
 inline bool aligned(const QuambaSelectiveStackLayer& l) {
@@ -56,7 +58,6 @@ int plan(const QuambaSelectiveStack& s, Params& p, int& sms, int& bytes) {
       !describe<KIND>(p.matrix[1], s.D, inner, s.S, sms))
     return QUAMBA_UNSUPPORTED;
   p.groups = KIND == Kind::kW8A8 ? 0 : inner / s.S;
-  p.ahead = std::min(s.D, inner) / kOctet >= sms ? kAhead : 0;
 
   const int channels = most_rows(p.matrix[0], sms);
   if (channels > kMostChannels || most_rows(p.matrix[1], sms) > kTeam) return QUAMBA_UNSUPPORTED;
@@ -94,9 +95,7 @@ int plan(const QuambaSelectiveStack& s, Params& p, int& sms, int& bytes) {
       if (most_rows(m, sms) >> m.stage_rows_log > p.stages && p.stages % stride(m)) p.stages -= p.stages % stride(m), again = true;
   }
   bytes = others + p.stages * p.stage_bytes;
-  const int copies =
-      2 * (channels >> p.matrix[0].stage_rows_log) + (most_rows(p.matrix[1], sms) >> p.matrix[1].stage_rows_log);
-  p.pace = 45 + 40 * std::min(p.stages, copies) / copies;  // as in stack_launch.cuh
+  p.pace = kPace;
   return QUAMBA_OK;
 }
 
@@ -126,7 +125,6 @@ int launch(const QuambaSelectiveStack& s, bool only_plan, cudaStream_t stream) {
   p.u = reinterpret_cast<float*>(static_cast<char*>(s.workspace) +
                                  rounded_up(8ll * kCopies * std::min(s.count, kMostLayers) * common_of(s)));
   p.residual = p.u + q.H;
-  p.counts = reinterpret_cast<unsigned*>(p.residual + s.D);
 
   const auto kernel = selective_stack<KIND, State, TYPE>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

@@ -10,7 +10,7 @@ constexpr int kStates = 16;         // of a channel
 constexpr int kMostChannels = 64;   // of a block
 constexpr int kMostRank = 256, kMostCommon = kMostRank + 2 * kStates;
 constexpr int kGroup = 16;          // octets of channels in a group of int4 weights
-constexpr int kCopies = 8;          // of a sum, since L2 adds to one line a word after the other
+constexpr int kCopies = 4;          // of a sum, since L2 adds to one line a word after the other
 
 template <Kind KIND>
 constexpr int kOctetBytes = KIND == Kind::kW8A8 ? 8 : 4;  // of a row of x_proj
@@ -23,13 +23,11 @@ struct Params {
   unsigned long long* common;  // what x_proj makes, common to all channels: sums [layers, kCopies, R + 2 N] of all blocks
   float* u;                    // before its rotation; the last bit is the parity of the layer's number
   float* residual;             // likewise
-  unsigned* counts;            // blocks that have passed on the residual, or u, in all layers together
   Groups norm;
   Rotation rotation;
   int layers, R, groups;       // groups: of a row of x_proj
   int pitch, dt_at, x_at, multipliers_at;  // of a row of x_proj; offsets in Mixer::more
   int stages, stage_bytes, x_bytes, sums_bytes, row_floats;
-  int ahead;
   int pace;  // percent
   float eps;
   QuambaSelectiveStackLayer layer[kMostLayers];
