@@ -72,7 +72,8 @@ int plan(const QuambaStack& s, Params& p, int& sms, int& bytes) {
   if (groups < 0 || (groups && (inner % (groups * kRun) || (groups > 1 && runs & (runs - 1))))) return QUAMBA_UNSUPPORTED;
   p.groups[0] = {1, s.D / kRun, 1.f / static_cast<float>(s.D)};
   p.groups[1] = {groups, runs, groups ? 1.f / static_cast<float>(runs * kRun) : 0.f};
-  if (!make_rotation(q.block, p.rotation) || p.rotation.base > 20 || (p.rotation.base && p.rotation.bits < 5) || (p.rotation.base && inner % q.block))
+  if (!make_rotation(q.block, p.rotation) || p.rotation.base > 20 ||
+      (p.rotation.base && (p.rotation.bits < 5 || inner % q.block)))
     return QUAMBA_UNSUPPORTED;
   if (q.channels % 16 || q.P * (Mixer<kCodes, State>::kHeads - 1) < kMostRows) return QUAMBA_UNSUPPORTED;
   int ordinal = 0, most = 0, cooperative = 0;
