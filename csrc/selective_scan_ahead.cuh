@@ -40,7 +40,7 @@ namespace ahead {
 
 constexpr int kN = 16, kLanes = 8, kStates = 4, kQuads = 10, kChannels = 4 * kQuads, kTile = 48;  // kStates: warps
 constexpr int kAhead = 256, kAtWork = 32 * kStates + kAhead;
-constexpr int kThreads = 32 * kStates + 2 * kAhead - 64;  // a warp's number modulo 4 is its scheduler's
+constexpr int kThreads = 32 * 14;  // a warp's number modulo 4 is its scheduler's
 constexpr int kPitch = kChannels + 4;  // of outputs, whose tokens meet in no bank
 
 struct Shared {
@@ -165,73 +165,81 @@ __device__ __forceinline__ void stage_and_store(const Scan& p, const Part& s, Sh
   float4 bias = make_float4(0.f, 0.f, 0.f, 0.f);
   if (a.dt_bias) bias = load_quad(a.dt_bias, a.dt_bias_dtype, first, count, false);
 
-  long long x_at = s.batch * a.x_batch + (s.begin + row) * a.x_token + first;
-  long long dt_at = s.batch * a.dt_batch + (s.begin + row) * a.dt_token + first;
-  long long b_at = s.batch * a.b_batch + (s.begin + column_row) * a.b_token + 4 * column;
-  long long c_at = s.batch * a.c_batch + (s.begin + column_row) * a.c_token + 4 * column;
-  long long y_at = (s.batch * a.T + s.begin + row) * a.I + first;
+  auto bytes_at = [](const void* data, int type, long long at) {
+    return static_cast<const unsigned char*>(data) + at * size_of(type);
+  };
+  const long long x_token = a.x_token * size_of(kType), dt_token = a.dt_token * size_of(Float);
+  const unsigned char* x = bytes_at(a.x, kType, s.batch * a.x_batch + (s.begin + row) * a.x_token + first);
+  const unsigned char* dt = bytes_at(a.dt, Float, s.batch * a.dt_batch + (s.begin + row) * a.dt_token + first);
+  const unsigned char* b = bytes_at(a.b, kType, s.batch * a.b_batch + (s.begin + column_row) * a.b_token + 4 * column);
+  const unsigned char* c = bytes_at(a.c, kType, s.batch * a.c_batch + (s.begin + column_row) * a.c_token + 4 * column);
+  const long long b_tile = kTile * a.b_token * size_of(kType), c_tile = kTile * a.c_token * size_of(kType);
+  unsigned short* y = static_cast<unsigned short*>(a.y) + (s.batch * a.T + s.begin + row) * a.I + first;
+  const long long y_tile = static_cast<long long>(kTile) * a.I;
   uint4 raw_x[2], raw_dt[2], raw_b, raw_c;
-  auto fetch = [&](long long left) {  // of the tokens that are left, the next tile
+  auto fetch = [&](int here) {  // a tile of so many tokens
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int there = row + i < left ? count : 0;
-      raw_x[i] = load_raw(a.x, kType, x_at + i * a.x_token, there, true);
-      raw_dt[i] = load_raw(a.dt, Float, dt_at + i * a.dt_token, there, true);
+      const int there = row + i < here ? count : 0;
+      raw_x[i] = load_raw(x + i * x_token, kType, 0, there, true);
+      raw_dt[i] = load_raw(dt + i * dt_token, Float, 0, there, true);
     }
-    const int there = column_row < min(left, 0LL + kTile) ? 4 : 0;
-    raw_b = load_raw(a.b, kType, b_at, there, true), raw_c = load_raw(a.c, kType, c_at, there, true);
-    x_at += kTile * a.x_token, dt_at += kTile * a.dt_token, b_at += kTile * a.b_token, c_at += kTile * a.c_token;
+    const int there = column_row < here ? 4 : 0;
+    raw_b = load_raw(b, kType, 0, there, true), raw_c = load_raw(c, kType, 0, there, true);
+    x += kTile * x_token, dt += kTile * dt_token, b += b_tile, c += c_tile;
   };
-  auto stage = [&](long long left, int buffer, int third) {
+  auto stage = [&](int here, int buffer, int third) {
     if (row < kTile) {
-      float4 dt[2], dt_x[2];
+      float4 rate[2], step[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float4 x = to_floats(raw_x[i], kType);
-        *reinterpret_cast<float4*>(&shared.outputs[third][row + i][4 * quad]) = each(times, x, skip);
-        dt[i] = each([](float v, float b) { return softplus(v + b); }, to_floats(raw_dt[i], Float), bias);
-        if (row + i >= left) dt[i] = make_float4(0.f, 0.f, 0.f, 0.f);  // beyond the last token states are left alone
-        dt_x[i] = each(times, dt[i], each(times, x, x_factor));
+        const float4 v = to_floats(raw_x[i], kType);
+        *reinterpret_cast<float4*>(&shared.outputs[third][row + i][4 * quad]) = each(times, v, skip);
+        rate[i] = each([](float v, float b) { return softplus(v + b); }, to_floats(raw_dt[i], Float), bias);
+        if (row + i >= here) rate[i] = make_float4(0.f, 0.f, 0.f, 0.f);  // beyond the last token states are left alone
+        step[i] = each(times, rate[i], each(times, v, x_factor));
       }
       auto& to = shared.rates[buffer][row / 2];
-      to[0][quad] = make_float4(dt[0].x, dt_x[0].x, dt[1].x, dt_x[1].x);
-      to[1][quad] = make_float4(dt[0].y, dt_x[0].y, dt[1].y, dt_x[1].y);
-      to[2][quad] = make_float4(dt[0].z, dt_x[0].z, dt[1].z, dt_x[1].z);
-      to[3][quad] = make_float4(dt[0].w, dt_x[0].w, dt[1].w, dt_x[1].w);
+      to[0][quad] = make_float4(rate[0].x, step[0].x, rate[1].x, step[1].x);
+      to[1][quad] = make_float4(rate[0].y, step[0].y, rate[1].y, step[1].y);
+      to[2][quad] = make_float4(rate[0].z, step[0].z, rate[1].z, step[1].z);
+      to[3][quad] = make_float4(rate[0].w, step[0].w, rate[1].w, step[1].w);
     }
     if (column_row < kTile) {
-      const float4 b = to_floats(raw_b, kType), c = to_floats(raw_c, kType);
+      const float4 v = to_floats(raw_b, kType), w = to_floats(raw_c, kType);
       float4* const to = &shared.columns[buffer][column_row][2 * column];
-      to[0] = make_float4(b.x, b.y, c.x, c.y), to[1] = make_float4(b.z, b.w, c.z, c.w);
+      to[0] = make_float4(v.x, v.y, w.x, w.y), to[1] = make_float4(v.z, v.w, w.z, w.w);
     }
   };
-  auto store = [&](long long left, int third) {  // a tile of the tokens that were left
+  auto store = [&](int here, int third) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      if (row < kTile && row + i < left)
-        store_quad(a.y, Float, y_at + i * a.I,
-                   *reinterpret_cast<const float4*>(&shared.outputs[third][row + i][4 * quad]), count, true);
-    y_at += static_cast<long long>(kTile) * a.I;
+      if (row + i < here)
+        store_quad(y + i * a.I, Float, 0, *reinterpret_cast<const float4*>(&shared.outputs[third][row + i][4 * quad]),
+                   count, true);
+    y += y_tile;
   };
 
   // While a tile is computed, the one after it is staged, and what the one before the last became is stored.
   const long long tiles = (s.tokens + kTile - 1) / kTile;
-  long long left = s.tokens;
-  fetch(left);
-  stage(left, 0, 0);
-  fetch(left - kTile);
+  auto here = [&](long long tile) {
+    return static_cast<int>(max(min(s.tokens - tile * kTile, static_cast<long long>(kTile)), 0LL));
+  };
+  fetch(here(0));
+  stage(here(0), 0, 0);
+  fetch(here(1));
   tile_ends();
   int buffer = 1, third = 1;
-  for (long long tile = 0; tile <= tiles; ++tile, left -= kTile) {
-    if (tile >= 2) store(left + 2 * kTile, third);
+  for (long long tile = 0; tile <= tiles; ++tile) {
+    if (tile >= 2) store(kTile, third);
     if (tile + 1 < tiles) {
-      stage(left - kTile, buffer, third);
-      fetch(left - 2 * kTile);
+      stage(here(tile + 1), buffer, third);
+      fetch(here(tile + 2));
     }
     buffer ^= 1, third = third == 2 ? 0 : third + 1;
     tile_ends();
   }
-  if (tiles) store(left + 2 * kTile, third);
+  if (tiles) store(here(tiles - 1), third);
 }
 
 template <int Float, bool Codes>
@@ -243,8 +251,10 @@ __global__ void __launch_bounds__(kThreads, 1) selective_scan_ahead(const __grid
   const Part s = part_of(p, kChannels);
   const int warp = threadIdx.x / 32, scheduler = warp % 4;
   if (warp >= kStates) {
-    if (scheduler < 2)
-      stage_and_store<Float, Codes>(p, s, shared, (warp / 4 - 1) * 64 + 32 * scheduler + threadIdx.x % 32);
+    const int row = warp / 4 - 1;
+    if (row > 0 && scheduler > 1) return;
+    const int own = row ? kStates + 2 * (row - 1) + scheduler : scheduler;
+    stage_and_store<Float, Codes>(p, s, shared, 32 * own + threadIdx.x % 32);
   } else if (scheduler < 2) {
     keep<2>(p, s, shared, 2 * warp);
   } else {
