@@ -43,10 +43,11 @@ constexpr int kAhead = 256, kAtWork = 32 * kStates + kAhead;
 constexpr int kThreads = 32 * 14;  // a warp's number modulo 4 is its scheduler's
 constexpr int kPitch = kChannels + 4;  // of outputs, whose tokens meet in no bank
 
+// Behind the last token of a tile lies room for one that is read, as what comes next, and not used.
 struct Shared {
-  float4 rates[2][kTile / 2][4][kQuads];  // dt, dt x of two tokens, by the place of a channel in its quad
-  float4 columns[2][kTile][kLanes];       // B, B, C, C of two states
-  float outputs[3][kTile][kPitch];        // D x, to which C h is added
+  float4 rates[2][kTile / 2 + 1][4][kQuads];  // dt, dt x of two tokens, by the place of a channel in its quad
+  float4 columns[2][kTile + 1][kLanes];       // B, B, C, C of two states
+  float outputs[3][kTile][kPitch];            // D x, to which C h is added
 };
 
 __device__ __forceinline__ void tile_ends() { asm volatile("bar.sync 1, %0;" ::"n"(kAtWork) : "memory"); }
@@ -116,7 +117,7 @@ __device__ __forceinline__ void keep(const Scan& p, const Part& s, Shared& share
         if (u == 2) finish();
         column_at += kLanes, rate += u % 2 * 4 * kQuads;
         const float4 now = column;
-        column = *column_at;  // of the next token; behind the last one lies what is not used
+        column = *column_at;  // of the next token
 #pragma unroll
         for (int c = 0; c < Quads; ++c) {
           const float dt_x = u % 2 ? rates[c].w : rates[c].y;
