@@ -1,19 +1,21 @@
-// One token of one sequence through a stack of Mamba1 blocks, in one launch on Hopper: as ssd_stack.cuh, which says why and
-// how. A block owns the same channels of in_proj's x and z, of the convolution, of the scan, and as columns of x_proj, so that
-// three things are passed on in a layer:
+// One token of one sequence through a stack of Mamba1 blocks, in one launch on Hopper: as ssd_stack.cuh, which says why
+// and how. A block owns the same channels of in_proj's x and z, of the convolution, of the scan, and as columns of
+// x_proj, so that three things are passed on in a layer:
 //
-//   norm, codes (every block for itself); in_proj, rows of x and z; convolution; x_proj, its columns  -> common, added up in L2
-//   dt, B and C (every block for itself); dt_proj, rows; the scan of the channels; gate               -> u
-//   rotation, codes (every block for itself); out_proj, a share of the rows                           -> the residual
+//   norm, codes (every block for itself); in_proj, rows of x; convolution; x_proj, columns  -> common, added up in L2
+//   in_proj, rows of z, meanwhile; dt, B and C (every block for itself); dt_proj; the scan  -> u
+//   rotation, codes (every block for itself); out_proj, a share of the rows                 -> the residual
 //
-// Sums that blocks add to are words that count them too, in their upper bits: who needs a sum asks until all have added to it.
-// Integers are added, so that their order does not matter: of w4a16 multiples of 2^-28, below what the activations' type keeps
-// of anything above 2^-16.
+// Sums that blocks add to are words that count them too, in their upper bits: who needs a sum asks until all have added
+// to it. Integers are added, so that their order does not matter: of w4a16 multiples of 2^-28, below what the
+// activations' type keeps of anything above 2^-16.
 //
-// Hazards. Every layer has sums of its own. A value of layer t is replaced by one of layer t + 1 when all blocks have used it:
-// every block adds to the sums, if it has channels or not, behind all that it read of the residual and u; nobody makes u before
-// the sums are whole, nor the residual before all of u. So everybody may ask for values at once. The step of the rounding is
-// advanced when u is whole, which takes all who draw. The launch is cooperative: all blocks run, or none does.
+// Hazards. Every layer has sums of its own. A value of layer t is replaced by one of layer t + 1 when all blocks have
+// used it: every block adds to the sums, if it has channels or not, behind all that it read of the residual and u;
+// nobody makes u before the sums are whole, nor the residual before all of u. So nobody has to count who has passed
+// something on before asking for it, which is done for the sake of L2 alone (stack_passing.cuh). The step of the
+// rounding is advanced when u is whole, which takes all who draw. The launch is cooperative: all blocks run, or none
+// does.
 #pragma once
 
 #include "selective_stack_mixer.cuh"
@@ -23,7 +25,8 @@ namespace quamba::stack::selective {
 
 constexpr int kInput = 0, kGate = 1, kOut = 2;  // turns: rows of x, of z, of out_proj
 constexpr int kCountBit = 55;  // below it the sum, as a signed number: +-2^54
-constexpr float kUnit = 0x1p-28f, kMostSum = 0x1p18f;  // of a block: beyond fp16, and 256 of them do not reach the count
+constexpr float kUnit = 0x1p-28f;
+constexpr float kMostSum = 0x1p18f;  // of a block: beyond fp16, and 256 of them do not reach the count
 
 __device__ __forceinline__ void add_to(unsigned long long* sum, long long v) {
   asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(sum), "l"((1ll << kCountBit) + v) : "memory");
@@ -115,7 +118,8 @@ struct Memory {
 
 // The team's part.
 template <Kind KIND, typename State, int TYPE>
-__device__ __forceinline__ void take_step(const Params& p, const Ring& ring, const Memory<kInteger<KIND>, State>& memory) {
+__device__ __forceinline__ void take_step(const Params& p, const Ring& ring,
+                                          const Memory<kInteger<KIND>, State>& memory) {
   constexpr bool kCodes = kInteger<KIND>, kStateCodes = sizeof(State) == 1, kHalf = TYPE == QUAMBA_F16;
   constexpr int kLanes = 8;  // of a channel of the scan
   static_assert(kMostChannels * kLanes <= kTeam && kStates == 2 * kLanes);
@@ -149,7 +153,8 @@ __device__ __forceinline__ void take_step(const Params& p, const Ring& ring, con
     const int own = share.first + own_row + (turn == kGate ? p.matrix[0].O : 0);
     // through shared memory, as a register that holds it would be spilled, and so waited for
     if (kCodes && owner)
-      copy_piece<4>(shared_address(between.weight_scale + threadIdx.x), static_cast<const float*>(linear.w_scale) + own);
+      copy_piece<4>(shared_address(between.weight_scale + threadIdx.x),
+                    static_cast<const float*>(linear.w_scale) + own);
     if (turn != kGate) {
       const void* const weight = out ? nullptr : l.norm_weight;
       const float* const static_scale = out ? l.out_scale : l.in_scale;
@@ -159,6 +164,7 @@ __device__ __forceinline__ void take_step(const Params& p, const Ring& ring, con
       float in_scale = 1.f;
       if (kCodes && static_scale) in_scale = __uint_as_float(constant_word(static_scale));
       if (out || at_layer) {
+        await(p.counts + out, static_cast<int>((out ? layer : layer - 1) * gridDim.x) - p.ahead);
         receive(v, out ? p.u : p.residual, m.K, out ? layer : layer - 1);
       } else {
         QUAMBA_EACH_QUAD(i, m.K) {
@@ -188,6 +194,7 @@ __device__ __forceinline__ void take_step(const Params& p, const Ring& ring, con
         pass_on(p.residual + own, before, layer);
         if (at_layer + 1 == p.layers) p.y[own] = before;
       }
+      count_in(p.counts);
       // behind a sync of those who have all of u; a sum of no result, for which nobody waits
       if (kStateCodes && l.rng && blockIdx.x == 0 && threadIdx.x == 0)
         asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(l.rng + 1), "l"(1ll) : "memory");
@@ -311,6 +318,7 @@ __device__ __forceinline__ void take_step(const Params& p, const Ring& ring, con
     }
     __syncwarp();
     if (lane == 0) arrive(memory.mixer_empty);
+    count_in(p.counts + 1);
   }
 }
 

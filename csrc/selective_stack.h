@@ -1,8 +1,9 @@
-// The C ABI of a stack of Mamba1 blocks (ops/selective_stack.py): one token of one sequence through norm, in_proj, convolution,
-// x_proj, dt_proj, selective scan, gate, out_proj and residual of every layer, in one launch. Entry points as in stack.h:
+// The C ABI of a stack of Mamba1 blocks (ops/selective_stack.py): one token of one sequence through norm, in_proj,
+// convolution, x_proj, dt_proj, selective scan, gate, out_proj and residual of every layer, in one launch. Entry points
+// as in stack.h:
 //   quamba_selective_stack_w8a8, _w4a8, _w4a16, with NAME_workspace and NAME_serves.
-// in, x and out are of that format; dt is of w8a8, its input codes with a scale of the token's own. x has no bias. Types and
-// alignment as in stack.h; the A of the scan and the weights of dt start at a multiple of 16 bytes.
+// in, x and out are of that format; dt is of w8a8, its input codes with a scale of the token's own. x has no bias.
+// Types and alignment as in stack.h; the A of the scan and the weights of dt start at a multiple of 16 bytes.
 #pragma once
 
 #include "stack.h"

@@ -13,7 +13,8 @@ constexpr int kPace = 75;  // percent of a layer's time for its copies: with mor
 inline int common_of(const QuambaSelectiveStack& s) { return s.R + 2 * kStates; }
 
 inline int64_t workspace_of(const QuambaSelectiveStack& s) {
-  return rounded_up(8ll * kCopies * std::min(s.count, kMostLayers) * common_of(s)) + 4ll * (s.mixer.H + s.D);
+  return rounded_up(8ll * kCopies * std::min(s.count, kMostLayers) * common_of(s)) + 4ll * (s.mixer.H + s.D) +
+         2 * sizeof(unsigned);
 }
 
 inline bool aligned(const QuambaSelectiveStackLayer& l) {
@@ -78,9 +79,10 @@ int plan(const QuambaSelectiveStack& s, Params& p, int& sms, int& bytes) {
   int others = 0;
   for (bool again = true; again;) {
     p.sums_bytes = 0;
-    for (const Matrix& m : p.matrix) p.sums_bytes = std::max(p.sums_bytes, 4 * kStrip * strips_of(m, sms) << m.parts_log);
-    others = kBarrierBytes + p.x_bytes + p.sums_bytes + static_cast<int>(sizeof(Between) + offsetof(Made, more)) + more +
-             4 * (kScratch + kQuads * kWarps + p.row_floats);
+    for (const Matrix& m : p.matrix)
+      p.sums_bytes = std::max(p.sums_bytes, 4 * kStrip * strips_of(m, sms) << m.parts_log);
+    others = kBarrierBytes + p.x_bytes + p.sums_bytes + static_cast<int>(sizeof(Between) + offsetof(Made, more)) +
+             more + 4 * (kScratch + kQuads * kWarps + p.row_floats);
     p.stages = std::min((most - others) / p.stage_bytes, kMaxStages) / 2 * 2;
     again = false;
     for (Matrix& m : p.matrix) {
@@ -93,10 +95,11 @@ int plan(const QuambaSelectiveStack& s, Params& p, int& sms, int& bytes) {
   for (bool again = true; again;) {
     again = false;
     for (const Matrix& m : p.matrix)
-      if (most_rows(m, sms) >> m.stage_rows_log > p.stages && p.stages % stride(m)) p.stages -= p.stages % stride(m), again = true;
+      if (most_rows(m, sms) >> m.stage_rows_log > p.stages && p.stages % stride(m))
+        p.stages -= p.stages % stride(m), again = true;
   }
   bytes = others + p.stages * p.stage_bytes;
-  p.pace = kPace;
+  p.ahead = kAhead, p.pace = kPace;
   return QUAMBA_OK;
 }
 
@@ -104,8 +107,8 @@ int plan(const QuambaSelectiveStack& s, Params& p, int& sms, int& bytes) {
 template <Kind KIND, typename State, int TYPE>
 bool complete(const QuambaSelectiveStackLayer& l, const QuambaDecode& q) {
   constexpr bool kCodes = kInteger<KIND>;
-  for (const float* scale : {l.conv_in_scale, static_cast<const float*>(l.conv_weight_scale), l.conv_out_scale, l.x_scale,
-                             l.B_scale, l.C_scale})
+  for (const float* scale : {l.conv_in_scale, static_cast<const float*>(l.conv_weight_scale), l.conv_out_scale,
+                             l.x_scale, l.B_scale, l.C_scale})
     if ((scale != nullptr) != kCodes) return false;
   if (!l.dt.w || !l.dt.w_scale || l.x.bias || (l.state_scale != nullptr) != (sizeof(State) == 1)) return false;
   return (kCodes || !l.z_scale) && (!l.conv_bias || q.conv_bias_type == TYPE);
@@ -126,6 +129,7 @@ int launch(const QuambaSelectiveStack& s, bool only_plan, cudaStream_t stream) {
   p.u = reinterpret_cast<float*>(static_cast<char*>(s.workspace) +
                                  rounded_up(8ll * kCopies * std::min(s.count, kMostLayers) * common_of(s)));
   p.residual = p.u + q.H;
+  p.counts = reinterpret_cast<unsigned*>(p.residual + s.D);
 
   const auto kernel = selective_stack<KIND, State, TYPE>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

@@ -20,15 +20,16 @@ struct Params {
   Matrix matrix[2];  // in_proj, of which O are the rows of x, as many as those of z behind them; out_proj
   const float* x;    // the residual stream
   float* y;
-  unsigned long long* common;  // what x_proj makes, common to all channels: sums [layers, kCopies, R + 2 N] of all blocks
+  unsigned long long* common;  // what x_proj makes for all channels: sums [layers, kCopies, R + 2 N] of all blocks
   float* u;                    // before its rotation; the last bit is the parity of the layer's number
   float* residual;             // likewise
+  unsigned* counts;            // blocks that have passed on the residual, or u, in all layers together
   Groups norm;
   Rotation rotation;
   int layers, R, groups;       // groups: of a row of x_proj
   int pitch, dt_at, x_at, multipliers_at;  // of a row of x_proj; offsets in Mixer::more
   int stages, stage_bytes, x_bytes, sums_bytes, row_floats;
-  int pace;  // percent
+  int ahead, pace;             // blocks that may be missing when all begin to ask; percent
   float eps;
   QuambaSelectiveStackLayer layer[kMostLayers];
 };
@@ -64,11 +65,12 @@ __device__ __forceinline__ void arrive_behind_copies(uint32_t barrier) {
 // The larger part of it comes to L2, x_proj's weights by all blocks together.
 template <Kind KIND, typename State>
 __device__ __forceinline__ void ask_for_mixer(const Params& p, const QuambaSelectiveStackLayer& l, const Share& share) {
-  const int lane = threadIdx.x % 32, inner = p.mixer.H, pieces = (p.R + 2 * kStates) * (inner / 128) * kOctetBytes<KIND>;
+  const int lane = threadIdx.x % 32, pieces = (p.R + 2 * kStates) * (p.mixer.H / 128) * kOctetBytes<KIND>;
   const int first = pieces * static_cast<int>(blockIdx.x) / static_cast<int>(gridDim.x);  // of 16 bytes
   const int end = pieces * static_cast<int>(blockIdx.x + 1) / static_cast<int>(gridDim.x);
   if (lane == 6) ask_for(static_cast<const char*>(l.x.w) + first * 16, end - first, 16);
-  if (lane == 7) ask_for(static_cast<const char*>(l.dt.w) + static_cast<int64_t>(share.first) * p.R, share.rows * p.R, 1);
+  if (lane == 7)
+    ask_for(static_cast<const char*>(l.dt.w) + static_cast<int64_t>(share.first) * p.R, share.rows * p.R, 1);
   if (lane == 8) ask_for(l.A + static_cast<int64_t>(share.first) * kStates, share.rows * kStates, 4);
   if (lane == 9)
     ask_for(static_cast<const State*>(l.state) + static_cast<int64_t>(share.first) * kStates, share.rows * kStates,
@@ -183,20 +185,23 @@ __device__ __forceinline__ QuambaDecode mixer_of(const Params& p, const QuambaSe
   return q;
 }
 
-// The inputs of x_proj that a block has, as they are multiplied: codes as they lie, or of every octet the even ones before the
-// odd ones, as int4 weights come apart; or floats.
+// The inputs of x_proj that a block has, as they are multiplied: codes as they lie, or of every octet the even ones
+// before the odd ones, as int4 weights come apart; or floats.
 template <Kind KIND>
 __device__ __forceinline__ void put_channel(char* x, int channel, float v) {
-  if constexpr (kInteger<KIND>)
-    x[KIND == Kind::kW8A8 ? channel : channel / 8 * 8 + channel % 2 * 4 + channel % 8 / 2] = static_cast<signed char>(v);
+  if constexpr (KIND == Kind::kW8A8)
+    x[channel] = static_cast<signed char>(v);
+  else if constexpr (KIND == Kind::kW4A8)
+    x[channel / 8 * 8 + channel % 2 * 4 + channel % 8 / 2] = static_cast<signed char>(v);
   else
     reinterpret_cast<float*>(x)[channel] = v;
 }
 
-// What the block's channels, octets of them, add to row `row` of x_proj: int32, or a float. ahead: octets in the first group.
+// What the block's channels, octets of them, add to row `row` of x_proj: int32, or a float. early: octets in the first
+// group.
 template <Kind KIND>
 __device__ __forceinline__ auto share_of_row(const Params& p, const char* more, const char* x, int row, int octets,
-                                             int ahead) {
+                                             int early) {
   const char* const w = more + p.x_at + row * p.pitch;
   if constexpr (KIND == Kind::kW8A8) {
     int sum = 0;
@@ -212,8 +217,9 @@ __device__ __forceinline__ auto share_of_row(const Params& p, const char* more, 
     for (int i = 0; i < octets; ++i) {
       const uint32_t a = reinterpret_cast<const uint32_t*>(w)[i];
       const int2 b = reinterpret_cast<const int2*>(x)[i];
-      const int sum = __dp4a(static_cast<int>(high_codes(a)), b.y, __dp4a(static_cast<int>(high_codes(a << 4)), b.x, 0));
-      if (i < ahead) first += sum; else rest += sum;
+      const int even = __dp4a(static_cast<int>(high_codes(a << 4)), b.x, 0);
+      const int sum = __dp4a(static_cast<int>(high_codes(a)), b.y, even);
+      (i < early ? first : rest) += sum;
     }
     const unsigned char* const m = reinterpret_cast<const unsigned char*>(more + p.multipliers_at) + 2 * row;
     return (first >> 4) * m[0] + (rest >> 4) * m[1];
@@ -222,13 +228,14 @@ __device__ __forceinline__ auto share_of_row(const Params& p, const char* more, 
 #pragma unroll 2
     for (int i = 0; i < octets; ++i) {
       const uint32_t a = reinterpret_cast<const uint32_t*>(w)[i];
-      const float4 low = reinterpret_cast<const float4*>(x)[2 * i], high = reinterpret_cast<const float4*>(x)[2 * i + 1];
+      const float4* const quads = reinterpret_cast<const float4*>(x) + 2 * i;
+      const float4 low = quads[0], high = quads[1];
       const float b[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       float sum = 0.f;
 #pragma unroll
       for (int j = 0; j < 8; ++j)  // a nibble behind the bits of 2^23 is a float whose last places it fills
         sum = fmaf(__uint_as_float((a >> (4 * j) & 15u) | 0x4b000000u) - 8388616.f, b[j], sum);
-      if (i < ahead) first += sum; else rest += sum;
+      (i < early ? first : rest) += sum;
     }
     const __half2 m = reinterpret_cast<const __half2*>(more + p.multipliers_at)[row];
     return fmaf(first, __low2float(m), rest * __high2float(m));

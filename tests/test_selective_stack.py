@@ -48,10 +48,11 @@ def test_all_layers_reach_one_launch(linear, launches):
     for of, weights in (("in", block.in_weights), ("x", block.x_weights), ("dt", block.dt_weights)):
         assert getattr(layer, of).w == weights[0].data_ptr()
     scale = 2 if linear == "linear_w4a8" else 1
-    assert layer.out.w_scale == block.out_weights[scale].data_ptr() and layer.dt.w_scale == block.dt_weights[1].data_ptr()
+    assert layer.out.w_scale == block.out_weights[scale].data_ptr()
+    assert layer.dt.w_scale == block.dt_weights[1].data_ptr()
     assert layer.dt.bias == block.dt_bias.data_ptr() and layer.x.bias is None
     assert layer.state == memory.state.data_ptr() and layer.rng == memory.rng.data_ptr()
-    assert layer.conv_state == memory.conv_state.data_ptr() and layer.A == block.A.data_ptr()
+    assert layer.conv_state == memory.conv_state.data_ptr() and block.A.data_ptr() == layer.A
     assert layer.B_scale == (None if block.B_scale is None else block.B_scale.data_ptr())
 
 

@@ -11,7 +11,6 @@ import quamba
 from quamba.decoding import Decoder
 from quamba.modules import stack
 from quamba.modules.mixer import Mixer
-from quamba_kernels import OPS
 from quamba_kernels.cuda import stack as cuda
 from quamba_kernels.registry import Backend
 from quamba_kernels.testing_stack import Sizes, draw

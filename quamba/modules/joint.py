@@ -73,18 +73,16 @@ class JointSSD(Joint):
     def constants(self, mixer: Mixer, norm: Norm) -> SsdBlock:
         assert isinstance(mixer, SSDMixer)
         A, D, dt_bias = mixer._rates
-        return SsdBlock(
-            **self._shared(mixer, norm), A=A, D=D, dt_bias=dt_bias, **mixer._scales,
-            gate_weight=None if mixer.norm is None else mixer.norm.weight,
-        )  # fmt: skip
+        fields = {**self._shared(mixer, norm), **mixer._scales}
+        gain = None if mixer.norm is None else mixer.norm.weight
+        return SsdBlock(**fields, A=A, D=D, dt_bias=dt_bias, gate_weight=gain)
 
     def memory(self, state: RecurrentState) -> SsdMemory:
         return SsdMemory(state.conv, state.recurrent, state.scale, state.rng)
 
     def options(self, mixer: Mixer) -> dict[str, Any]:
-        return {
-            "gate_eps": mixer.eps, "dt_limit": mixer.mixer_spec.dt_limit, "norm_groups": mixer.out.norm_groups
-        }  # fmt: skip
+        spec = mixer.mixer_spec
+        return {"gate_eps": mixer.eps, "dt_limit": spec.dt_limit, "norm_groups": mixer.out.norm_groups}
 
 
 class JointSelective(Joint):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from quamba_kernels import ops
-from quamba_kernels.cuda import conv, decode, linear, objects, rowwise, scan, selective_stack as selective, ssd, stack
+from quamba_kernels.cuda import conv, decode, linear, objects, rowwise, scan, ssd, stack
+from quamba_kernels.cuda import selective_stack as selective
 from quamba_kernels.cuda.library import library
 from quamba_kernels.cuda.toolchain import CannotBuild, of_device
 from quamba_kernels.ops import Activation

@@ -75,7 +75,8 @@ def why_not(shape: dict[str, int], dtype: torch.dtype) -> str | None:
     problem = QuambaSelectiveStack(mixer=mixer, count=1, D=shape["D"], R=shape["R"], S=shape["S"])
     if library(torch.cuda.current_device()).serves(f"quamba_selective_stack_{linear}_serves", problem):
         return None
-    return f"takes no stack of {problem} and {linear} on this device (csrc/selective_stack_launch.cuh says what it needs)"
+    where = "csrc/selective_stack_launch.cuh says what it needs"
+    return f"takes no stack of {problem} and {linear} on this device ({where})"
 
 
 class _Layer:

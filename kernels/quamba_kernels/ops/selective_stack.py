@@ -64,8 +64,8 @@ def selective_stack(
 
     linear: the op of in_proj, x_proj and out_proj (linear_w8a8, linear_w4a8, linear_w4a16). What in_proj and out_proj
     read is codes by the static in_scale or out_scale [1], codes with a scale per token where there is none, or for
-    linear_w4a16 floats of in_dtype, which is the type of activations everywhere. x_proj reads what the scan reads: codes
-    by x_scale [1], or floats. dt_proj is linear_w8a8 of r [B, R] with a scale per token.
+    linear_w4a16 floats of in_dtype, which is the type of activations everywhere. x_proj reads what the scan reads:
+    codes by x_scale [1], or floats. dt_proj is linear_w8a8 of r [B, R] with a scale per token.
     """
     coded = linear != "linear_w4a16"
     for b, memory in zip(blocks, memories, strict=True):
