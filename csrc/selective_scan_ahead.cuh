@@ -1,9 +1,9 @@
 // The selective scan of selective_scan.cu for 16 states where a multiprocessor has a block of 40 channels to itself.
 //
-// What a lane reads of B and C serves two or three channels there, so that shared memory, which hands a word a cycle to
-// each lane, has less to do. Of the four warps that keep states, one a scheduler, two keep two quads of channels and two
-// keep three. Eight more work ahead, six of them on the schedulers of the former: they bring dt x, dt after the softplus
-// and D x to shared memory, and take the outputs from there.
+// What a lane reads of B and C serves two or three channels there, so that shared memory, which hands a word a cycle
+// to each lane, has less to do. Of the four warps that keep states, one a scheduler, two keep two quads of channels
+// and two keep three. Eight more work ahead, six of them on the schedulers of the former: they bring dt x, dt after
+// the softplus and D x to shared memory, and take the outputs from there.
 #pragma once
 
 #include "launch.cuh"
