@@ -1,9 +1,9 @@
 // The selective scan of selective_scan.cu for 16 states where a multiprocessor has a block of 40 channels to itself.
 //
-// What a lane reads of B and C serves two or three channels there, so that shared memory, which hands a word a cycle to
-// each lane, stays behind the exponentials. Of the four warps that keep states, one a scheduler, two keep two quads of channels
-// and two keep three. Eight more work ahead, on the schedulers of the former: they bring dt x, dt after the softplus and D x
-// to shared memory, and take the outputs from there.
+// What a lane reads of B and C serves two or three channels there, so that shared memory, which hands a word a cycle
+// to each lane, has less to do. Of the four warps that keep states, one a scheduler, two keep two quads of channels
+// and two keep three. Eight more work ahead, six of them on the schedulers of the former: they bring dt x, dt after
+// the softplus and D x to shared memory, and take the outputs from there.
 #pragma once
 
 #include "launch.cuh"
@@ -40,7 +40,7 @@ namespace ahead {
 
 constexpr int kN = 16, kLanes = 8, kStates = 4, kQuads = 10, kChannels = 4 * kQuads, kTile = 48;  // kStates: warps
 constexpr int kAhead = 256, kAtWork = 32 * kStates + kAhead;
-constexpr int kThreads = 32 * 14;  // a warp's number modulo 4 is its scheduler's
+constexpr int kThreads = 32 * 14;  // a warp's number modulo 4 is its scheduler's; two have nothing to do
 constexpr int kPitch = kChannels + 4;  // of outputs, whose tokens meet in no bank
 
 // Behind the last token of a tile lies room for one that is read, as what comes next, and not used.

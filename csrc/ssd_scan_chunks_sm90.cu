@@ -4,7 +4,7 @@
 namespace quamba::ssd::hopper {
 namespace {
 
-constexpr int kThreads = 256, kHeads = kThreads / 32;  // of a block that turns to dt: one a warp, all at once
+constexpr int kThreads = 256, kHeads = 16;  // of a block that turns to dt: a sector holds so many
 
 // Blocks of a slot: one for each group, then kHeads heads each.
 __global__ void __launch_bounds__(kThreads) ssd_chunks(const __grid_constant__ Params p) {
@@ -24,8 +24,10 @@ __global__ void __launch_bounds__(kThreads) ssd_chunks(const __grid_constant__ P
   const Place place = place_of<kTokens>(a, slot);
   if (place.first >= place.end) return;
   if (block >= a.G) {
-    const int head = (block - a.G) * kHeads + warp;
-    if (head < a.H) steps<kTokens, true>(p, place, slot, head);
+    const int first = (block - a.G) * kHeads + warp;
+#pragma unroll
+    for (int i = 0; i < kHeads; i += kThreads / 32)
+      if (first + i < a.H) steps<kTokens, true>(p, place, slot, first + i);
     return;
   }
   const int group = block;

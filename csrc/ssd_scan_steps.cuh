@@ -1,8 +1,6 @@
 // What the SSD scan needs to know of dt: decays and weights of the tokens of a chunk.
 #pragma once
 
-#include <type_traits>
-
 #include "ssd_scan.cuh"
 
 namespace quamba::ssd {
@@ -44,23 +42,17 @@ __device__ __forceinline__ void steps(const Params& p, const Place& place, long 
   constexpr int kEach = Tokens / 32;
   const QuambaSsdScan& a = p.a;
   const int lane = threadIdx.x % 32;
-  const long long first = place.first + lane * kEach, at = place.batch * a.dt_batch + first * a.dt_token + head;
-  float dt[kEach];
-  auto load = [&](auto type) {  // all before the first is waited for
-    constexpr int kType = decltype(type)::value;
-#pragma unroll
-    for (int e = 0; e < kEach; ++e) dt[e] = first + e < place.end ? load_float(a.dt, kType, at + e * a.dt_token) : 0.f;
-  };
-  switch (a.dt_dtype) {
-    case QUAMBA_F32: load(std::integral_constant<int, QUAMBA_F32>{}); break;
-    case QUAMBA_F16: load(std::integral_constant<int, QUAMBA_F16>{}); break;
-    default: load(std::integral_constant<int, QUAMBA_BF16>{});
-  }
   const float rate = kLog2e * __ldg(a.A + head), bias = a.dt_bias ? load_float(a.dt_bias, a.dt_bias_dtype, head) : 0.f;
-  float decay[kEach], sum = 0.f, most = 0.f;
+  float dt[kEach], decay[kEach], sum = 0.f, most = 0.f;
 #pragma unroll
-  for (int e = 0; e < kEach; ++e)  // beyond the last token dt = 0 leaves the state alone
-    dt[e] = first + e < place.end ? fminf(fmaxf(softplus(dt[e] + bias), a.lowest), a.highest) : 0.f;
+  for (int e = 0; e < kEach; ++e) {
+    const long long t = place.first + lane * kEach + e;
+    dt[e] = 0.f;  // beyond the last token dt = 0 leaves the state alone
+    if (t < place.end) {
+      const float v = load_float(a.dt, a.dt_dtype, place.batch * a.dt_batch + t * a.dt_token + head);
+      dt[e] = fminf(fmaxf(softplus(v + bias), a.lowest), a.highest);
+    }
+  }
 #pragma unroll
   for (int e = 0; e < kEach; ++e) decay[e] = sum = __fmaf_rn(dt[e], rate, sum), most = fmaxf(most, dt[e]);
   float before = sum, after = sum;  // both from their own end, so that neither is a difference of long sums
