@@ -6,7 +6,8 @@
 // and a thread advances the step of the stochastic rounding, which they all read: the boundary between the two kernels
 // is the barrier that this takes.
 //
-// A block takes no more registers than leave room for one of the next linear beside it.
+// A block takes no more registers than leave room for one of the next linear beside it, which starts at once: its weights
+// come while tokens are finished.
 #include <algorithm>
 #include <type_traits>
 

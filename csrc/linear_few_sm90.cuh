@@ -285,12 +285,12 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
       }
       auto unpack = [&](auto& a, int chunk) {
         unsigned* const to = reinterpret_cast<unsigned*>(raw_pointer_cast(a.data()));
-        const unsigned from = words + stage * L::kWBytes;
         if (chunk && second) factor[0][0] = factor_at(0, step, 1), factor[0][1] = factor_at(1, step, 1);
         if constexpr (Op::kScaled) {
 #pragma unroll
           for (int i = 0; i < 8; ++i) to[i] = Op::four(held[chunk][i], select, factor[0][i % 2]);
         } else {
+          const unsigned from = words + stage * L::kWBytes;
           unsigned word[2][8];
 #pragma unroll
           for (int h = 0; h < 2; ++h)

@@ -42,8 +42,7 @@ __global__ void __launch_bounds__(kInputThreads) ssd_inputs(const __grid_constan
   constexpr int kBytes = Codes ? 1 : 2;
   if (threadIdx.x * 4 * kBytes % 32 == 0)
     for (int i = 0; i < kWidth - 1; ++i)
-      prefetch_l2(static_cast<const char*>(q.conv_state) +
-                  kBytes * ((3ll * batch + i) * q.channels + c));
+      prefetch_l2(static_cast<const char*>(q.conv_state) + kBytes * ((3ll * batch + i) * q.channels + c));
 
   wait_for_previous_kernel();
   launch_dependents();  // not earlier: ssd_stream reads the state at once
