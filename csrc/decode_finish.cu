@@ -92,7 +92,11 @@ __device__ __forceinline__ void rotate_rest(float* row, int channels, const Rota
 }
 
 template <int OCTETS, int MAX_BASE>
+#if CUDART_VERSION >= 12040
 __global__ void __maxnreg__((kRegisters<OCTETS, MAX_BASE>))
+#else  // there is no saying so: as many as the threads leave
+__global__ void __launch_bounds__(kMaxThreads<OCTETS>)
+#endif
     decode_finish(const __grid_constant__ FinishParams p) {
   extern __shared__ __align__(16) char shared[];
   const QuambaDecode& q = p.q;
