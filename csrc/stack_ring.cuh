@@ -79,7 +79,9 @@ __device__ __forceinline__ void ask_for(const void* data, int count, int element
 
 // Copies at even distances. What blocks pass on waits in L2 behind copies that memory has not answered yet, so that those must
 // not all be asked for when a turn has emptied the ring: they are spread over a layer's time, as the one before has shown it.
+// A layer that something else has held up is not taken for one.
 struct Pace {
+  static constexpr unsigned kMost = 4096;
   unsigned cycles = 0, next, began;
 
   __device__ __forceinline__ Pace() { next = began = clock(); }
@@ -87,7 +89,7 @@ struct Pace {
   // At the begin of a layer of so many copies.
   __device__ __forceinline__ void measure(unsigned copies, unsigned percent) {
     const unsigned now = clock();
-    cycles = (now - began) / 100 * percent / copies, began = now;
+    cycles = min((now - began) / 100 * percent / copies, kMost), began = now;
   }
 
   __device__ __forceinline__ void keep() {
