@@ -125,11 +125,11 @@ def launches(monkeypatch):
     return seen
 
 
-def launch(drawn, linear="linear_w4a8", x=None, dtype=torch.float16):
+def launch(drawn, linear="linear_w4a8", x=None, dtype=torch.float16, groups=SIZES.norm_groups):
     x = torch.zeros(1, SIZES.D) if x is None else x
     kept = [[t for t in tensors if t is not None] for tensors in zip(*(m for _, m in drawn), strict=True)]
     constants = cuda.flatten([b for b, _ in drawn])
-    return cuda.ssd_stack(x, constants, *kept, linear, 1e-5, 1e-6, 0.0, 1.0, SIZES.norm_groups, SIZES.block, dtype)
+    return cuda.ssd_stack(x, constants, *kept, linear, 1e-5, 1e-6, 0.0, 1.0, groups, SIZES.block, dtype)
 
 
 @pytest.mark.parametrize("linear", ["linear_w8a8", "linear_w4a8", "linear_w4a16"])
@@ -150,13 +150,15 @@ def test_all_layers_reach_one_launch(linear, launches):
 
 def test_layers_that_differ_are_refused(launches):
     rng = torch.Generator().manual_seed(0)
-    first = draw("linear_w4a8", rng, SIZES, torch.float16, torch.int8)
+    first = block, memory = draw("linear_w4a8", rng, SIZES, torch.float16, torch.int8)
     for other, message in (
         (draw("linear_w4a8", rng, SIZES, torch.float16, torch.float16), "come with"),
         (draw("linear_w4a8", rng, SIZES, torch.float16, torch.int8, static=False), "same types"),
         (draw("linear_w4a8", rng, SIZES, torch.float16, torch.int8, gains=False), "same types"),
         (draw("linear_w4a8", rng, SIZES._replace(H=8), torch.float16, torch.int8), "same sizes"),
         (draw("linear_w8a8", rng, SIZES, torch.float16, torch.int8), "tensors of weights"),
+        ((block._replace(A=block.A[:2].clone()), memory), "A has to be"),
+        ((block, memory._replace(conv_state=memory.conv_state.expand(2, -1, -1))), "conv_state has to be"),
     ):
         with pytest.raises(ValueError, match=message):
             launch([first, other])
@@ -166,7 +168,19 @@ def test_layers_that_differ_are_refused(launches):
         launch([first], x=torch.zeros(1, SIZES.D, dtype=torch.float16))
     with pytest.raises(TypeError):
         launch([first], dtype=torch.bfloat16)
+    two = memory._replace(state=torch.cat([memory.state] * 2), state_scale=torch.cat([memory.state_scale] * 2))
+    with pytest.raises(ValueError, match="state has to be"):
+        launch([(block, two)])
     assert launches == []
+
+
+def test_a_gain_without_a_norm_is_refused(launches):
+    """The kernel multiplies by it where it normalises."""
+    drawn = draw("linear_w4a8", torch.Generator().manual_seed(0), SIZES, torch.float16, torch.int8)
+    assert launch([drawn], groups=1).shape == (1, SIZES.D) and len(launches) == 1
+    with pytest.raises(ValueError, match="gate_weight"):
+        launch([drawn], groups=0)
+    assert len(launches) == 1
 
 
 SHAPE = SIZES.shape("linear_w4a8", torch.int8)
