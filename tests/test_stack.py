@@ -75,6 +75,22 @@ def test_what_is_not_one_token_of_one_sequence_goes_block_by_block(family, role,
     assert len(calls) == 1 and seen
 
 
+@pytest.mark.parametrize("part", ["", "mixer", "mixer.in_proj", "mixer.x_proj", "mixer.out_proj"])
+def test_what_has_a_hook_is_called(part, stock, calls):
+    """What it sees and what it changes are those of its block."""
+    prompts = torch.tensor([[3, 1, 4]])
+    plain = logits(quamba.load(stock("w4a8", "mamba"), device="cpu")[0], prompts)
+    count = len(calls)
+    model = quamba.load(stock("w4a8", "mamba"), device="cpu")[0]
+    block = model.backbone.layers[0]
+    seen = []
+    handle = block.get_submodule(part).register_forward_hook(lambda module, args, y: seen.append(y) or 2 * y)
+    assert len(logits(model, prompts)) == 5 and len(seen) == 5 and len(calls) == count
+    handle.remove()
+    assert all(torch.equal(a, b) for a, b in zip(logits(model, prompts), plain, strict=True))
+    assert len(seen) == 5 and len(calls) == 2 * count
+
+
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 def test_a_model_that_is_bound_again_steps_with_what_it_has_then(family, stock, calls):
     model = quamba.load(stock("w4a8", family), device="cpu")[0]
@@ -87,7 +103,12 @@ def test_a_model_that_is_bound_again_steps_with_what_it_has_then(family, stock, 
         assert decoder._stacks[0]._constants is before
         model.state_dict()  # unbinds
         decoder.step(torch.tensor([1]))
-    assert decoder._stacks[0]._constants is not before and len(calls) == 3
+        assert decoder._stacks[0]._constants is not before and len(calls) == 3
+        for linear in stack._joint(decoder._stacks[0].blocks[1]).linears(stack._mixer(decoder._stacks[0].blocks[1])):
+            before = decoder._stacks[0]._constants
+            linear.unbind()
+            decoder.step(torch.tensor([1]))
+            assert decoder._stacks[0]._constants is not before
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])

@@ -49,8 +49,11 @@ class Stack:
             mixer, state = _mixer(block), cache.layers[block.layer_idx]
             if not isinstance(state, RecurrentState) or not mixer.decodes(state, 1, mask):
                 return None
-            if any(linear.capture or linear.input.watched for linear in _joint(block).linears(mixer)):
+            linears = _joint(block).linears(mixer)
+            if any(linear.capture or linear.input.watched for linear in linears):
                 return None
+            if any(part._forward_hooks or part._forward_pre_hooks for part in (block, mixer, *linears)):
+                return None  # somebody wants to see or to change what enters or leaves there
             found.append(state)
         return found
 
@@ -177,11 +180,8 @@ def _holds(block: RecurrentBlock, constants: Any) -> bool:
     """Whether the block is bound to what it was bound to: it may have been moved or saved in between."""
     _bind(block)
     mixer = _mixer(block)
-    return (
-        mixer._rates[0] is constants.A
-        and mixer.linear("in_proj")._weights is constants.in_weights
-        and mixer.linear(mixer.out.role)._weights is constants.out_weights
-    )
+    bound = mixer._rates[0], *(linear._weights for linear in _joint(block).linears(mixer))
+    return {id(part) for part in bound} <= {id(constant) for constant in constants}
 
 
 def _constants(block: RecurrentBlock) -> Any:
