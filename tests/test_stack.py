@@ -11,6 +11,7 @@ import quamba
 from quamba.decoding import Decoder
 from quamba.modules import stack
 from quamba.modules.mixer import Mixer
+from quamba_kernels.cuda import selective_stack as selective
 from quamba_kernels.cuda import stack as cuda
 from quamba_kernels.registry import Backend
 from quamba_kernels.testing_stack import Sizes, draw
@@ -127,6 +128,50 @@ def test_blocks_that_differ_do_not(stock, calls):
     assert rest
     first.mixer.dt_proj.input.spec = first.mixer.dt_proj.input.spec.model_copy(update={"scale": "static"})
     assert all(first not in s.blocks for s in stack.stacks_of(model))
+
+
+@pytest.mark.parametrize("family, module", [("mamba", selective), ("mamba2", cuda)])
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "w4a16"])
+def test_a_backend_is_asked_about_the_sizes_of_the_blocks(recipe, family, module, stock, monkeypatch):
+    asked, problems = [], []
+
+    def why_not(setting):
+        asked.append(setting.shape)
+        return None if setting.shape["residual_bits"] == 32 else "other residuals"
+
+    model = quamba.load(stock(recipe, family), device="cpu")[0]
+    block = model.backbone.layers[0]
+    op = stack._joint(block).op
+    monkeypatch.setattr(op, "backends", [Backend("kernel", op.reference, why_not)])
+    monkeypatch.setattr(Mixer, "_fused", lambda self, op: op.candidates[-1])
+    [found] = stack.stacks_of(model)
+    assert found.backend.name == "kernel" and len(found.blocks) == model.config.num_hidden_layers
+
+    def serves(name, problem):
+        problems.append((name, problem))
+        return True
+
+    monkeypatch.setattr(module, "D_STATE", asked[0]["N"])
+    monkeypatch.setattr(module, "library", lambda index: SimpleNamespace(serves=serves))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert module.why_not(asked[0], torch.float16) is None
+    [(name, problem)] = problems
+    assert name == f"quamba_{op.name}_{recipe}_serves"
+    into = stack._mixer(block).linear("in_proj")
+    assert model.config.hidden_size == problem.D and problem.mixer.block == block.mixer.block
+    assert (0 if recipe == "w8a8" else into.features // into._weights[1].shape[-1]) == problem.S
+    assert block.mixer.conv_channels["x"] == problem.mixer.H * problem.mixer.P
+    assert problem.mixer.state_type == {"float16": 1, "int8": 3}[block.mixer.state_spec.dtype]
+    if family == "mamba":
+        assert model.config.time_step_rank == problem.R
+
+    for forced, number in (("kernel", 1), ("torch", 0), ("triton", 0)):
+        monkeypatch.setenv("QUAMBA_BACKEND", f"{op.name}={forced}")
+        assert len(stack.stacks_of(model)) == number, forced
+    monkeypatch.delenv("QUAMBA_BACKEND")
+    for part in model.backbone.layers:
+        part.residual_dtype = torch.float16
+    assert stack.stacks_of(model) == []
 
 
 SIZES = Sizes(256, 4, 64, 1, 128, 1, 256)
