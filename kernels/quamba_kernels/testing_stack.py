@@ -77,6 +77,7 @@ def draw(
 def _ssd_stack(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[Case]:
     sizes = (
         Sizes(256, 4, 64, 1, 128, 1, 256), Sizes(256, 20, 64, 4, 128, 2, 640), Sizes(1024, 16, 64, 1, 128, 0, 0, 256),
+        Sizes(256, 24, 32, 3, 128, 3, 768),
     )  # fmt: skip
     variants = ((F16, False, True), (torch.int8, True, True), (torch.int8, False, False))
     for i, made in enumerate(sizes):
