@@ -6,14 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import quamba
 from quamba.decoding import Decoder
 from quamba.modules import stack
 from quamba.modules.mixer import Mixer
+from quamba_kernels import OPS
 from quamba_kernels.cuda import selective_stack as selective
 from quamba_kernels.cuda import stack as cuda
 from quamba_kernels.registry import Backend
+from quamba_kernels.testing import cases, change
 from quamba_kernels.testing_stack import Sizes, draw
 
 
@@ -247,6 +250,16 @@ def test_a_gain_without_a_norm_is_refused(launches):
     with pytest.raises(ValueError, match="gate_weight"):
         launch([drawn], groups=0)
     assert len(launches) == 1
+
+
+@pytest.mark.parametrize("name", ["ssd_stack", "selective_stack"])
+def test_without_data_a_stack_gives_a_residual_stream(name):
+    backend = next(b for b in OPS[name].backends if b.name == "cuda")
+    for case in cases(name)[:3]:
+        with FakeTensorMode():
+            args = change(case.args, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda"))
+            y = backend(*args, **case.kwargs)
+        assert (y.shape, y.dtype, y.device.type) == (case.args[0].shape, torch.float32, "cuda")
 
 
 SHAPE = SIZES.shape("linear_w4a8", torch.int8)
