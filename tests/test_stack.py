@@ -171,6 +171,12 @@ def test_a_backend_is_asked_about_the_sizes_of_the_blocks(recipe, family, module
     for forced, number in (("kernel", 1), ("torch", 0), ("triton", 0)):
         monkeypatch.setenv("QUAMBA_BACKEND", f"{op.name}={forced}")
         assert len(stack.stacks_of(model)) == number, forced
+    parts = {"mamba": ("linear_w8a8", "conv_decode", "selective_decode"), "mamba2": ("ssd_decode",)}[family]
+    for part in (f"linear_{recipe}", "norm_linear", *parts):
+        monkeypatch.setenv("QUAMBA_BACKEND", f"{part}=torch")
+        assert stack.stacks_of(model) == [], part
+    monkeypatch.setenv("QUAMBA_BACKEND", "ssd_scan=torch,selective_scan=torch")  # of prompts
+    assert len(stack.stacks_of(model)) == 1
     monkeypatch.delenv("QUAMBA_BACKEND")
     for part in model.backbone.layers:
         part.residual_dtype = torch.float16

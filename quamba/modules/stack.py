@@ -143,8 +143,8 @@ def _size(linear: Linear) -> int | None:
 
 def _backend(block: RecurrentBlock) -> Backend | None:
     """What runs a stack of such blocks in one launch, if anything does."""
-    op, mixer = _joint(block).op, _mixer(block)
-    into = mixer.linear("in_proj")
+    joint, mixer = _joint(block), _mixer(block)
+    op, into = joint.op, mixer.linear("in_proj")
     grouped = into._weights[1]
     shape = {
         **mixer.mixer_spec.sizes, "D": into.features, "norm_groups": mixer.out.norm_groups, "block": mixer.block,
@@ -158,6 +158,9 @@ def _backend(block: RecurrentBlock) -> Backend | None:
     if forced is not None and op.explain(setting).get(forced, "unknown") is not None:
         return None  # what is forced serves the blocks one by one
     backend = op.bind(setting)
+    parts = {part.name for part in joint.parts} | {linear.format.op.name for linear in joint.linears(mixer)}
+    if any(forced_backend(part) not in (None, backend.name) for part in parts):
+        return None  # a part too
     return None if backend.name == "torch" else backend
 
 
