@@ -75,8 +75,9 @@ def draw(
 
 @_for("ssd_stack")
 def _ssd_stack(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[Case]:
-    sizes = (
-        Sizes(256, 4, 64, 1, 128, 1, 256), Sizes(256, 20, 64, 4, 128, 2, 640), Sizes(1024, 16, 64, 1, 128, 0, 0, 256),
+    sizes = (  # of outputs of in_proj that are a multiple of 8, or no kernel takes them
+        Sizes(256, 8, 32, 1, 128, 1, 256), Sizes(256, 40, 32, 4, 128, 5, 640), Sizes(1024, 16, 64, 1, 128, 0, 0),
+        Sizes(256, 24, 32, 3, 128, 3, 768),
     )  # fmt: skip
     variants = ((F16, False, True), (torch.int8, True, True), (torch.int8, False, False))
     for i, made in enumerate(sizes):
@@ -92,5 +93,3 @@ def _ssd_stack(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[
             x = _normal(rng, 1, made.D)
             label = f"{linear} {made} {len(drawn)} layers {kind} rng={noisy} static={static} {dtype}"
             yield Case(label, (x, blocks, memories), options, made.shape(linear, kind), dtype)
-
-

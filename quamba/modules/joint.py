@@ -18,6 +18,8 @@ class Joint:
     """Blocks of one kind of mixer: their op, and what it is given."""
 
     op: Op
+    parts: tuple[Op, ...]
+    """What it stands for, beside the linears."""
 
     def streamed(self, mixer: Mixer) -> list[Linear]:
         """The linears that are of one format, from in_proj to out_proj."""
@@ -62,7 +64,7 @@ class Joint:
 class JointSSD(Joint):
     """Mamba2."""
 
-    op = ops.ssd_stack
+    op, parts = ops.ssd_stack, (ops.norm_linear, ops.ssd_decode)
 
     def takes(self, mixer: Mixer) -> bool:
         return True
@@ -88,7 +90,7 @@ class JointSSD(Joint):
 class JointSelective(Joint):
     """Mamba1."""
 
-    op = ops.selective_stack
+    op, parts = ops.selective_stack, (ops.norm_linear, ops.conv_decode, ops.selective_decode)
 
     def streamed(self, mixer: Mixer) -> list[Linear]:
         into, out = super().streamed(mixer)

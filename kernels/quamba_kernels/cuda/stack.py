@@ -179,6 +179,8 @@ class _Layer:
         call.scale("C_scale", b.C_scale, (1,), (G,), count="C_count")
         call.scale("z_scale", b.z_scale, (1,), (inner,), count="z_count")
         call.scale("out_scale", b.out_scale, (1,))
+        if b.gate_weight is not None and not p.norm_groups:
+            raise ValueError("a stack has a gate_weight where its mixers have a norm; got no norm_groups")
         call.whole("norm_weight", b.gate_weight, (dtype,), (inner,), kind="norm_weight_type", aligned=True)
         for name in _MIXER:
             setattr(layer, name, getattr(p, name))
