@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quamba_kernels.ops.stack import SsdBlock, SsdMemory
+from quamba_kernels.ops.stack import BlockMemory, SsdBlock
 from quamba_kernels.testing import F16, Case, _codes, _for, _normal, _scale, _stored
 from quamba_kernels.testing_linear import weights
 
@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
 def draw(
     linear: str, rng: torch.Generator, sizes: Sizes, dtype: torch.dtype, kind: torch.dtype, *, noisy: bool = False,
     static: bool = True, gains: bool = True,
-) -> tuple[SsdBlock, SsdMemory]:  # fmt: skip
+) -> tuple[SsdBlock, BlockMemory]:  # fmt: skip
     """A block and what it remembers. dtype: of activations; kind: of the state; static: scales of the linears' inputs;
     gains: norms have weights, linears and the convolution biases."""
     D, H, P, G, N, groups, _, size = sizes
@@ -70,7 +70,7 @@ def draw(
         out_weights=weights(linear, rng, D, inner, size),
         out_bias=_normal(rng, D, dtype=dtype) * 0.1 if gains else None,
     )  # fmt: skip
-    return block, SsdMemory(window, state, state_scale, torch.tensor([11, 4]) if noisy else None)
+    return block, BlockMemory(window, state, state_scale, torch.tensor([11, 4]) if noisy else None)
 
 
 @_for("ssd_stack")
