@@ -1,7 +1,5 @@
 """Blocks that take a step together: they give what they give one by one, and only where they may."""
 
-import contextlib
-import ctypes
 from types import SimpleNamespace
 
 import pytest
@@ -187,17 +185,8 @@ SIZES = Sizes(256, 4, 64, 1, 128, 1, 256)
 
 
 @pytest.fixture
-def launches(monkeypatch):
-    """(kernel, struct, pointers of its first layer) of every launch; none happens."""
-    seen = []
-
-    def call(name, problem, device):
-        layer = ctypes.cast(problem.layers, ctypes.POINTER(cuda.QuambaStackLayer))[0]
-        seen.append((name, problem, cuda.QuambaStackLayer.from_buffer_copy(layer)))
-
-    monkeypatch.setattr(cuda, "library", lambda index: SimpleNamespace(call=call))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    return seen
+def launches(launches_of):
+    return launches_of(cuda, cuda.QuambaStackLayer)
 
 
 def launch(drawn, linear="linear_w4a8", x=None, dtype=torch.float16, groups=SIZES.norm_groups):
