@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(kBound) decode_finish_slices(const __grid_cons
   for (int real = p.rehearse ? 0 : 1; real < 2; ++real) {
     if (real) {
       wait_for_previous_kernel();
-      launch_dependents();  // not earlier, see decode_finish.cu
+      // not earlier: while the first kernel runs, blocks of the next linear would crowd where there is room for several
+      launch_dependents();
     }
     float v[kQuads][4];
 #pragma unroll

@@ -137,9 +137,12 @@ struct WholeBlock {
 
 namespace hadamard {
 
-// All butterflies over SIZE elements at a distance of 1 << shift.
-template <int SIZE, bool BASE, class Team>
+// All butterflies over SIZE elements at a distance of 1 << shift; SHIFT, where that is known when the kernel is compiled. FAR:
+// known to be 32 or more.
+template <int SIZE, bool BASE, class Team, int SHIFT = -1, bool FAR = false>
 __device__ __forceinline__ void pass(float* row, int channels, int shift) {
+  if constexpr (SHIFT >= 0) shift = SHIFT;
+  constexpr bool kEven = !BASE || FAR;
   const int items = channels / SIZE;
   for (int item = threadIdx.x; item < items; item += Team::threads()) {
     int first = (((item >> shift) * SIZE) << shift) + (item & ((1 << shift) - 1));
@@ -148,15 +151,15 @@ __device__ __forceinline__ void pass(float* row, int channels, int shift) {
     const int step = Team::place(1 << shift);
     float v[SIZE];
 #pragma unroll
-    for (int i = 0; i < SIZE; ++i) v[i] = BASE ? row[Team::place(first + (i << shift))] : at[i * step];
+    for (int i = 0; i < SIZE; ++i) v[i] = kEven ? at[i * step] : row[Team::place(first + (i << shift))];
     if constexpr (BASE) {
       multiply_base<SIZE>(v);
-      asm volatile("" : "+r"(first));  // so that places are computed again instead of kept in SIZE registers
+      if (!FAR) asm volatile("" : "+r"(first));  // so that places are computed again instead of kept in SIZE registers
     } else {
       butterfly<SIZE>(v);
     }
 #pragma unroll
-    for (int i = 0; i < SIZE; ++i) (BASE ? row[Team::place(first + (i << shift))] : at[i * step]) = v[i];
+    for (int i = 0; i < SIZE; ++i) (kEven ? at[i * step] : row[Team::place(first + (i << shift))]) = v[i];
   }
   Team::sync();
 }

@@ -243,11 +243,17 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     static_assert(decltype(size(a0))::value * sizeof(Element) == 4 * Op::kRegisters, "as fill makes them");
 
     const int channel = group * 64 + thread / 32 * 16 + lane / 4, t = lane % 4;
-    const unsigned select = Op::selector(t);
+    const unsigned select = [&] {
+      if constexpr (Op::kScaled)
+        return Op::nibbles(t);
+      else
+        return Op::selector(t);
+    }();
     // a row is 64 bytes, its four 16-byte pieces exchanged by row: the 64-byte swizzle of TMA
     const unsigned words = shared_address(w_tiles) + channel * 64, turn = (channel / 2 & 3) << 4;
     const ScaleOf<typename Op::Raw> of[2] = {{w, column + channel}, {w, column + channel + 8}};
     const int second = w.K / w.groups % kTileK ? 1 : 0;  // whether the latter half of a step has words of its own
+    using Factor = typename Op::Factor;
     auto factor_at = [&](int h, int step, int chunk) {
       const unsigned from = scales + stage * L::kScaleBytes + (chunk & second) * kTileO * 4 + (channel + 8 * h) * 4;
       return Op::factor(of[h].pick(load_word(from), step * kTileK + chunk * w4::kChunk));
@@ -269,17 +275,32 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
 
     for (int step = first_step; step < last_step; ++step) {
       wait(full + 8 * stage, parity);
+      Factor factor[1][2] = {{factor_at(0, step, 0), factor_at(1, step, 0)}};
+      unsigned held[2][8];
+      if constexpr (Op::kScaled) {  // a lane reads the words of its own codes: of every 16 columns the (t / 2)th
+#pragma unroll
+        for (int i = 0; i < 16; ++i)
+          held[i / 8][i % 8] = load_word(words + stage * L::kWBytes + i % 2 * 512 + ((i / 4 * 16) ^ turn) +
+                                        i / 2 % 2 * 8 + t / 2 * 4);
+      }
       auto unpack = [&](auto& a, int chunk) {
-        unsigned word[2][8];
+        unsigned* const to = reinterpret_cast<unsigned*>(raw_pointer_cast(a.data()));
+        if (chunk && second) factor[0][0] = factor_at(0, step, 1), factor[0][1] = factor_at(1, step, 1);
+        if constexpr (Op::kScaled) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
+          for (int i = 0; i < 8; ++i) to[i] = Op::four(held[chunk][i], select, factor[0][i % 2]);
+        } else {
+          const unsigned from = words + stage * L::kWBytes;
+          unsigned word[2][8];
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            uint4 v = load_shared(words + stage * L::kWBytes + h * 512 + ((chunk * 32 + i * 16) ^ turn));
-            word[h][4 * i] = v.x, word[h][4 * i + 1] = v.y, word[h][4 * i + 2] = v.z, word[h][4 * i + 3] = v.w;
-          }
-        const typename Op::Factor factor[1][2] = {{factor_at(0, step, chunk), factor_at(1, step, chunk)}};
-        Op::template fill<1>(reinterpret_cast<unsigned*>(raw_pointer_cast(a.data())), word, factor, select);
+          for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              uint4 v = load_shared(from + h * 512 + ((chunk * 32 + i * 16) ^ turn));
+              word[h][4 * i] = v.x, word[h][4 * i + 1] = v.y, word[h][4 * i + 2] = v.z, word[h][4 * i + 3] = v.w;
+            }
+          Op::template fill<1>(to, word, factor, select);
+        }
       };
       unpack(a0, 0);
       product(a0, 0);

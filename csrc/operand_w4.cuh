@@ -101,6 +101,13 @@ struct Operand<int8_t> {
   __device__ __forceinline__ static Factor factor(Raw m) { return {m, 0x80808080u - m * 0x08080808u}; }
   __device__ static unsigned selector(int t) { return 0x1100u + 0x2222u * t; }  // half t of two words, bytes doubled
 
+  // Four codes of a word of eight, the first or, at odd t, the last ones, by a selector of nibbles.
+  __device__ static unsigned nibbles(int t) { return t % 2 ? 0x7362u : 0x5140u; }
+  __device__ __forceinline__ static unsigned four(unsigned word, unsigned nibbles, const Factor& f) {
+    const unsigned codes = __byte_perm(word, word >> 4, nibbles) & 0x0f0f0f0fu;
+    return (codes * f.multiplier + f.offset) ^ 0x80808080u;
+  }
+
   template <int Parts>
   __device__ __forceinline__ static void fill(unsigned* a, const unsigned (&word)[2][8],
                                               const Factor (&factor)[Parts][2], unsigned select) {

@@ -17,7 +17,7 @@ typedef struct {         // quamba_selective_scan
   long long T;
   long long x_batch, x_token, dt_batch, dt_token, b_batch, b_token, c_batch, c_token;
   int I, N, sequences;
-  int x_scale_count, lanes;  // lanes: of a channel, 8 or 4; 0 for what fits the size
+  int x_scale_count, lanes;  // lanes: of a channel, 8 or 4, or 24 of three; 0 for what fits the size
   int x_dtype, dt_dtype, b_dtype, c_dtype, D_dtype, dt_bias_dtype, y_dtype;
 } QuambaScan;
 

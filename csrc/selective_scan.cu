@@ -9,22 +9,17 @@
 //
 // A block stages tiles of 32 tokens in shared memory: dt after the softplus and dt x for its channels, B and C for all.
 // The next tile is on its way while one is computed. The sums of some tokens are added up while the next are computed.
-#include "launch.cuh"
-#include "quads.cuh"
-#include "scan.h"
-#include "softplus.cuh"
+#include <type_traits>
+
+#include "selective_scan_ahead.cuh"
 
 namespace {
 
 using namespace quamba;
+using namespace quamba::selective;
 
 constexpr int kThreads = 128, kTokens = 32;
-
-struct Scan {
-  QuambaScan a;
-  int blocks;  // of channels
-  bool whole_x, whole_dt, whole_b, whole_c, whole_y;
-};
+constexpr int kWide = 24;  // lanes: those of selective_scan_ahead.cuh, for three channels
 
 // Lanes x States = N. Float: the type of dt and y, and of x, B and C unless these are Codes, all rows lying in whole quads;
 // or kAny, for any types.
@@ -45,19 +40,12 @@ __global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant
 
   const QuambaScan& a = p.a;
   const int thread = threadIdx.x, lane = thread % Lanes, own = thread / Lanes;
-  const int sequence = blockIdx.x / p.blocks, block = (blockIdx.x - sequence * p.blocks) * kChannels;
+  launch_dependents();
+  wait_for_previous_kernel();
+  const auto [batch, begin, tokens, sequence, block] = part_of(p, kChannels);
   const int channel = block + own;
   const bool exists = channel < a.I;
   const int quad = thread % kQuads, first = block + 4 * quad, count = min(a.I - first, 4);
-  launch_dependents();
-  wait_for_previous_kernel();
-
-  long long begin = 0, tokens = a.T, batch = sequence;
-  if (a.cu_seqlens) {
-    batch = 0;
-    begin = min(max(static_cast<long long>(__ldg(a.cu_seqlens + sequence)), 0LL), a.T);
-    tokens = max(min(static_cast<long long>(__ldg(a.cu_seqlens + sequence + 1)), a.T) - begin, 0LL);
-  }
   // where the first tile of each stream lies for this thread, and what leads from tile to tile
   const long long row = thread / kQuads, column_row = thread / kRows;
   long long x_at = batch * a.x_batch + (begin + row) * a.x_token + first, x_step = kTokens * a.x_token;
@@ -221,11 +209,12 @@ int launch_as(const Scan& p, void* stream) {
                 stream, 0, false);
 }
 
+// Wide: by the kernel of selective_scan_ahead.cuh, where it serves.
 template <int Lanes, int States>
-int launch_scan(const QuambaScan& a, void* stream) {
+int launch_scan(const QuambaScan& a, void* stream, bool wide = false) {
   const bool dense = a.I % 4 == 0;
   const Scan p{a,
-               (a.I - 1) / (kThreads / Lanes) + 1,
+               (a.I - 1) / (wide ? ahead::kChannels : kThreads / Lanes) + 1,
                dense && in_quads(a.x, a.x_dtype, a.x_token, a.x_batch),
                dense && in_quads(a.dt, a.dt_dtype, a.dt_token, a.dt_batch),
                in_quads(a.b, a.b_dtype, a.b_token, a.b_batch),
@@ -234,21 +223,20 @@ int launch_scan(const QuambaScan& a, void* stream) {
   if constexpr (Lanes * States == 16) {
     const bool whole = p.whole_x && p.whole_dt && p.whole_b && p.whole_c && p.whole_y, half = a.dt_dtype == QUAMBA_F16;
     auto all = [&](int type) { return a.x_dtype == type && a.b_dtype == type && a.c_dtype == type; };
+    auto launch = [&](auto type, auto codes) {
+      constexpr int kFloat = decltype(type)::value;
+      constexpr bool kCodes = decltype(codes)::value;
+      return wide ? ahead::launch_as<kFloat, kCodes>(p, stream) : launch_as<Lanes, States, kFloat, kCodes>(p, stream);
+    };
+    constexpr std::integral_constant<int, QUAMBA_F16> kHalf;
+    constexpr std::integral_constant<int, QUAMBA_BF16> kBrain;
     if (whole && a.y_dtype == a.dt_dtype && a.dt_dtype != QUAMBA_F32) {
-      if (all(QUAMBA_I8))
-        return half ? launch_as<Lanes, States, QUAMBA_F16, true>(p, stream)
-                    : launch_as<Lanes, States, QUAMBA_BF16, true>(p, stream);
-      if (all(a.dt_dtype))
-        return half ? launch_as<Lanes, States, QUAMBA_F16, false>(p, stream)
-                    : launch_as<Lanes, States, QUAMBA_BF16, false>(p, stream);
+      if (all(QUAMBA_I8)) return half ? launch(kHalf, std::true_type{}) : launch(kBrain, std::true_type{});
+      if (all(a.dt_dtype)) return half ? launch(kHalf, std::false_type{}) : launch(kBrain, std::false_type{});
     }
-    if constexpr (Lanes != 8)
-      return launch_scan<8, 2>(a, stream);  // one for any types is enough
-    else
-      return launch_as<Lanes, States, kAny, false>(p, stream);
-  } else {
-    return launch_as<Lanes, States, kAny, false>(p, stream);
+    if (Lanes != 8 || wide) return launch_scan<8, 2>(a, stream);  // one for any types is enough
   }
+  return launch_as<Lanes, States, kAny, false>(p, stream);
 }
 
 }  // namespace
@@ -267,6 +255,12 @@ extern "C" int quamba_selective_scan(const QuambaScan* args, void* stream) {
     return error;
   // four lanes need fewer shuffles and loads, eight make twice the warps
   const long long warps_of_four = static_cast<long long>(a.I) * a.sequences * 4 / 32;
-  const int lanes = a.lanes ? a.lanes : warps_of_four >= 16LL * processors ? 4 : 8;
-  return lanes == 4 ? launch_scan<4, 4>(a, stream) : launch_scan<8, 2>(a, stream);
+  auto turns = [&](int channels) {  // blocks of a multiprocessor
+    return (((a.I - 1) / channels + 1LL) * a.sequences - 1) / processors + 1;
+  };
+  const long long tokens = a.cu_seqlens ? a.T / a.sequences : a.T;
+  // measured with a block of 40 channels for nearly every multiprocessor, where three of 16 took their turns on some
+  const bool wide = tokens >= 4 * ahead::kTile && turns(ahead::kChannels) == 1 && turns(kThreads / 8) > 2;
+  const int lanes = a.lanes ? a.lanes : wide ? kWide : warps_of_four >= 16LL * processors ? 4 : 8;
+  return lanes == 4 ? launch_scan<4, 4>(a, stream) : launch_scan<8, 2>(a, stream, lanes == kWide);
 }

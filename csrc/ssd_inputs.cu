@@ -38,6 +38,12 @@ __global__ void __launch_bounds__(kInputThreads) ssd_inputs(const __grid_constan
     if (opens_head) A = constant(q.A, head, 0.f), D = constant(q.D, head, 0.f), dt_bias = constant(q.dt_bias, head, 0.f);
   }
 
+  // what the convolution keeps has come from memory by then; a prefetch may run ahead of who writes it
+  constexpr int kBytes = Codes ? 1 : 2;
+  if (threadIdx.x * 4 * kBytes % 32 == 0)
+    for (int i = 0; i < kWidth - 1; ++i)
+      prefetch_l2(static_cast<const char*>(q.conv_state) + kBytes * ((3ll * batch + i) * q.channels + c));
+
   wait_for_previous_kernel();
   launch_dependents();  // not earlier: ssd_stream reads the state at once
   const uint2 x = fetch_halves(is_x ? q.x : is_B ? q.B : q.C, batch * (is_x ? q.x_stride : q.bc_stride) + column);

@@ -24,35 +24,41 @@
 
 namespace quamba::stack {
 
-// What all layers need from global memory, in the order in which it is used.
-template <Kind KIND, typename State>
-__device__ __forceinline__ void bring_all(const Params& p, const Ring& ring, Mixer<kInteger<KIND>, State>& mixer,
-                                          uint32_t mixer_full, uint32_t mixer_empty) {
+// The weights of all layers in the order in which they are used.
+template <Kind KIND>
+__device__ __forceinline__ void bring_weights(const Params& p, const Ring& ring) {
   Stage stage{0, 0};
-  const Part part(p);
+  Pace pace;
   const Share of_in(p.matrix[0]), of_out(p.matrix[1]);
+  const unsigned copies = max(1, (of_in.rows >> p.matrix[0].stage_rows_log) + (of_out.rows >> p.matrix[1].stage_rows_log));
 #pragma unroll 1
   for (int turn = 0; turn < 2 * p.layers; ++turn) {
     const QuambaStackLayer& l = p.layer[turn / 2];
     const QuambaStackLinear& linear = turn & 1 ? l.out : l.in;
-    if (!(turn & 1)) {
-      // what others read of a layer comes to L2 in time; what all blocks do, once
-      const int lane = threadIdx.x % 32;
-      if (lane == 0 && blockIdx.x % 16 == 0) ask_for(l.norm_weight, p.matrix[0].K, 2);
-      if (lane == 1 && blockIdx.x % 16 == 1) ask_for(l.gate_weight, p.matrix[1].K, 2);
-      if (lane == 2 && blockIdx.x % 16 == 2 && l.in_scale) prefetch_l2(l.in_scale);
-      if (lane == 3 && blockIdx.x % 16 == 3 && l.out_scale) prefetch_l2(l.out_scale);
-      if (lane == 4 && kInteger<KIND>) ask_for(static_cast<const float*>(l.in.w_scale) + of_in.first, of_in.rows, 4);
-      if (lane == 5 && kInteger<KIND>) ask_for(static_cast<const float*>(l.out.w_scale) + of_out.first, of_out.rows, 4);
-    }
-    if ((turn & 1) && part.rows > 0) {
-      wait(mixer_empty, turn / 2 & 1 ^ 1);
-      bring_mixer(p, l, part, mixer, mixer_full);
-    }
-    const Share& share = turn & 1 ? of_out : of_in;
-    if (threadIdx.x % 32 == 0)
-      bring(ring, p.matrix[turn & 1], share, linear.w, KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale, stage);
-    __syncwarp();
+    if (turn && !(turn & 1)) pace.measure(copies, p.pace);
+    bring(ring, p.matrix[turn & 1], turn & 1 ? of_out : of_in, linear.w,
+          KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale, stage, pace);
+  }
+}
+
+// What the mixers need from before this token, a layer ahead; what others read of a layer comes to L2 in time.
+template <Kind KIND, typename State>
+__device__ __forceinline__ void bring_mixers(const Params& p, Mixer<kInteger<KIND>, State>& mixer, uint32_t full,
+                                             uint32_t empty) {
+  const Part part(p);
+  const Share of_in(p.matrix[0]), of_out(p.matrix[1]);
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int layer = 0; layer < p.layers; ++layer) {
+    const QuambaStackLayer& l = p.layer[layer];
+    if (lane == 0 && blockIdx.x % 16 == 0) ask_for(l.norm_weight, p.matrix[0].K, 2);  // what all blocks need, once
+    if (lane == 1 && blockIdx.x % 16 == 1) ask_for(l.gate_weight, p.matrix[1].K, 2);
+    if (lane == 2 && blockIdx.x % 16 == 2 && l.in_scale) prefetch_l2(l.in_scale);
+    if (lane == 3 && blockIdx.x % 16 == 3 && l.out_scale) prefetch_l2(l.out_scale);
+    if (lane == 4 && kInteger<KIND>) ask_for(static_cast<const float*>(l.in.w_scale) + of_in.first, of_in.rows, 4);
+    if (lane == 5 && kInteger<KIND>) ask_for(static_cast<const float*>(l.out.w_scale) + of_out.first, of_out.rows, 4);
+    wait(empty, layer & 1 ^ 1);
+    if (part.rows > 0) bring_mixer(p, l, part, mixer, full);
   }
 }
 
@@ -87,10 +93,8 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
   }
   __syncthreads();
 
-  if (warp == kWarps) {
-    bring_all<KIND, State>(p, ring, mixer, mixer_full, mixer_empty);
-    return;
-  }
+  if (warp < kWarps) {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kManyRegisters));
 
   const int inner = p.matrix[1].K, lane = threadIdx.x % 32;
   const Share of_in(p.matrix[0]), of_out(p.matrix[1]);
@@ -101,12 +105,13 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
   const bool is_row = own_row >= 0, is_B = threadIdx.x < kN, exists = rows > 0 && own_row < rows;
   const int shared0 = inner + (is_B ? 0 : (p.mixer.G - 1) * kN) + group * kN;
   const int place = is_row ? channel0 + own_row : shared0 + static_cast<int>(threadIdx.x);
-  const int head = is_row && exists ? place / p.mixer.P : 0;
+  const int head = is_row && exists ? place / p.mixer.P : 0, own_head = is_row ? head - channel0 / p.mixer.P : 0;
   const int early = kCodes && is_row ? channel0 % 16 : 0;  // bytes that came along
 
   const int inputs = inner, dts = 2 * inner + 2 * p.mixer.G * kN;  // where x and dt begin in projected
   Stage stage{0, 0};
-  float before = 0.f;  // the residual in the thread's row of out_proj
+  unsigned own_input = 0;  // of the thread's channel of the convolution
+  float before = 0.f;      // the residual in the thread's row of out_proj
   if (static_cast<int>(threadIdx.x) < of_out.rows) before = __ldcg(p.x + of_out.first + threadIdx.x);
 
   // in_proj and out_proj of every layer in turn: what they share is there once, as instructions have to be fetched, too
@@ -142,19 +147,7 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
         v[i][0] = four.x, v[i][1] = four.y, v[i][2] = four.z, v[i][3] = four.w;
       }
     }
-    if (out && rows > 0) {
-      // not before all threads have all of u, so that all blocks have read them
-      Team::sync();
-      if (part.first == 0 && !is_row) {
-        const QuambaDecode q = mixer_of<kCodes, TYPE>(p, l);
-        decode::Taps taps{};
-        decode::Window window;
-        unsigned got[1];
-        receive(got, {p.projected + inputs + place}, layer);
-        read_channel<kCodes, TYPE>(q, mixer, threadIdx.x, 0, place, got[0] & 0xffffu, taps, window);
-        decode::shift<kCodes>(q, taps.in, window);
-      }
-      if (kStateCodes && l.rng && blockIdx.x == 0 && threadIdx.x == 0) l.rng[1] = __ldcg(l.rng + 1) + 1;
+    if (out && part.first) {  // the first block of a group still needs what it has of the mixer
       __syncwarp();
       if (lane == 0) arrive(mixer_empty);
     }
@@ -177,6 +170,19 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
       }
     }
     if (out) count_in(p.counts);
+    if (out && !part.first) {
+      // all threads of the block have had all of u, so that all blocks have read what is replaced here
+      if (rows > 0 && !is_row) {
+        const QuambaDecode q = mixer_of<kCodes, TYPE>(p, l);
+        decode::Taps taps{};
+        decode::Window window;
+        read_channel<kCodes, TYPE>(q, mixer, threadIdx.x, 0, place, own_input & 0xffffu, taps, window);
+        decode::shift<kCodes>(q, taps.in, window);
+      }
+      if (kStateCodes && l.rng && blockIdx.x == 0 && threadIdx.x == 0) l.rng[1] = __ldcg(l.rng + 1) + 1;
+      __syncwarp();
+      if (lane == 0) arrive(mixer_empty);
+    }
     if (!out) {  // a branch of its own: as an else, ptxas 13.0 spills three times as much for W8A8
       const QuambaDecode q = mixer_of<kCodes, TYPE>(p, l);
       if (rows > 0) wait(mixer_full, turn / 2 & 1);
@@ -186,16 +192,16 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
         unsigned got[3];
         const unsigned* const input = p.projected + inputs + place;
         receive(got, {input, is_row ? p.projected + dts + head : input, is_row ? p.projected + place : input}, layer);
+        own_input = got[0];
         float dt = decode::to_float(got[1], TYPE);
         const float z = decode::to_float(got[2], TYPE);
         read_channel<kCodes, TYPE>(q, mixer, threadIdx.x, early, place, got[0] & 0xffffu, taps, window);
         const float made = decode::convolve<kCodes>(q, taps, window);
         if (is_row) {
-          const int at = head - channel0 / q.P;
           const float xs = made * mixer.x_scale[q.x_count > 1 ? own_row : 0];
           decode::shift<kCodes>(q, taps.in, window);
-          dt = fminf(fmaxf(decode::softplus(__fadd_rn(dt, mixer.dt_bias[at])), q.dt_min), q.dt_max);
-          between.info[own_row] = {expf(__fmul_rn(dt, mixer.A[at])), __fmul_rn(dt, xs), __fmul_rn(xs, mixer.D[at]),
+          dt = fminf(fmaxf(decode::softplus(__fadd_rn(dt, mixer.dt_bias[own_head])), q.dt_min), q.dt_max);
+          between.info[own_row] = {expf(__fmul_rn(dt, mixer.A[own_head])), __fmul_rn(dt, xs), __fmul_rn(xs, mixer.D[own_head]),
                                    decode::gate_of(q, z, mixer.z_scale[q.z_count > 1 ? own_row : 0])};
         } else {
           (is_B ? between.B : between.C)[spread<kCount>(threadIdx.x % kN)] = made * mixer.shared_scale[!is_B];
@@ -247,6 +253,11 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
       }
       count_in(p.counts + 1);
     }
+  }
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFewRegisters));
+    if (threadIdx.x == kTeam) bring_weights<KIND>(p, ring);
+    if (warp == kWarps + 1) bring_mixers<KIND, State>(p, mixer, mixer_full, mixer_empty);
   }
 }
 

@@ -13,7 +13,7 @@ inline int64_t rounded_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 inline int outputs(const QuambaDecode& q) { return 2 * q.H * q.P + 2 * q.G * q.N + q.H; }
 
 inline int64_t workspace_of(const QuambaStack& s) {
-  return rounded_up(4ll * outputs(s.mixer)) + 8ll * (s.mixer.H * s.mixer.P + s.D) + 2 * sizeof(unsigned);
+  return rounded_up(4ll * outputs(s.mixer)) + 4ll * (s.mixer.H * s.mixer.P + s.D) + 2 * sizeof(unsigned);
 }
 
 // The largest share of a matrix.
@@ -31,16 +31,17 @@ bool describe(Matrix& m, int O, int K, int S, int blocks) {
     if (S != 2 * kStep) return false;
     m.scale_bytes = K / S * (kInteger<KIND> ? 1 : 2);
   }
-  for (m.stage_rows = kOctet; m.stage_rows > 2 && m.stage_rows * m.row_bytes > kStageBytes;) m.stage_rows /= 2;
-  m.strip_stages = kStrip / m.stage_rows;
+  for (m.stage_rows_log = 3; m.stage_rows_log > 1 && m.row_bytes << m.stage_rows_log > kStageBytes;) --m.stage_rows_log;
+  m.strip_stages_log = 4 - m.stage_rows_log;
   // parts by what they take: rounds of the warps, times steps and what a part costs beside them
   const int strips = strips_of(m, blocks);
   double least = 0;
-  for (int parts = 1; parts <= kWarps; parts *= 2) {
+  for (int log = 0; 1 << log <= kWarps; ++log) {
+    const int parts = 1 << log;
     const double cost = (strips * parts + kWarps - 1) / kWarps * ((m.steps + parts - 1) / parts + 1.5);
-    if (!m.parts || cost < least) m.parts = parts, least = cost;
+    if (!log || cost < least) m.parts_log = log, least = cost;
   }
-  return m.stage_rows * m.row_bytes <= kStageBytes && m.stage_rows * m.scale_bytes % 16 == 0;
+  return m.row_bytes << m.stage_rows_log <= kStageBytes && (m.scale_bytes << m.stage_rows_log) % 16 == 0;
 }
 
 // Whether what is copied in bulk begins at a multiple of 16 bytes.
@@ -71,7 +72,8 @@ int plan(const QuambaStack& s, Params& p, int& sms, int& bytes) {
   if (groups < 0 || (groups && (inner % (groups * kRun) || (groups > 1 && runs & (runs - 1))))) return QUAMBA_UNSUPPORTED;
   p.groups[0] = {1, s.D / kRun, 1.f / static_cast<float>(s.D)};
   p.groups[1] = {groups, runs, groups ? 1.f / static_cast<float>(runs * kRun) : 0.f};
-  if (!make_rotation(q.block, p.rotation) || p.rotation.base > 20 || (p.rotation.base && inner % q.block))
+  if (!make_rotation(q.block, p.rotation) || p.rotation.base > 20 ||
+      (p.rotation.base && (p.rotation.bits < 5 || inner % q.block)))
     return QUAMBA_UNSUPPORTED;
   if (q.channels % 16 || q.P * (Mixer<kCodes, State>::kHeads - 1) < kMostRows) return QUAMBA_UNSUPPORTED;
   int ordinal = 0, most = 0, cooperative = 0;
@@ -94,37 +96,42 @@ int plan(const QuambaStack& s, Params& p, int& sms, int& bytes) {
   if (p.rows > kMostRows) return QUAMBA_UNSUPPORTED;
   p.ahead = std::min(s.D, outputs(q)) / kOctet >= sms ? kAhead : 0;
 
+
   int stage_bytes = 0;
   for (const Matrix& m : p.matrix) {
-    stage_bytes = std::max(stage_bytes, m.stage_rows * (m.row_bytes + m.scale_bytes));
+    stage_bytes = std::max(stage_bytes, (m.row_bytes + m.scale_bytes) << m.stage_rows_log);
     p.x_bytes = std::max(p.x_bytes, m.steps * kStepX<KIND>);
     if (most_rows(m, sms) > kTeam) return QUAMBA_UNSUPPORTED;
   }
   p.stage_bytes = (stage_bytes + 63) / 128 * 128 + 64;
   p.row_floats = (Team::place(inner) + 31) / 32 * 32;
   using Made = Mixer<kCodes, State>;
-  const auto stride = [](const Matrix& m) { return kWarps / m.parts * m.strip_stages; };  // from a warp's strip to its next
+  const auto stride = [](const Matrix& m) { return kWarps >> m.parts_log << m.strip_stages_log; };  // from a warp's strip to its next
   int others = 0;
   for (bool again = true; again;) {
     p.sums_bytes = 0;
-    for (const Matrix& m : p.matrix) p.sums_bytes = std::max(p.sums_bytes, 4 * kStrip * strips_of(m, sms) * m.parts);
+    for (const Matrix& m : p.matrix) p.sums_bytes = std::max(p.sums_bytes, 4 * kStrip * strips_of(m, sms) << m.parts_log);
     others = kBarrierBytes + p.x_bytes + p.sums_bytes + static_cast<int>(sizeof(Between) + offsetof(Made, state)) +
              p.rows * kN * static_cast<int>(sizeof(State)) + 4 * (kScratch + kQuads * kWarps + p.row_floats);
     p.stages = std::min((most - others) / p.stage_bytes, kMaxStages) / 2 * 2;
     again = false;
     for (Matrix& m : p.matrix) {
       if (stride(m) <= p.stages) continue;
-      if (m.parts == kWarps) return QUAMBA_UNSUPPORTED;
-      m.parts *= 2, again = true;
+      if (m.parts() == kWarps) return QUAMBA_UNSUPPORTED;
+      ++m.parts_log, again = true;
     }
   }
   // where a turn does not fit the ring, the stage before in a slot has to be the warp's own (see Stage)
   for (bool again = true; again;) {
     again = false;
     for (const Matrix& m : p.matrix)
-      if (most_rows(m, sms) / m.stage_rows > p.stages && p.stages % stride(m)) p.stages -= p.stages % stride(m), again = true;
+      if (most_rows(m, sms) >> m.stage_rows_log > p.stages && p.stages % stride(m)) p.stages -= p.stages % stride(m), again = true;
   }
   bytes = others + p.stages * p.stage_bytes;
+  // of a layer's time, for its copies: as much as has been found to leave none waiting, by what of a layer the ring holds
+  int copies = 0;
+  for (const Matrix& m : p.matrix) copies += most_rows(m, sms) >> m.stage_rows_log;
+  p.pace = tuned("QUAMBA_PACE", 45 + 40 * std::min(p.stages, copies) / copies);
   return QUAMBA_OK;
 }
 
@@ -150,7 +157,7 @@ int launch(const QuambaStack& s, bool only_plan, cudaStream_t stream) {
     if (!aligned(s.layers[i]) || !complete<KIND, TYPE>(s.layers[i], q)) return QUAMBA_UNSUPPORTED;
   p.x = s.x, p.y = s.y;
   p.projected = static_cast<unsigned*>(s.workspace);
-  p.u = reinterpret_cast<uint2*>(static_cast<char*>(s.workspace) + rounded_up(4ll * outputs(q)));
+  p.u = reinterpret_cast<float*>(static_cast<char*>(s.workspace) + rounded_up(4ll * outputs(q)));
   p.residual = p.u + q.H * q.P;
   p.counts = reinterpret_cast<unsigned*>(p.residual + s.D);
 

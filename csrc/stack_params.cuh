@@ -9,7 +9,10 @@ namespace quamba::stack {
 
 using decode::Row;
 
-constexpr int kThreads = kTeam + 32;
+constexpr int kThreads = kTeam + 128;  // registers are handed over by groups of four warps
+// Of a thread of the team, and of the others: together what a launch of kThreads gets, 96 each.
+constexpr int kManyRegisters = 112, kFewRegisters = 32;
+static_assert(kTeam * kManyRegisters + 128 * kFewRegisters <= 96 * kThreads, "more registers than there are");
 constexpr int kN = 128, kMostRows = 64;  // d_state; rows of the state that a block has, at most
 constexpr int kQuads = 4;                // of a row of activations that a thread has, at most
 constexpr int kRun = 128;                // channels of a warp's quads
@@ -30,8 +33,8 @@ struct Params {
   const float* x;      // the residual stream
   float* y;
   unsigned* projected;  // what in_proj makes: 16 bits, and 16 of the layer's number
-  uint2* u;             // what the mixer makes, before its norm: a float and the layer's number
-  uint2* residual;
+  float* u;             // what the mixer makes, before its norm; the last bit is the parity of the layer's number
+  float* residual;      // likewise
   unsigned* counts;     // blocks that have passed on u, or the residual, in all layers together
   Groups groups[2];    // of the norms before them
   Rotation rotation;
@@ -39,6 +42,7 @@ struct Params {
   int rows, blocks;    // of the state: of a block; blocks of a group
   int stages, stage_bytes, x_bytes, sums_bytes, row_floats;
   int ahead;
+  int pace;  // percent
   float eps;
   QuambaStackLayer layer[kMostLayers];
 };

@@ -1,14 +1,15 @@
-// How blocks of a stack pass on what they make, without barriers of the grid: every value comes with the number of its layer.
+// How blocks of a stack pass on what they make, without barriers of the grid: every value tells which layer it is of, one of 16
+// bits by the layer's number beside it, a float by the number's parity in its last bit. Parity suffices: whoever waits for a
+// value has seen the one of the layer before in its place, and the next one is not written until all have seen this one.
 #pragma once
 
 #include "stack_rows.cuh"
 
 namespace quamba::stack {
 
-// What other blocks pass on. Of 8 bytes that are written at once none is seen without the others.
-__device__ __forceinline__ void pass_on(uint2* to, float v, unsigned layer) {
-  const uint64_t both = __float_as_uint(v) | static_cast<uint64_t>(layer) << 32;
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(both) : "memory");
+__device__ __forceinline__ void pass_on(float* to, float v, unsigned layer) {
+  const unsigned bits = (__float_as_uint(v) & ~1u) | (layer & 1);
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(bits) : "memory");
 }
 
 __device__ __forceinline__ void pass_on(unsigned* to, unsigned short v, unsigned layer) {
@@ -57,28 +58,26 @@ __device__ __forceinline__ void receive(unsigned (&v)[COUNT], const unsigned* co
   } while (waiting);
 }
 
-__device__ __forceinline__ void receive(Quads& v, const uint2* from, int channels, unsigned layer) {
+__device__ __forceinline__ void receive(Quads& v, const float* from, int channels, unsigned layer) {
   Patience patience;
-  bool waiting;
+  unsigned other;  // a last bit that is set where a value is not of the layer
   do {
-    waiting = false;
+    other = 0;
     QUAMBA_EACH_QUAD(i, channels) {
       v[i][0] = v[i][1] = v[i][2] = v[i][3] = 0.f;
-      if (quad_of(i) * 4 < channels)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          uint64_t a, b;
-          asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
-                       : "=l"(a), "=l"(b)
-                       : "l"(from + quad_of(i) * 4 + h * 2)
-                       : "memory");
-          v[i][2 * h] = __uint_as_float(static_cast<unsigned>(a));
-          v[i][2 * h + 1] = __uint_as_float(static_cast<unsigned>(b));
-          waiting |= a >> 32 != layer || b >> 32 != layer;
-        }
+      if (quad_of(i) * 4 < channels) {
+        unsigned a, b, c, d;
+        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+                     : "l"(from + quad_of(i) * 4)
+                     : "memory");
+        v[i][0] = __uint_as_float(a), v[i][1] = __uint_as_float(b);
+        v[i][2] = __uint_as_float(c), v[i][3] = __uint_as_float(d);
+        other |= a ^ layer | b ^ layer | c ^ layer | d ^ layer;
+      }
     }
     patience.lose();
-  } while (waiting);
+  } while (other & 1);
 }
 
 }  // namespace quamba::stack

@@ -1,8 +1,11 @@
 // Products of one token with the weights in a ring (stack_ring.cuh), by mma.sync: seven of eight columns are the same token
 // again, but instructions are what counts, and most of them unpack.
 //
+// int4 weights, stored with +8, are taken as they come apart with the fewest of them: q + 8, 16 q, or a float of q and more. What
+// is too much is the same for all rows, so a group's sum begins with its negative, which lies behind the group's x.
+//
 // Where x lies in shared memory: int8 for int8 weights in the order of K; for int4 ones eight elements are a word of the even
-// and a word of the odd ones, as the nibbles come apart; floats as skinny::multiply takes them, pieces 8 places apart.
+// and a word of the odd ones, or floats in pairs (0, 4), (1, 5), (2, 6), (3, 7), as the nibbles come apart.
 #pragma once
 
 #include "linear_skinny_epilogue.cuh"
@@ -14,8 +17,16 @@ namespace quamba::stack {
 using skinny::Kind;
 using skinny::kInteger;
 
+// Bytes of x in a step, and of what its sum begins with (four times).
 template <Kind KIND>
-constexpr int kStepX = KIND == Kind::kW8A8 ? 64 : KIND == Kind::kW4A8 ? 128 : 512;  // bytes of x in a step
+constexpr int kStepX = KIND == Kind::kW8A8 ? 64 : KIND == Kind::kW4A8 ? 128 + 16 : 256 + 16;
+
+template <Kind KIND>
+constexpr int kLaneX = KIND == Kind::kW4A8 ? 32 : 16;  // of it, a lane's from its neighbour's
+
+// What an int4 weight is too large by.
+template <Kind KIND>
+constexpr int kTooMuch = KIND == Kind::kW4A8 ? 8 : KIND == Kind::kW4F16 ? 72 : 136;
 
 constexpr int kWarps = 16, kTeam = 32 * kWarps;
 
@@ -29,57 +40,93 @@ struct Team {
 
 // What a lane has of a strip: its bytes of the part's first step, of its first row.
 struct Lane {
-  const char *w, *x, *scales;
+  const char *w, *x, *begin, *scales;
   int row_bytes, scale_bytes;  // to its other row
 };
 
-// 16 times the int4 codes of a word's high nibbles.
-__device__ __forceinline__ uint32_t codes_of(uint32_t word) {
-  uint32_t codes;  // (word & mask) ^ sign: one instruction where the constants lie in registers
-  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(codes) : "r"(word), "r"(0xf0f0f0f0u), "r"(0x80808080u));
-  return codes;
+// (word & mask) ^ more: one instruction where the constants lie in registers.
+template <uint32_t MASK, uint32_t MORE>
+__device__ __forceinline__ uint32_t part_of(uint32_t word) {
+  uint32_t part;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(part) : "r"(word), "r"(MASK), "r"(MORE));
+  return part;
 }
 
-// Sums of the lane's two rows over one step.
-__device__ __forceinline__ void multiply_step(int (&acc)[2], const Lane& l, int s, std::integral_constant<Kind, Kind::kW8A8>) {
+__device__ __forceinline__ uint32_t low_codes(uint32_t word) { return word & 0x0f0f0f0fu; }                       // q + 8
+__device__ __forceinline__ uint32_t high_codes(uint32_t word) { return part_of<0xf0f0f0f0u, 0x80808080u>(word); }  // 16 q
+
+// Eight int4 codes as four pairs of 64 + q + 8 in fp16 or 128 + q + 8 in bf16.
+template <Kind KIND>
+__device__ __forceinline__ void float_codes(uint32_t (&pair)[4], uint32_t word) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (KIND == Kind::kW4F16)
+      pair[i] = part_of<0x00f000f0u, 0x54005400u>(i == 0 ? word << 4 : word >> (4 * i - 4));
+    else
+      pair[i] = part_of<0x000f000fu, 0x43004300u>(word >> 4 * i);
+  }
+}
+
+// Sums of the lane's two rows, 8 apart, as the products leave them: in elements 0 and 2. Products take turns in two of them
+// where one would wait for the one before.
+template <Kind KIND>
+using Sums = std::conditional_t<kInteger<KIND>, int, float>[KIND == Kind::kW8A8 ? 2 : 1][4];
+
+__device__ __forceinline__ void multiply_step(Sums<Kind::kW8A8>& acc, const Lane& l, int s,
+                                              std::integral_constant<Kind, Kind::kW8A8>) {
   const uint4 a = *reinterpret_cast<const uint4*>(l.w + s * kStep);
   const uint4 b = *reinterpret_cast<const uint4*>(l.w + s * kStep + l.row_bytes);
   const uint4 x = *reinterpret_cast<const uint4*>(l.x + s * kStepX<Kind::kW8A8>);
-  int d[4] = {acc[0], 0, acc[1], 0};
-  mma_s8(d, a.x, b.x, a.y, b.y, x.x, x.y);
-  mma_s8(d, a.z, b.z, a.w, b.w, x.z, x.w);
-  acc[0] = d[0], acc[1] = d[2];
+  mma_s8(acc[0], a.x, b.x, a.y, b.y, x.x, x.y);
+  mma_s8(acc[1], a.z, b.z, a.w, b.w, x.z, x.w);
 }
 
-__device__ __forceinline__ void multiply_step(int (&acc)[2], const Lane& l, int s, std::integral_constant<Kind, Kind::kW4A8>) {
+// acc in sixteenths: no more than 127 * 127 * K, which is 2^31 / 16.2 for the largest K.
+__device__ __forceinline__ void multiply_step(Sums<Kind::kW4A8>& acc, const Lane& l, int s,
+                                              std::integral_constant<Kind, Kind::kW4A8>) {
   const uint4 a = *reinterpret_cast<const uint4*>(l.w + s * kStep);
   const uint4 b = *reinterpret_cast<const uint4*>(l.w + s * kStep + l.row_bytes);
   const uint4* const x = reinterpret_cast<const uint4*>(l.x + s * kStepX<Kind::kW4A8>);
-  const uint4 first = x[0], second = x[1];
+  const uint4 first = x[0], second = x[1], begin = *reinterpret_cast<const uint4*>(l.begin + s * kStepX<Kind::kW4A8>);
   const int m[2] = {static_cast<uint8_t>(l.scales[s]), static_cast<uint8_t>(l.scales[s + l.scale_bytes])};
-  int d[2][4] = {};
-  mma_s8(d[0], codes_of(a.x << 4), codes_of(b.x << 4), codes_of(a.x), codes_of(b.x), first.x, first.y);
-  mma_s8(d[1], codes_of(a.y << 4), codes_of(b.y << 4), codes_of(a.y), codes_of(b.y), first.z, first.w);
-  mma_s8(d[0], codes_of(a.z << 4), codes_of(b.z << 4), codes_of(a.z), codes_of(b.z), second.x, second.y);
-  mma_s8(d[1], codes_of(a.w << 4), codes_of(b.w << 4), codes_of(a.w), codes_of(b.w), second.z, second.w);
-  acc[0] += ((d[0][0] + d[1][0]) >> 4) * m[0], acc[1] += ((d[0][2] + d[1][2]) >> 4) * m[1];
+  int low[4] = {static_cast<int>(begin.x), static_cast<int>(begin.y), static_cast<int>(begin.z), static_cast<int>(begin.w)};
+  int high[4] = {};
+  mma_s8(low, low_codes(a.x), low_codes(b.x), low_codes(a.y), low_codes(b.y), first.x, first.y);
+  mma_s8(high, high_codes(a.x), high_codes(b.x), high_codes(a.y), high_codes(b.y), first.z, first.w);
+  mma_s8(low, low_codes(a.z), low_codes(b.z), low_codes(a.w), low_codes(b.w), second.x, second.y);
+  mma_s8(high, high_codes(a.z), high_codes(b.z), high_codes(a.w), high_codes(b.w), second.z, second.w);
+  acc[0][0] += (low[0] * 16 + high[0]) * m[0], acc[0][2] += (low[2] * 16 + high[2]) * m[1];
 }
 
 template <Kind KIND>
-__device__ __forceinline__ void multiply_step(float (&acc)[2], const Lane& l, int s, std::integral_constant<Kind, KIND>) {
-  skinny::Step<1> step;
+__device__ __forceinline__ void multiply_step(Sums<KIND>& acc, const Lane& l, int s, std::integral_constant<Kind, KIND>) {
+  const uint4 a = *reinterpret_cast<const uint4*>(l.w + s * kStep);
+  const uint4 b = *reinterpret_cast<const uint4*>(l.w + s * kStep + l.row_bytes);
+  const uint16_t scale[2] = {reinterpret_cast<const uint16_t*>(l.scales)[s],
+                             reinterpret_cast<const uint16_t*>(l.scales + l.scale_bytes)[s]};
+  const char* const x = l.x + s * kStepX<KIND>;
+  const float4 begin = *reinterpret_cast<const float4*>(l.begin + s * kStepX<KIND>);
+  float d[2][4] = {{begin.x, begin.y, begin.z, begin.w}};
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    step.w[0][h] = *reinterpret_cast<const uint4*>(l.w + s * kStep + h * l.row_bytes);
-    step.scale[0][h] = reinterpret_cast<const uint16_t*>(l.scales + h * l.scale_bytes)[s];
+  for (int piece = 0; piece < 4; ++piece) {
+    uint32_t first[4], second[4];
+    float_codes<KIND>(first, piece < 2 ? (piece ? a.y : a.x) : (piece == 3 ? a.w : a.z));
+    float_codes<KIND>(second, piece < 2 ? (piece ? b.y : b.x) : (piece == 3 ? b.w : b.z));
+    const uint4 pairs = *reinterpret_cast<const uint4*>(x + piece * 64);
+    const auto mma = [&](int i, uint32_t u, uint32_t v) {
+      if constexpr (KIND == Kind::kW4F16)
+        mma_f16(d[i / 2], first[i], second[i], first[i + 1], second[i + 1], u, v);
+      else
+        mma_bf16(d[i / 2], first[i], second[i], first[i + 1], second[i + 1], u, v);
+    };
+    mma(0, pairs.x, pairs.y), mma(2, pairs.z, pairs.w);
   }
-  float d[1][1][4] = {acc[0], 0.f, acc[1], 0.f};
-  skinny::multiply<KIND, false, 1, 1>(d, step, reinterpret_cast<const uint4*>(l.x + s * kStepX<KIND>), threadIdx.x % 4, 8);
-  acc[0] = d[0][0][0], acc[1] = d[0][0][2];
+  acc[0][0] = fmaf(d[0][0] + d[1][0], skinny::float_of_half(scale[0]), acc[0][0]);
+  acc[0][2] = fmaf(d[0][2] + d[1][2], skinny::float_of_half(scale[1]), acc[0][2]);
 }
 
-template <Kind KIND, int STEPS, typename Acc>
-__device__ __forceinline__ void multiply_steps(Acc (&acc)[2], const Lane& l, int s) {
+template <Kind KIND, int STEPS>
+__device__ __forceinline__ void multiply_steps(Sums<KIND>& acc, const Lane& l, int s) {
 #pragma unroll
   for (int i = 0; i < STEPS; ++i) multiply_step(acc, l, s + i, std::integral_constant<Kind, KIND>{});
 }
@@ -87,14 +134,15 @@ __device__ __forceinline__ void multiply_steps(Acc (&acc)[2], const Lane& l, int
 // Sums of a strip's rows over the steps of a part, written by one lane in four: of row lane / 4 and the eighth below.
 template <Kind KIND>
 __device__ __forceinline__ void multiply_part(const Lane& l, int steps, uint32_t* sums, int lane) {
-  std::conditional_t<kInteger<KIND>, int, float> acc[2] = {};
+  Sums<KIND> acc = {};
   constexpr int kMost = kInteger<KIND> ? 5 : 1;
   int s = 0;
 #pragma unroll 1
   for (; s + kMost <= steps; s += kMost) multiply_steps<KIND, kMost>(acc, l, s);
 #pragma unroll 1
   for (; s < steps; ++s) multiply_steps<KIND, 1>(acc, l, s);
-  if (lane % 4 == 0) sums[lane / 4] = skinny::bits_of(acc[0]), sums[lane / 4 + 8] = skinny::bits_of(acc[1]);
+  if constexpr (KIND == Kind::kW8A8) acc[0][0] += acc[1][0], acc[0][2] += acc[1][2];
+  if (lane % 4 == 0) sums[lane / 4] = skinny::bits_of(acc[0][0]), sums[lane / 4 + 8] = skinny::bits_of(acc[0][2]);
 }
 
 // What the block has of a matrix, from `stage` on, which moves behind it: sums of parts in `sums`, [strip][part][row], where row
@@ -104,26 +152,27 @@ template <Kind KIND>
 __device__ __forceinline__ void products(const Ring& ring, const Matrix& m, const Share& share, Stage& stage,
                                          const char* x, uint32_t* sums) {
   constexpr int kScale = KIND == Kind::kW4A8 ? 1 : 2;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp & (m.parts - 1);
-  const int stages = share.rows / m.stage_rows, stride = kWarps / m.parts;
-  const int begin = m.steps * part / m.parts, steps = m.steps * (part + 1) / m.parts - begin;
-  const int own = lane / 4 & (m.strip_stages - 1), below = lane / 4 / m.strip_stages, half = m.stage_rows / 2;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp & (m.parts() - 1);
+  const int stages = share.rows >> m.stage_rows_log, stride = kWarps >> m.parts_log;
+  const int begin = m.steps * part >> m.parts_log, steps = (m.steps * (part + 1) >> m.parts_log) - begin;
+  const int own = lane / 4 & (m.strip_stages() - 1), below = lane / 4 >> m.strip_stages_log, half = m.stage_rows() / 2;
   const char* const w = ring.stages + below * m.row_bytes + lane % 4 * 16 + begin * kStep;
-  const char* const scales = ring.stages + m.stage_rows * m.row_bytes + below * m.scale_bytes + begin * kScale;
-  const char* const own_x = x + begin * kStepX<KIND> + (kInteger<KIND> ? lane % 4 * (kStepX<KIND> / 4) : 0);
+  const char* const scales = ring.stages + (m.row_bytes << m.stage_rows_log) + below * m.scale_bytes + begin * kScale;
+  const char* const own_x = x + begin * kStepX<KIND> + lane % 4 * kLaneX<KIND>;
+  const char* const beginning = x + (begin + 1) * kStepX<KIND> - 16;
 #pragma unroll 1
-  for (int strip = warp / m.parts; strip * m.strip_stages < stages; strip += stride) {
+  for (int strip = warp >> m.parts_log; strip << m.strip_stages_log < stages; strip += stride) {
     // the last strip may have half of its stages: the other lanes read what there is, for nothing
-    const int first = strip * m.strip_stages, there = min(m.strip_stages, stages - first);
+    const int first = strip << m.strip_stages_log, there = min(m.strip_stages(), stages - first);
     Stage mine = stage;
     mine.advance(ring, first + (own & (there - 1)));
     const int slot = mine.slot * ring.bytes;
-    const Lane l{w + slot, own_x, scales + slot, half * m.row_bytes, half * m.scale_bytes};
+    const Lane l{w + slot, own_x, beginning, scales + slot, half * m.row_bytes, half * m.scale_bytes};
     wait(ring.full + 8 * mine.slot, mine.parity);
     __syncwarp();
-    multiply_part<KIND>(l, steps, sums + (strip * m.parts + part) * kStrip, lane);
+    multiply_part<KIND>(l, steps, sums + ((strip << m.parts_log) + part) * kStrip, lane);
     __syncwarp();
-    if (lane % 4 == 0 && lane / 4 < there) arrive(ring.empty + 8 * mine.slot, kShares / m.parts);
+    if (lane % 4 == 0 && lane / 4 < there) arrive(ring.empty + 8 * mine.slot, kShares >> m.parts_log);
   }
   stage.advance(ring, stages);
 }
@@ -132,12 +181,13 @@ __device__ __forceinline__ void products(const Ring& ring, const Matrix& m, cons
 template <Kind KIND>
 __device__ __forceinline__ float sum_of(const Matrix& m, const uint32_t* sums, int r) {
   using Acc = std::conditional_t<kInteger<KIND>, int, float>;
-  const int in_strip = r % kStrip, stage = in_strip / m.stage_rows, g = in_strip % m.stage_rows * m.strip_stages + stage;
-  const Acc* const from = reinterpret_cast<const Acc*>(sums) + r / kStrip * m.parts * kStrip + g;
+  const int in_strip = r % kStrip, stage = in_strip >> m.stage_rows_log;
+  const int g = ((in_strip & (m.stage_rows() - 1)) << m.strip_stages_log) + stage;
+  const Acc* const from = reinterpret_cast<const Acc*>(sums) + (r / kStrip << m.parts_log) * kStrip + g;
   Acc total = from[0];
 #pragma unroll 4
-  for (int i = 1; i < m.parts; ++i) total += from[i * kStrip];
-  return static_cast<float>(total);
+  for (int i = 1; i < m.parts(); ++i) total += from[i * kStrip];
+  return static_cast<float>(KIND == Kind::kW4A8 ? total / 16 : total);
 }
 
 }  // namespace quamba::stack

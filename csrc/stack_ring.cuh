@@ -24,9 +24,14 @@ constexpr int kStep = skinny::kStepBytes;
 // A matrix of every layer.
 struct Matrix {
   int O, K, row_bytes, steps;  // steps of 64 bytes
-  int stage_rows, strip_stages;
-  int parts;                   // of K, a warp each
-  int scale_bytes;             // group scales of a row, one a step
+  // powers of two, by their logarithms: numbers of the launch are divided by them in every turn
+  int stage_rows_log, strip_stages_log;
+  int parts_log;    // of K, a warp each
+  int scale_bytes;  // group scales of a row, one a step
+
+  __host__ __device__ __forceinline__ int stage_rows() const { return 1 << stage_rows_log; }
+  __host__ __device__ __forceinline__ int strip_stages() const { return 1 << strip_stages_log; }
+  __host__ __device__ __forceinline__ int parts() const { return 1 << parts_log; }
 };
 
 // What a block has of it.
@@ -72,16 +77,39 @@ __device__ __forceinline__ void ask_for(const void* data, int count, int element
                  : "memory");
 }
 
+// Copies at even distances. What blocks pass on waits in L2 behind copies that memory has not answered yet, so that those must
+// not all be asked for when a turn has emptied the ring: they are spread over a layer's time, as the one before has shown it.
+// A layer that something else has held up is not taken for one.
+struct Pace {
+  static constexpr unsigned kMost = 4096;
+  unsigned cycles = 0, next, began;
+
+  __device__ __forceinline__ Pace() { next = began = clock(); }
+
+  // At the begin of a layer of so many copies.
+  __device__ __forceinline__ void measure(unsigned copies, unsigned percent) {
+    const unsigned now = clock();
+    cycles = min((now - began) / 100 * percent / copies, kMost), began = now;
+  }
+
+  __device__ __forceinline__ void keep() {
+    unsigned now = clock();
+    while (static_cast<int>(now - next) < 0) now = clock();
+    next = now + cycles;
+  }
+};
+
 // A lane brings what the block has of a matrix, from `stage` on. Slots are free in the first round.
 __device__ __forceinline__ void bring(const Ring& ring, const Matrix& m, const Share& share, const void* w,
-                                      const void* scales, Stage& stage) {
+                                      const void* scales, Stage& stage, Pace& pace) {
   const char* from = static_cast<const char*>(w) + static_cast<int64_t>(share.first) * m.row_bytes;
   const char* of_scales = static_cast<const char*>(scales) + static_cast<int64_t>(share.first) * m.scale_bytes;
-  const int bytes = m.stage_rows * m.row_bytes, scale_bytes = m.stage_rows * m.scale_bytes;
+  const int bytes = m.row_bytes << m.stage_rows_log, scale_bytes = m.scale_bytes << m.stage_rows_log;
 #pragma unroll 1
-  for (int row = 0; row < share.rows; row += m.stage_rows) {
+  for (int row = 0; row < share.rows; row += m.stage_rows()) {
     const uint32_t full = ring.full + 8 * stage.slot, to = shared_address(ring.stages + stage.slot * ring.bytes);
     wait(ring.empty + 8 * stage.slot, stage.parity ^ 1);
+    pace.keep();
     arrive_expecting(full, bytes + scale_bytes);
     bulk_copy(to, from, bytes, full);
     if (scale_bytes) bulk_copy(to + bytes, of_scales, scale_bytes, full);

@@ -32,16 +32,25 @@ template <bool HALF>
 __device__ __forceinline__ void normalise(Quads& v, int channels, const Groups& g, float eps, bool weighted,
                                           const RawQuads& gain, float* runs) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float squares = 0.f;
   QUAMBA_EACH_QUAD(i, channels) {
     const float low = v[i][0] * v[i][0] + v[i][1] * v[i][1], high = v[i][2] * v[i][2] + v[i][3] * v[i][3];
-    const float sum = decode::sum_lanes<32>(low + high);
-    if (lane == 0) runs[i * kWarps + warp] = sum;  // zeros beyond the row
+    squares += low + high;
+    if (g.count > 1) {  // zeros beyond the row
+      const float sum = decode::sum_lanes<32>(low + high);
+      if (lane == 0) runs[i * kWarps + warp] = sum;
+    }
+  }
+  if (g.count == 1) {
+    squares = decode::sum_lanes<32>(squares);
+    if (lane == 0) runs[warp] = squares;
   }
   Team::sync();
   float inverse = 0.f;
+  if (g.count == 1) inverse = rsqrtf(decode::sum_lanes<kWarps>(runs[lane % kWarps]) * g.share + eps);
   QUAMBA_EACH_QUAD(i, channels) {
-    if (i == 0 || g.count > 1) {
-      const float* const from = runs + (g.count > 1 ? (i * kWarps + warp & -g.runs) : 0);
+    if (g.count > 1) {
+      const float* const from = runs + (i * kWarps + warp & -g.runs);
       float sum = lane < g.runs ? from[lane] : 0.f;
       if (lane + 32 < g.runs) sum += from[lane + 32];
       inverse = rsqrtf(decode::sum_lanes<32>(sum) * g.share + eps);
@@ -56,29 +65,26 @@ __device__ __forceinline__ void normalise(Quads& v, int channels, const Groups& 
   }
 }
 
-// The rotation of hadamard.cuh: two factors 2 within a thread's quads, three at a time through shared memory, then the base.
+// The rotation of hadamard.cuh, of 5 factors 2 or more: two within a thread's quads, three at a time through shared memory, then
+// the base.
 __device__ __forceinline__ void rotate(Quads& v, float* row, int channels, const Rotation& r) {
   float4* const own = reinterpret_cast<float4*>(row + Team::place(threadIdx.x * 4));
   constexpr int kNext = Team::place(kTeam * 4) / 4;
   QUAMBA_EACH_QUAD(i, channels) {
-    if (r.bits > 0) {
-      const float a = v[i][0] + v[i][1], b = v[i][0] - v[i][1], c = v[i][2] + v[i][3], d = v[i][2] - v[i][3];
-      v[i][0] = a, v[i][1] = b, v[i][2] = c, v[i][3] = d;
-    }
-    if (r.bits > 1) {
-      const float a = v[i][0] + v[i][2], b = v[i][1] + v[i][3], c = v[i][0] - v[i][2], d = v[i][1] - v[i][3];
-      v[i][0] = a, v[i][1] = b, v[i][2] = c, v[i][3] = d;
-    }
+    const float a = v[i][0] + v[i][1], b = v[i][0] - v[i][1], c = v[i][2] + v[i][3], d = v[i][2] - v[i][3];
+    v[i][0] = a + c, v[i][1] = b + d, v[i][2] = a - c, v[i][3] = b - d;
     if (quad_of(i) * 4 < channels) own[i * kNext] = make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
   }
   Team::sync();
-  int done = min(r.bits, 2);
+  hadamard::pass<8, false, Team, 2>(row, channels, 2);
+  int done = 5;
+  if (r.bits >= 8) hadamard::pass<8, false, Team, 5>(row, channels, 5), done = 8;
 #pragma unroll 1
   for (; r.bits - done >= 3; done += 3) hadamard::pass<8, false, Team>(row, channels, done);
   if (r.bits - done == 2) hadamard::pass<4, false, Team>(row, channels, done);
   if (r.bits - done == 1) hadamard::pass<2, false, Team>(row, channels, done);
-  if (r.base == 12) hadamard::pass<12, true, Team>(row, channels, r.bits);
-  if (r.base == 20) hadamard::pass<20, true, Team>(row, channels, r.bits);
+  if (r.base == 12) hadamard::pass<12, true, Team, -1, true>(row, channels, r.bits);
+  if (r.base == 20) hadamard::pass<20, true, Team, -1, true>(row, channels, r.bits);
   QUAMBA_EACH_QUAD(i, channels)
     if (quad_of(i) * 4 < channels) {
       const float4 q = own[i * kNext];
@@ -105,25 +111,39 @@ __device__ __forceinline__ float put_input(const Quads& v, int channels, float s
     }
   }
   const Grid grid = make_grid(scale);
+  // a warp's quads are a step of int4 weights, of which two lanes have an octet; where they lie is not worth a register
+  unsigned thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  const unsigned lane = thread % 32, octet = lane / 2;
+  const bool second = lane % 2;
+  char* const step = x + thread / 32 * kStepX<KIND>;
   QUAMBA_EACH_QUAD(i, channels) {
-    const int quad = quad_of(i), k = quad * 4;
-    if (k < channels) {
+    if (quad_of(i) * 4 < channels) {
+      char* const to = step + i * kWarps * kStepX<KIND>;
       if constexpr (kInteger<KIND>) {
         unsigned code[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) code[j] = __float_as_uint(code_on(v[i][j], grid) + kRounder);
         if constexpr (KIND == Kind::kW8A8) {
-          reinterpret_cast<unsigned*>(x)[quad] =
+          reinterpret_cast<unsigned*>(x + thread * 4)[i * kTeam] =
               __byte_perm(__byte_perm(code[0], code[1], 0x0040), __byte_perm(code[2], code[3], 0x0040), 0x5410);
         } else {
-          unsigned short* const to = reinterpret_cast<unsigned short*>(x + k / 8 * 8 + k % 8 / 2);
-          to[0] = static_cast<unsigned short>(__byte_perm(code[0], code[2], 0x0040));
-          to[2] = static_cast<unsigned short>(__byte_perm(code[1], code[3], 0x0040));
+          const int even = static_cast<int>(code[0] + code[2] - 2 * __float_as_uint(kRounder));
+          const int sum = __reduce_add_sync(~0u, even);
+          unsigned short* const pair = reinterpret_cast<unsigned short*>(to + octet / 2 * 16 + octet % 2 * 4 + second * 2);
+          pair[0] = static_cast<unsigned short>(__byte_perm(code[0], code[2], 0x0040));
+          pair[4] = static_cast<unsigned short>(__byte_perm(code[1], code[3], 0x0040));
+          if (lane < 4) reinterpret_cast<int*>(to + kRun)[lane] = sum * -kTooMuch<KIND>;
         }
       } else {
-        const int piece = k / 8, step = piece / 16, t = piece / 4 % 4, at = piece % 4;
-        *reinterpret_cast<uint2*>(x + (step * 32 + at * 8 + (t ^ (2 * at))) * 16 + k % 8 * 2) =
-            make_uint2(pack_pair(v[i][0], v[i][1], HALF), pack_pair(v[i][2], v[i][3], HALF));
+        const unsigned low = pack_pair(v[i][0], v[i][1], HALF), high = pack_pair(v[i][2], v[i][3], HALF);
+        const float2 a = pair_of<HALF>(low), b = pair_of<HALF>(high);
+        const float sum = decode::sum_lanes<32>((a.x + a.y) + (b.x + b.y));
+        const unsigned got = __shfl_xor_sync(~0u, second ? low : high, 1);
+        const unsigned one = second ? got : low, other = second ? high : got;
+        *reinterpret_cast<uint2*>(to + octet % 4 * 64 + octet / 4 * 16 + second * 8) =
+            make_uint2(__byte_perm(one, other, 0x5410), __byte_perm(one, other, 0x7632));
+        if (lane < 4) reinterpret_cast<float*>(to + 2 * kRun)[lane] = sum * -kTooMuch<KIND>;
       }
     }
   }

@@ -221,8 +221,10 @@ class Continuation:
         return self._choose(logits)
 
     def _choose(self, logits: torch.Tensor) -> torch.Tensor:
-        token = torch.where(self.finished, self.pad, self.sampler(logits))
-        self.finished |= (token.unsqueeze(1) == self._stop).any(1)
+        token = self.sampler(logits)
+        if len(self._stop):
+            token = torch.where(self.finished, self.pad, token)
+            self.finished |= (token.unsqueeze(1) == self._stop).any(1)
         self.tokens.index_copy_(1, self._position, token.unsqueeze(1))
         self._next.copy_(token.unsqueeze(1))
         self._position += 1

@@ -14,7 +14,7 @@ from quamba.errors import UserError
 from quamba.generation import Generator
 from quamba.models import ARCHITECTURES
 from quamba.recipe import load_recipe
-from quamba.sampling import Sampler
+from quamba.sampling import Sampler, likeliest
 
 
 def eager(model, **options):
@@ -164,3 +164,12 @@ def test_a_model_that_keeps_states_in_its_modules_decodes_and_begins_anew(stock,
             assert torch.allclose(torch.stack(steps, 1), wanted[:, first - 1 :], atol=1e-5), first
     with pytest.raises(UserError, match="RecurrentGemmaForCausalLM keeps states in its modules, so they cannot be"):
         TransformersRequest(model, prompts, 4).prefill()
+
+
+@pytest.mark.parametrize("vocab", [50280, 50288, 256000, 503, 40])
+def test_the_likeliest_token_is_the_first_of_the_largest_logits(vocab: int) -> None:
+    logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab)).round(decimals=1)
+    logits[1] = 0.0
+    logits[2, -1] = 100.0
+    first = [int((row == row.max()).nonzero()[0]) for row in logits]
+    assert likeliest(logits).tolist() == first

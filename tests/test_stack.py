@@ -11,7 +11,6 @@ import quamba
 from quamba.decoding import Decoder
 from quamba.modules import stack
 from quamba.modules.mixer import Mixer
-from quamba_kernels import OPS
 from quamba_kernels.cuda import stack as cuda
 from quamba_kernels.registry import Backend
 from quamba_kernels.testing_stack import Sizes, draw
@@ -22,11 +21,14 @@ def calls(monkeypatch):
     """How many layers each call of the op had; its torch body serves here what a GPU's kernel serves there."""
     seen = []
 
-    def run(x, blocks, memories, **options):
-        seen.append(len(blocks))
-        return OPS["ssd_stack"].reference(x, blocks, memories, **options)
+    def backend(block):
+        def run(x, blocks, memories, **options):
+            seen.append(len(blocks))
+            return stack._joint(block).op.reference(x, blocks, memories, **options)
 
-    monkeypatch.setattr(stack, "_backend", lambda block: Backend("counted", run))
+        return Backend("counted", run)
+
+    monkeypatch.setattr(stack, "_backend", backend)
     monkeypatch.setattr(Mixer, "_fused", lambda self, op: op.candidates[-1])
     monkeypatch.setenv("QUAMBA_BACKEND", "torch")
     return seen
@@ -41,8 +43,9 @@ def logits(model, prompts, steps=4):
 
 
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "w4a16"])
-def test_a_stack_gives_what_its_blocks_give(recipe, stock, calls, monkeypatch):
-    folder = stock(recipe, "mamba2")
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_a_stack_gives_what_its_blocks_give(family, recipe, stock, calls, monkeypatch):
+    folder = stock(recipe, family)
     prompts = torch.tensor([[3, 1, 4, 1, 5]])
     model = quamba.load(folder, device="cpu")[0]
     together = logits(model, prompts)
@@ -54,8 +57,11 @@ def test_a_stack_gives_what_its_blocks_give(recipe, stock, calls, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
-def test_what_is_not_one_token_of_one_sequence_goes_block_by_block(stock, calls):
-    model = quamba.load(stock("w4a8", "mamba2"), device="cpu")[0]
+@pytest.mark.parametrize("family, role", [
+    ("mamba", "in_proj"), ("mamba", "dt_proj"), ("mamba", "out_proj"), ("mamba2", "in_proj"), ("mamba2", "out_proj"),
+])  # fmt: skip
+def test_what_is_not_one_token_of_one_sequence_goes_block_by_block(family, role, stock, calls):
+    model = quamba.load(stock("w4a8", family), device="cpu")[0]
     assert len(logits(model, torch.tensor([[3, 1, 4], [1, 5, 9]]))) == 5 and calls == []
     decoder = Decoder(model, capture=False)
     seen = []
@@ -64,13 +70,14 @@ def test_what_is_not_one_token_of_one_sequence_goes_block_by_block(stock, calls)
         decoder.step(torch.tensor([1]))
         assert len(calls) == 1
         first = stack._mixer(decoder._stacks[0].blocks[0])
-        first.linear("in_proj").input.peek = seen.append
+        first.linear(role).input.peek = seen.append
         decoder.step(torch.tensor([5]))
     assert len(calls) == 1 and seen
 
 
-def test_a_model_that_is_bound_again_steps_with_what_it_has_then(stock, calls):
-    model = quamba.load(stock("w4a8", "mamba2"), device="cpu")[0]
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_a_model_that_is_bound_again_steps_with_what_it_has_then(family, stock, calls):
+    model = quamba.load(stock("w4a8", family), device="cpu")[0]
     decoder = Decoder(model, capture=False)
     with torch.inference_mode():
         decoder.prefill(torch.tensor([[3, 1, 4]]))
@@ -83,14 +90,22 @@ def test_a_model_that_is_bound_again_steps_with_what_it_has_then(stock, calls):
     assert decoder._stacks[0]._constants is not before and len(calls) == 3
 
 
-def test_blocks_of_one_kind_stand_together(stock, calls):
-    model = quamba.load(stock("w4a8", "mamba2"), device="cpu")[0]
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_blocks_of_one_kind_stand_together(family, stock, calls):
+    model = quamba.load(stock("w4a8", family), device="cpu")[0]
     found = stack.stacks_of(model)
     assert [len(s.blocks) for s in found] == [model.config.num_hidden_layers]
     with stack.joined(found):
         assert all(block.stack is found[0] for block in found[0].blocks)
     assert all(block.stack is None for block in found[0].blocks)
-    assert stack.stacks_of(quamba.load(stock("w4a8", "mamba"), device="cpu")[0]) == []
+
+
+def test_blocks_that_differ_do_not(stock, calls):
+    model = quamba.load(stock("w4a8", "mamba"), device="cpu")[0]
+    first, *rest = (block for s in stack.stacks_of(model) for block in s.blocks)
+    assert rest
+    first.mixer.dt_proj.input.spec = first.mixer.dt_proj.input.spec.model_copy(update={"scale": "static"})
+    assert all(first not in s.blocks for s in stack.stacks_of(model))
 
 
 SIZES = Sizes(256, 4, 64, 1, 128, 1, 256)

@@ -197,7 +197,7 @@ def implementations(given: Problem, variants: bool) -> Iterator[tuple[str, Calla
             yield backend.name, backend
             continue
         kept = scan.LANES
-        for scan.LANES in (4, 8):
+        for scan.LANES in (4, 8, 24):
             yield f"cuda lanes={scan.LANES}", backend
         scan.LANES = kept
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,6 +43,19 @@ def _low_bit(name: str, rng: torch.Generator, features: int, outputs: int) -> It
         else:
             signs = torch.randint(0, 2, shape, generator=rng) * 2 - 1
             yield size, (words, (_scale(rng, *shape) * signs).half())
+
+
+def weights(linear: str, rng: torch.Generator, outputs: int, features: int, size: int) -> tuple[torch.Tensor, ...]:
+    """Canonical weights whose products with unit inputs have about unit variance."""
+    if linear == "linear_w8a8":
+        scale = (torch.rand(outputs, generator=rng) + 0.5) / (73 * math.sqrt(features))
+        return _codes(rng, outputs, features), scale
+    shape = outputs, features // size
+    if linear == "linear_w4a8":
+        scale = (torch.rand(outputs, generator=rng) + 0.5) / (43 * math.sqrt(features))
+        return _words(rng, outputs, features, -7), _codes(rng, *shape, low=1, high=17), scale
+    scale = (torch.rand(shape, generator=rng) + 0.5) / (4.6 * math.sqrt(features))
+    return _words(rng, outputs, features, -8), scale.half()
 
 
 @_for("linear_w8a8", "linear_w4a8", "linear_w4a16")

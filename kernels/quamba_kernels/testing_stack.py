@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 
 from quamba_kernels.ops.stack import SsdBlock, SsdMemory
 from quamba_kernels.testing import F16, Case, _codes, _for, _normal, _scale, _stored
-from quamba_kernels.testing_linear import _words
+from quamba_kernels.testing_linear import weights
 
 
 class Sizes(NamedTuple):
@@ -33,19 +32,6 @@ class Sizes(NamedTuple):
             **self._asdict(), "I": self.H * self.P, "W": 4, "S": size, "coded": coded, "codes": coded,
             "state_bits": 8 * kind.itemsize, "residual_bits": 32,
         }  # fmt: skip
-
-
-def weights(linear: str, rng: torch.Generator, outputs: int, features: int, size: int) -> tuple[torch.Tensor, ...]:
-    """Canonical weights whose products with unit inputs have about unit variance."""
-    if linear == "linear_w8a8":
-        scale = (torch.rand(outputs, generator=rng) + 0.5) / (73 * math.sqrt(features))
-        return _codes(rng, outputs, features), scale
-    shape = outputs, features // size
-    if linear == "linear_w4a8":
-        scale = (torch.rand(outputs, generator=rng) + 0.5) / (43 * math.sqrt(features))
-        return _words(rng, outputs, features, -7), _codes(rng, *shape, low=1, high=17), scale
-    scale = (torch.rand(shape, generator=rng) + 0.5) / (4.6 * math.sqrt(features))
-    return _words(rng, outputs, features, -8), scale.half()
 
 
 def draw(

@@ -27,6 +27,10 @@ class Mixer(LowBit):
     projections and run their scan; ``conv_channels`` names the stretches of the convolution and their sizes.
     """
 
+    # once bound: the op that decodes a token of the mixer, if any, and its rates, A first
+    _decode: Backend | None
+    _rates: tuple[torch.Tensor, ...]
+
     def __init__(
         self,
         spec: MixerSpec,

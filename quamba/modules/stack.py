@@ -1,4 +1,4 @@
-"""Neighbouring Mamba2 blocks that take a decode step of one sequence together, where a backend has a launch for it."""
+"""Neighbouring blocks that take a decode step of one sequence together, where a backend has a launch for it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from quamba.modules.block import RecurrentBlock
-from quamba.modules.ssd import SSDMixer
+from quamba.modules.joint import JOINTS, Joint
+from quamba.modules.linear import Linear
+from quamba.modules.mixer import Mixer
 from quamba.modules.state import DTYPES, RecurrentState
-from quamba_kernels import Setting, ops
-from quamba_kernels.ops import SsdBlock, SsdMemory
+from quamba_kernels import Setting
 from quamba_kernels.registry import Backend, forced_backend
 
 
@@ -27,7 +28,7 @@ class Stack:
     def __init__(self, blocks: list[RecurrentBlock], backend: Backend) -> None:
         self.blocks, self.backend = blocks, backend
         self._taken = False
-        self._constants: tuple[SsdBlock, ...] = ()
+        self._constants: tuple[Any, ...] = ()
 
     def step(self, block: RecurrentBlock, hidden: torch.Tensor, cache: Any, mask: torch.Tensor | None) -> torch.Tensor:
         """What ``block`` makes of hidden [B, T, D]."""
@@ -48,29 +49,27 @@ class Stack:
             mixer, state = _mixer(block), cache.layers[block.layer_idx]
             if not isinstance(state, RecurrentState) or not mixer.decodes(state, 1, mask):
                 return None
-            into, out = mixer.linear("in_proj"), mixer.linear(mixer.out.role)
-            if into.capture or out.capture or into.input.watched:
+            if any(linear.capture or linear.input.watched for linear in _joint(block).linears(mixer)):
                 return None
             found.append(state)
         return found
 
     def _run(self, hidden: torch.Tensor, states: list[RecurrentState]) -> torch.Tensor:
         first = self.blocks[0]
-        mixer = _mixer(first)
+        mixer, joint = _mixer(first), _joint(first)
         if not self._constants or not all(map(_holds, self.blocks, self._constants)):
             self._constants = tuple(_constants(block) for block in self.blocks)
-        memories = tuple(SsdMemory(s.conv, s.recurrent, s.scale, s.rng) for s in states)
+        memories = tuple(joint.memory(state) for state in states)
         kept = first.residual_dtype or hidden.dtype
         y: torch.Tensor = self.backend(
             hidden[:, 0].to(kept), self._constants, memories, linear=mixer.linear("in_proj").format.op.name,
-            eps=_norm(first).eps, gate_eps=mixer.eps, dt_limit=mixer.mixer_spec.dt_limit,
-            norm_groups=mixer.out.norm_groups, block=mixer.block, in_dtype=mixer.dtype,
+            eps=_norm(first).eps, block=mixer.block, in_dtype=mixer.dtype, **joint.options(mixer),
         )  # fmt: skip
         return y.unsqueeze(1)
 
 
 def stacks_of(model: nn.Module) -> list[Stack]:
-    """The stacks of a model: runs of alike Mamba2 blocks for which a backend has one launch."""
+    """The stacks of a model: runs of alike blocks for which a backend has one launch."""
     found = []
     for siblings in model.modules():
         if isinstance(siblings, nn.ModuleList):
@@ -96,10 +95,12 @@ def joined(stacks: list[Stack]) -> Iterator[None]:
                 block.stack = None
 
 
-def _mixer(block: RecurrentBlock) -> SSDMixer:
-    mixer = block.part(block.block_spec.sublayers[0])
-    assert isinstance(mixer, SSDMixer)
-    return mixer
+def _mixer(block: RecurrentBlock) -> Mixer:
+    return block.part(block.block_spec.sublayers[0])
+
+
+def _joint(block: RecurrentBlock) -> Joint:
+    return JOINTS[type(_mixer(block))]
 
 
 def _norm(block: RecurrentBlock) -> Any:
@@ -110,31 +111,36 @@ def _kind(block: nn.Module) -> tuple[Any, ...] | None:
     """What the blocks of a stack have in common; None for a block that no stack takes."""
     if not isinstance(block, RecurrentBlock) or len(block.block_spec.sublayers) != 1 or hasattr(block, "_hf_hook"):
         return None
-    if not isinstance(block.part(block.block_spec.sublayers[0]), SSDMixer):
+    mixer, joint = _mixer(block), JOINTS.get(type(_mixer(block)))
+    if joint is None:
         return None
-    mixer = _mixer(block)
-    into, out = mixer.linear("in_proj"), mixer.linear(mixer.out.role)
-    if not into.format.has_grid or into.held is not None or out.held is not None:
+    linears, streamed = joint.linears(mixer), joint.streamed(mixer)
+    if any(not linear.format.has_grid or linear.held is not None or linear.input.block for linear in linears):
         return None
-    if into.input.block or out.input.block:
+    into, out = streamed[0], streamed[-1]
+    if any(linear.format is not into.format or _size(linear) != _size(into) for linear in streamed):
         return None
     _bind(block)
-    if mixer._decode is None or into.format is not out.format or into.spec.group_size != out.spec.group_size:
+    if mixer._decode is None or not joint.takes(mixer):
         return None
     sites = (mixer.conv_input, mixer.gate, *mixer.sites.values(), into.input, out.input)
     return (
-        tuple(mixer.mixer_spec.sizes.items()), mixer.mixer_spec.dt_limit, mixer._any_device(), block.residual_dtype,
-        mixer.dtype, into.format.op.name, into.spec.group_size, into.bias is None, out.bias is None,
+        joint.op.name, tuple(mixer.mixer_spec.sizes.items()), mixer._any_device(), block.residual_dtype,
+        mixer.dtype, into.format.op.name, _size(into), into.bias is None, out.bias is None,
         mixer.state_spec.dtype, mixer.state_spec.rounding,
-        _norm(block).folded, _norm(block).eps, mixer.eps, mixer.block, mixer.out.norm_groups,
-        mixer.conv1d.scale is None,
+        _norm(block).folded, _norm(block).eps, mixer.block, mixer.conv1d.scale is None,
         tuple((site.ready, site.per_token, site.quantised, site.spec.granularity) for site in sites),
+        joint.alike(mixer),
     )  # fmt: skip
+
+
+def _size(linear: Linear) -> int | None:
+    return linear.spec.group_size
 
 
 def _backend(block: RecurrentBlock) -> Backend | None:
     """What runs a stack of such blocks in one launch, if anything does."""
-    op, mixer = ops.ssd_stack, _mixer(block)
+    op, mixer = _joint(block).op, _mixer(block)
     into = mixer.linear("in_proj")
     grouped = into._weights[1]
     shape = {
@@ -152,7 +158,7 @@ def _backend(block: RecurrentBlock) -> Backend | None:
     return None if backend.name == "torch" else backend
 
 
-def _codes(mixer: SSDMixer, floats: bool) -> int:
+def _codes(mixer: Mixer, floats: bool) -> int:
     """Whether the scan's inputs and the convolution are codes, 1 or 0; -1 where some are, or the gate beside floats."""
     sites = mixer.conv_input, *mixer.sites.values()
     found = {site.ready for site in sites} | {mixer.conv1d.scale is not None}
@@ -163,11 +169,11 @@ def _codes(mixer: SSDMixer, floats: bool) -> int:
 
 def _bind(block: RecurrentBlock) -> None:
     mixer = _mixer(block)
-    for module in (mixer, mixer.linear("in_proj"), mixer.linear(mixer.out.role)):
+    for module in (mixer, *_joint(block).linears(mixer)):
         module.bind()
 
 
-def _holds(block: RecurrentBlock, constants: SsdBlock) -> bool:
+def _holds(block: RecurrentBlock, constants: Any) -> bool:
     """Whether the block is bound to what it was bound to: it may have been moved or saved in between."""
     _bind(block)
     mixer = _mixer(block)
@@ -178,15 +184,6 @@ def _holds(block: RecurrentBlock, constants: SsdBlock) -> bool:
     )
 
 
-def _constants(block: RecurrentBlock) -> SsdBlock:
+def _constants(block: RecurrentBlock) -> Any:
     _bind(block)
-    mixer, norm = _mixer(block), _norm(block)
-    into, out = mixer.linear("in_proj"), mixer.linear(mixer.out.role)
-    A, D, dt_bias = mixer._rates
-    return SsdBlock(
-        norm_weight=None if norm.folded else norm.weight, in_scale=into.input.shared_scale, in_weights=into._weights,
-        in_bias=into.bias, conv_weight=mixer.conv1d.taps, conv_bias=mixer.conv1d.bias, A=A, D=D, dt_bias=dt_bias,
-        gate_weight=None if mixer.norm is None else mixer.norm.weight, conv_in_scale=mixer._conv_in_scale,
-        conv_weight_scale=mixer.conv1d.scale, conv_out_scale=mixer._conv_out_scale, **mixer._scales,
-        z_scale=mixer._z_scale, out_scale=out.input.shared_scale, out_weights=out._weights, out_bias=out.bias,
-    )  # fmt: skip
+    return _joint(block).constants(_mixer(block), _norm(block))

@@ -166,15 +166,31 @@ def scan_arguments(
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("lanes", [4, 8])
+@pytest.mark.parametrize("lanes", [4, 8, 24])
 def test_selective_scan(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "LANES", lanes)
     for index, tokens in enumerate(LENGTHS):
-        for batch, inner in ((1, 1600), (index % 5 + 1, 83)):
+        for batch, inner in ((1, 1604), (index % 5 + 1, 83)):
             for mode in ("int8", "float", "x"):
                 args, options = scan_arguments(batch, tokens, inner, 16, mode, batch)
                 options["out_dtype"] = (F32, BF16)[index % 2]
                 check("selective_scan", args, options, f"{batch} x {tokens} x {inner} {mode}")
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("lanes", [4, 8, 24])
+def test_typed_scan_of_sequences(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16-bit outputs of rows in whole quads, by the kernels that know their types."""
+    monkeypatch.setattr(scan, "LANES", lanes)
+    for lengths in (RAGGED, (1,) * 40, (47, 48, 49, 95, 96, 97, 145)):
+        for mode in ("int8", "float"):
+            for dtype in (F16, BF16):
+                args, options = scan_arguments(1, sum(lengths), 72, 16, mode, len(lengths))
+                x, dt, A, B, C, *rest = args
+                if mode == "float":
+                    x, B, C = (part_of_wider(t.to(dtype)) for t in (x, B, C))
+                options |= {"cu_seqlens": bounds(lengths), "out_dtype": dtype}
+                check("selective_scan", (x, dt.to(dtype), A, B, C, *rest), options, f"{lengths} {mode} {dtype}")
 
 
 @pytest.mark.usefixtures("poison")

@@ -6,6 +6,7 @@ import torch
 
 from quamba_kernels import ops
 from quamba_kernels.cuda import conv, decode, linear, objects, rowwise, scan, ssd, stack
+from quamba_kernels.cuda import selective_stack as selective
 from quamba_kernels.cuda.library import library
 from quamba_kernels.cuda.toolchain import CannotBuild, of_device
 from quamba_kernels.ops import Activation
@@ -213,11 +214,19 @@ def selective_decode(
     return _decoded(data, scale, out_scale)
 
 
-def _why_not_stack(setting: Setting) -> str | None:
+def _why_not_hopper(setting: Setting) -> str | None:
     reason = _why_not_w4a16(setting)
     if reason is None and of_device(torch.cuda.get_device_capability()) != "sm_90a":
         reason = "is written for Hopper (sm_90a)"
-    return reason or (stack.why_not(setting.shape, setting.dtype) if setting.shape else None)
+    return reason
+
+
+def _why_not_stack(setting: Setting) -> str | None:
+    return _why_not_hopper(setting) or (stack.why_not(setting.shape, setting.dtype) if setting.shape else None)
+
+
+def _why_not_selective_stack(setting: Setting) -> str | None:
+    return _why_not_hopper(setting) or (selective.why_not(setting.shape, setting.dtype) if setting.shape else None)
 
 
 @ops.ssd_stack.backend("cuda", why_not=_why_not_stack, rank=RANK)
@@ -229,3 +238,10 @@ def ssd_stack(
     return torch.ops.quamba.ssd_stack.default(
         x, stack.flatten(blocks), *kept, linear, eps, gate_eps, *dt_limit, norm_groups, block, in_dtype
     )
+
+
+@ops.selective_stack.backend("cuda", why_not=_why_not_selective_stack, rank=RANK)
+def selective_stack(x, blocks, memories, *, linear, eps, block=0, in_dtype=torch.float32):
+    """As ssd_stack; what x_proj makes is added up by all blocks."""
+    kept = [[tensor for tensor in tensors if tensor is not None] for tensors in zip(*memories, strict=True)]
+    return torch.ops.quamba.selective_stack.default(x, stack.flatten(blocks), *kept, linear, eps, block, in_dtype)

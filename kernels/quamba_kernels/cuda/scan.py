@@ -20,7 +20,7 @@ from quamba_kernels.ops.sequences import check_cu_seqlens
 
 STATES = (8, 16, 32)
 LANES = 0
-"""Lanes of a warp that share a channel of 16 states, 4 or 8; 0 leaves it to the size of the problem."""
+"""Lanes of a warp that share a channel of 16 states: 4, 8, or 24 for 8 of three; 0 leaves it to the problem."""
 
 
 class QuambaScan(Arguments):

@@ -89,8 +89,8 @@ def why_not(shape: dict[str, int], dtype: torch.dtype) -> str | None:
     return f"takes no stack of {problem} and {linear} on this device (csrc/stack_launch.cuh says what it needs)"
 
 
-def flatten(blocks: Sequence[SsdBlock]) -> list[Tensor | None]:
-    """The constants of all blocks, FIELDS for each."""
+def flatten(blocks: Sequence[tuple[Any, ...]]) -> list[Tensor | None]:
+    """The constants of all blocks, as many tensors for each."""
     flat: list[Tensor | None] = []
     for b in blocks:
         for value in b:
@@ -98,17 +98,59 @@ def flatten(blocks: Sequence[SsdBlock]) -> list[Tensor | None]:
     return flat
 
 
-FIELDS = len(SsdBlock._fields) + 2 * (WEIGHTS - 1)
+def fields(kind: type[Any]) -> int:
+    """How many tensors a block of that kind becomes."""
+    names: tuple[str, ...] = kind._fields
+    return len(names) + (WEIGHTS - 1) * sum(name.endswith("_weights") for name in names)
 
 
-def _block(flat: Sequence[Tensor | None]) -> SsdBlock:
-    values, fields = iter(flat), dict[str, Any]()
-    for name in SsdBlock._fields:
+def unflatten(kind: type[Any], flat: Sequence[Tensor | None]) -> Any:
+    """The block that ``flatten`` took apart."""
+    values, made = iter(flat), dict[str, Any]()
+    for name in kind._fields:
         if name.endswith("_weights"):
-            fields[name] = tuple(w for w in (next(values) for _ in range(WEIGHTS)) if w is not None)
+            made[name] = tuple(w for w in (next(values) for _ in range(WEIGHTS)) if w is not None)
         else:
-            fields[name] = next(values)
-    return SsdBlock(**fields)
+            made[name] = next(values)
+    return kind(**made)
+
+
+FIELDS = fields(SsdBlock)
+
+
+def constant(
+    name: str, tensor: Tensor | None, device: torch.device, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
+) -> int | None:
+    """The address of a tensor that is checked, or None."""
+    return None if tensor is None else check(name, tensor, device, dtypes, shape)
+
+
+def fill_linear(
+    to: QuambaStackLinear, name: str, linear: str, weights: tuple[Tensor, ...], O: int, K: int, S: int,
+    device: torch.device,
+) -> int:  # fmt: skip
+    """The addresses of a linear's weights in its struct. S: group size of the stack's linears so far, 0 before the
+    first; returns it."""
+    fp32, int8 = (torch.float32,), (torch.int8,)
+    wanted: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
+        "w": (int8, (O, K)) if linear == "linear_w8a8" else ((torch.int32,), (O, K // NIBBLES)),
+        "w_scale": (fp32, (O,)),
+    }
+    if linear != "linear_w8a8":
+        groups = weights[1].shape[-1]
+        size = K // max(groups, 1)
+        if S and size != S:
+            raise ValueError(f"both linears have groups of one size, got {S} and {size}")
+        S = size
+        if linear == "linear_w4a8":
+            wanted = {"w": wanted["w"], "w_multiplier": (int8, (O, groups)), "w_scale": (fp32, (O,))}
+        else:
+            wanted["w_scale"] = (torch.float16,), (O, groups)
+    if len(weights) != len(wanted):
+        raise ValueError(f"{linear} has {len(wanted)} tensors of weights, got {len(weights)}")
+    for tensor, (field, (dtypes, shape)) in zip(weights, wanted.items(), strict=True):
+        setattr(to, field, constant(f"{name}_{field}", tensor, device, dtypes, shape))
+    return S
 
 
 class _Layer:
@@ -125,8 +167,9 @@ class _Layer:
         for name, weights, bias, O, K in (
             ("in", b.in_weights, b.in_bias, 2 * inner + 2 * G * N + H, D), ("out", b.out_weights, b.out_bias, D, inner),
         ):  # fmt: skip
-            self._linear(name, linear, weights, O, K)
-            getattr(layer, name).bias = self._constant(f"{name}_bias", bias, (dtype,), (O,))
+            to = getattr(layer, name)
+            self.S = fill_linear(to, name, linear, weights, O, K, self.S, call.device)
+            to.bias = constant(f"{name}_bias", bias, call.device, (dtype,), (O,))
         call.convolution(
             memory.conv_state, b.conv_weight, b.conv_bias, b.conv_in_scale, b.conv_weight_scale, b.conv_out_scale, dtype
         )
@@ -140,37 +183,8 @@ class _Layer:
         for name in _MIXER:
             setattr(layer, name, getattr(p, name))
         layer.gate_weight, layer.out_scale = p.norm_weight, p.out_scale
-        layer.norm_weight = self._constant("norm_weight", b.norm_weight, (dtype,), (D,))
-        layer.in_scale = self._constant("in_scale", b.in_scale, (torch.float32,), (1,))
-
-    def _constant(
-        self, name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
-    ) -> int | None:
-        if tensor is None:
-            return None
-        return check(name, tensor, self.call.device, dtypes, shape)
-
-    def _linear(self, name: str, linear: str, weights: tuple[Tensor, ...], O: int, K: int) -> None:
-        fp32, int8 = (torch.float32,), (torch.int8,)
-        wanted: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
-            "w": (int8, (O, K)) if linear == "linear_w8a8" else ((torch.int32,), (O, K // NIBBLES)),
-            "w_scale": (fp32, (O,)),
-        }
-        grouped = linear != "linear_w8a8"
-        if grouped:
-            groups = weights[1].shape[-1]
-            size = K // max(groups, 1)
-            if self.S and size != self.S:
-                raise ValueError(f"both linears have groups of one size, got {self.S} and {size}")
-            self.S = size
-            if linear == "linear_w4a8":
-                wanted = {"w": wanted["w"], "w_multiplier": (int8, (O, groups)), "w_scale": (fp32, (O,))}
-            else:
-                wanted["w_scale"] = (torch.float16,), (O, groups)
-        if len(weights) != len(wanted):
-            raise ValueError(f"{linear} has {len(wanted)} tensors of weights, got {len(weights)}")
-        for tensor, (field, (dtypes, shape)) in zip(weights, wanted.items(), strict=True):
-            setattr(getattr(self.layer, name), field, self._constant(f"{name}_{field}", tensor, dtypes, shape))
+        layer.norm_weight = constant("norm_weight", b.norm_weight, call.device, (dtype,), (D,))
+        layer.in_scale = constant("in_scale", b.in_scale, call.device, (torch.float32,), (1,))
 
 
 def ssd_stack(
@@ -190,7 +204,7 @@ def ssd_stack(
             f"{count} states come with {count * FIELDS} constants, {count} states of the convolution, and as many "
             f"scales and generators or none; got {given}"
         )
-    blocks = [_block(constants[i * FIELDS : (i + 1) * FIELDS]) for i in range(count)]
+    blocks = [unflatten(SsdBlock, constants[i * FIELDS : (i + 1) * FIELDS]) for i in range(count)]
     x, device = tidy(x), x.device
     _, H, P, N = states[0].shape
     channels = blocks[0].conv_weight.shape[0]

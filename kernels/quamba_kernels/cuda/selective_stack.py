@@ -1,0 +1,181 @@
+"""A stack of Mamba1 blocks as the custom op quamba::selective_stack, as stack.py's."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quamba_kernels.cuda.decode import WIDTH, Call, QuambaDecode
+from quamba_kernels.cuda.library import DTYPES, library
+from quamba_kernels.cuda.linear import HALVES, tidy
+from quamba_kernels.cuda.stack import STATES, QuambaStackLinear, constant, fields, fill_linear, unflatten
+from quamba_kernels.ops.selective_stack import SelectiveBlock, SelectiveMemory
+
+D_STATE = 16
+FIELDS = fields(SelectiveBlock)
+LINEARS = ("in", "x", "dt", "out")
+_MIXER = (
+    "conv_state", "conv_weight", "conv_weight_scale", "conv_bias", "conv_in_scale", "conv_out_scale", "state",
+    "state_scale", "rng", "A", "D", "x_scale", "B_scale", "C_scale", "z_scale",
+)  # fmt: skip
+_REST = ("norm_weight", "in_scale", *_MIXER, "out_scale")
+
+
+class QuambaSelectiveStackLayer(ctypes.Structure):
+    """The struct of a layer in csrc/selective_stack.h, field by field."""
+
+    _fields_ = [
+        *((name, QuambaStackLinear) for name in LINEARS),
+        *((name, ctypes.c_void_p) for name in _REST),
+    ]
+
+
+class QuambaSelectiveStack(ctypes.Structure):
+    """The struct of csrc/selective_stack.h, field by field."""
+
+    _fields_ = [
+        ("mixer", QuambaDecode),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_longlong),
+        *((name, ctypes.c_void_p) for name in ("layers", "x", "y")),
+        *((name, ctypes.c_int) for name in ("count", "D", "R", "S")),
+        ("eps", ctypes.c_float),
+    ]
+
+    def __str__(self) -> str:
+        return f"{self.count} layers of D={self.D} R={self.R} S={self.S}, {self.mixer}"
+
+
+def why_not(shape: dict[str, int], dtype: torch.dtype) -> str | None:
+    """Why the kernel does not take a stack of these sizes, in a sentence.
+
+    Beside the axes D, I, N, R (rank of dt) and W: block, of the rotation; S, group size of int4 weights or 0; coded,
+    whether the linears' inputs are codes; codes, whether the scan's inputs and the convolution are (-1: some);
+    state_bits and residual_bits.
+    """
+    if shape["residual_bits"] != 32:
+        return f"takes a residual stream of 32 bits, got {shape['residual_bits']}"
+    if shape["state_bits"] not in STATES:
+        return f"takes states of 8 or 16 bits, got {shape['state_bits']}"
+    if shape["codes"] != shape["coded"]:
+        return "takes the scan's inputs and the convolution as codes where the linears' inputs are, else as floats"
+    if shape["N"] != D_STATE or shape["W"] != WIDTH:
+        return f"takes d_state {D_STATE} and {WIDTH} taps, got {shape['N']} and {shape['W']}"
+    kept = DTYPES[torch.int8 if shape["codes"] else dtype]
+    mixer = QuambaDecode(
+        batch=1, H=shape["I"], P=1, G=1, N=D_STATE, channels=shape["I"], block=shape["block"], in_=DTYPES[dtype],
+        conv_state_type=kept, conv_weight_type=kept, conv_bias_type=DTYPES[dtype],
+        state_type=DTYPES[STATES[shape["state_bits"]]],
+    )  # fmt: skip
+    linear = "w8a8" if not shape["S"] else "w4a8" if shape["coded"] else "w4a16"
+    problem = QuambaSelectiveStack(mixer=mixer, count=1, D=shape["D"], R=shape["R"], S=shape["S"])
+    if library(torch.cuda.current_device()).serves(f"quamba_selective_stack_{linear}_serves", problem):
+        return None
+    where = "csrc/selective_stack_launch.cuh says what it needs"
+    return f"takes no stack of {problem} and {linear} on this device ({where})"
+
+
+class _Layer:
+    """The pointers of one layer, from tensors that are checked."""
+
+    def __init__(
+        self, call: Call, b: SelectiveBlock, memory: SelectiveMemory, linear: str, D: int, R: int, dtype: torch.dtype
+    ) -> None:  # fmt: skip
+        self.call, self.layer, self.S = call, QuambaSelectiveStackLayer(), 0
+        inner, N, device = call.problem.H, call.problem.N, call.device
+        layer = self.layer
+        for name, weights, bias, O, K in (
+            ("in", b.in_weights, b.in_bias, 2 * inner, D), ("x", b.x_weights, None, R + 2 * N, inner),
+            ("out", b.out_weights, b.out_bias, D, inner),
+        ):  # fmt: skip
+            to = getattr(layer, name)
+            self.S = fill_linear(to, name, linear, weights, O, K, self.S, device)
+            to.bias = constant(f"{name}_bias", bias, device, (dtype,), (O,))
+        fill_linear(layer.dt, "dt", "linear_w8a8", b.dt_weights, inner, R, 0, device)
+        layer.dt.bias = constant("dt_bias", b.dt_bias, device, (dtype,), (inner,))
+        call.convolution(
+            memory.conv_state, b.conv_weight, b.conv_bias, b.conv_in_scale, b.conv_weight_scale, b.conv_out_scale, dtype
+        )
+        if b.A.shape != (inner, N):
+            raise ValueError(f"A has to be {[inner, N]}, got {list(b.A.shape)}")
+        call.recurrence(memory.state, memory.state_scale, memory.rng, b.A, b.D, None)
+        for name in ("x_scale", "B_scale", "C_scale", "out_scale"):
+            call.scale(name, getattr(b, name), (1,))
+        call.scale("z_scale", b.z_scale, (1,), (inner,), count="z_count")
+        for name in (*_MIXER, "out_scale"):
+            setattr(layer, name, getattr(call.problem, name))
+        layer.norm_weight = constant("norm_weight", b.norm_weight, device, (dtype,), (D,))
+        layer.in_scale = constant("in_scale", b.in_scale, device, (torch.float32,), (1,))
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What the layers of a stack have in common."""
+        p, layer = self.call.problem, self.layer
+        fields = [getattr(layer, name) for name in _REST] + [getattr(layer, name).bias for name in LINEARS]
+        kinds = p.conv_state_type, p.conv_weight_type, p.conv_bias_type, p.state_type, p.conv_in_count, p.z_count
+        return self.S, [field is not None for field in fields], kinds
+
+
+def selective_stack(
+    x: Tensor, constants: Sequence[Tensor | None], conv_states: Sequence[Tensor], states: Sequence[Tensor],
+    state_scales: Sequence[Tensor], rngs: Sequence[Tensor], linear: str, eps: float, block: int, in_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    count = len(states)
+    if x.dim() != 2 or x.shape[0] != 1 or x.dtype != torch.float32 or in_dtype not in HALVES:
+        raise ValueError(
+            f"the CUDA stack takes one token of float32 and activations of {HALVES}, "
+            f"got {x.dtype} {list(x.shape)} and {in_dtype}"
+        )
+    given = len(constants), len(conv_states), len(state_scales), len(rngs)
+    if not count or given[:2] != (count * FIELDS, count) or any(n not in (0, count) for n in given[2:]):
+        raise ValueError(
+            f"{count} states come with {count * FIELDS} constants, {count} states of the convolution, and as many "
+            f"scales and generators or none; got {given}"
+        )
+    blocks = [unflatten(SelectiveBlock, constants[i * FIELDS : (i + 1) * FIELDS]) for i in range(count)]
+    x, device = tidy(x), x.device
+    _, inner, N = states[0].shape
+    D, R = x.shape[1], blocks[0].dt_weights[0].shape[-1]
+    layers = (QuambaSelectiveStackLayer * count)()
+    kept = list[_Layer]()
+    for i, b in enumerate(blocks):
+        call = Call(
+            device, batch=1, H=inner, P=1, G=1, N=N, channels=inner, in_=DTYPES[in_dtype], block=block
+        )  # fmt: skip
+        memory = SelectiveMemory(
+            conv_states[i], states[i], state_scales[i] if state_scales else None, rngs[i] if rngs else None
+        )
+        if memory.state.shape != states[0].shape or b.conv_weight.shape != (inner, WIDTH):
+            sizes = [*memory.state.shape], [*b.conv_weight.shape]
+            raise ValueError(f"all layers of a stack have the same sizes; layer {i} has a state and taps {sizes}")
+        made = _Layer(call, b, memory, linear, D, R, in_dtype)
+        layers[i] = made.layer
+        kept.append(made)
+        if made.alike != kept[0].alike:
+            raise ValueError(f"all layers of a stack are of the same types and groups; layer {i} is not")
+    y = torch.empty_like(x)
+    whole = QuambaSelectiveStack(
+        mixer=kept[0].call.problem, layers=ctypes.addressof(layers), x=x.data_ptr(), y=y.data_ptr(), count=count, D=D,
+        R=R, S=kept[0].S, eps=eps,
+    )  # fmt: skip
+    with torch.cuda.device(device):
+        library(device.index).call(f"quamba_selective_stack_{linear.removeprefix('linear_')}", whole, device)
+    return y
+
+
+_LIBRARY = torch.library.Library("quamba", "FRAGMENT")
+_LIBRARY.define(
+    "selective_stack(Tensor x, Tensor?[] constants, Tensor(a!)[] conv_states, Tensor(b!)[] states, "
+    "Tensor(c!)[] state_scales, Tensor(d!)[] rngs, str linear, float eps, int block, ScalarType in_dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("selective_stack", selective_stack, "CUDA")
+
+
+@torch.library.register_fake("quamba::selective_stack", lib=_LIBRARY)
+def _fake(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
