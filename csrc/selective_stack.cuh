@@ -92,7 +92,10 @@ __device__ __forceinline__ void bring_mixers(const Params& p, Mixer<kInteger<KIN
     }
     if (layer + 1 < p.layers) ask_for_mixer<KIND, State>(p, p.layer[layer + 1], of_in);
     wait(empty, layer & 1 ^ 1);
-    if (of_in.rows > 0) bring_mixer<KIND, State>(p, l, of_in, mixer, full);
+    if (of_in.rows > 0)
+      bring_mixer<KIND, State>(p, l, of_in, mixer, full);
+    else if (lane == 0)
+      arrive(full, 33);  // nothing to bring, but never two layers behind the team
   }
 }
 
@@ -205,17 +208,15 @@ __device__ __forceinline__ void take_step(const Params& p, const Ring& ring,
     unsigned long long* const total = p.common + static_cast<int64_t>(at_layer * kCopies) * common + threadIdx.x;
     const bool adds = static_cast<int>(threadIdx.x) < common;
     if (turn == kInput) {
-      if (channels > 0) {
-        wait(memory.mixer_full, at_layer & 1);
-        if (owner) {
-          decode::Taps taps{};
-          decode::Window window;
-          read_channel<kCodes, TYPE>(q, mixer, own_row, early, own, to_half(made, kHalf), taps, window);
-          const float y = decode::convolve<kCodes>(q, taps, window);
-          put_channel<KIND>(between.inputs, own_row, y);
-          between.x[own_row] = kCodes ? y * mixer.x_scale : y;
-          decode::shift<kCodes>(q, taps.in, window);
-        }
+      wait(memory.mixer_full, at_layer & 1);
+      if (owner) {
+        decode::Taps taps{};
+        decode::Window window;
+        read_channel<kCodes, TYPE>(q, mixer, own_row, early, own, to_half(made, kHalf), taps, window);
+        const float y = decode::convolve<kCodes>(q, taps, window);
+        put_channel<KIND>(between.inputs, own_row, y);
+        between.x[own_row] = kCodes ? y * mixer.x_scale : y;
+        decode::shift<kCodes>(q, taps.in, window);
       }
       Team::sync();  // all have used the sums of x, too
       if (adds) {

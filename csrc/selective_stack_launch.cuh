@@ -47,60 +47,23 @@ int plan(const QuambaSelectiveStack& s, Params& p, int& sms, int& bytes) {
   if (!make_rotation(q.block, p.rotation) || p.rotation.base > 20 ||
       (p.rotation.base && (p.rotation.bits < 5 || inner % q.block)))
     return QUAMBA_UNSUPPORTED;
-  int ordinal = 0, most = 0, cooperative = 0;
-  cudaError_t error = cudaGetDevice(&ordinal);
-  const auto get = [&](int& value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, ordinal);
-  };
-  get(sms, cudaDevAttrMultiProcessorCount);
-  get(most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  get(cooperative, cudaDevAttrCooperativeLaunch);
-  if (error != cudaSuccess) return error;
-  if (!cooperative || sms > kMostBlocks || !describe<KIND>(p.matrix[0], inner, s.D, s.S, sms) ||
+  int most = 0;
+  const int status = look_at_device(sms, most);
+  if (status != QUAMBA_OK) return status;
+  if (sms > kMostBlocks || !describe<KIND>(p.matrix[0], inner, s.D, s.S, sms) ||
       !describe<KIND>(p.matrix[1], s.D, inner, s.S, sms))
     return QUAMBA_UNSUPPORTED;
   p.groups = KIND == Kind::kW8A8 ? 0 : inner / s.S;
 
   const int channels = most_rows(p.matrix[0], sms);
-  if (channels > kMostChannels || most_rows(p.matrix[1], sms) > kTeam) return QUAMBA_UNSUPPORTED;
+  if (channels > kMostChannels) return QUAMBA_UNSUPPORTED;
   p.pitch = (channels / kOctet | 1) * kOctetBytes<KIND>;  // odd, for the banks
   p.dt_at = 0, p.x_at = (channels * s.R + 15) / 16 * 16;
   p.multipliers_at = (p.x_at + common_of(s) * p.pitch + 15) / 16 * 16;
   const int more = p.multipliers_at + (KIND == Kind::kW8A8 ? 0 : 2 * common_of(s) * (kCodes ? 1 : 2));
 
-  int stage_bytes = 0;
-  for (const Matrix& m : p.matrix) {
-    stage_bytes = std::max(stage_bytes, (m.row_bytes + m.scale_bytes) << m.stage_rows_log);
-    p.x_bytes = std::max(p.x_bytes, m.steps * kStepX<KIND>);
-  }
-  p.stage_bytes = (stage_bytes + 63) / 128 * 128 + 64;
-  p.row_floats = (Team::place(inner) + 31) / 32 * 32;
-  const auto stride = [](const Matrix& m) { return kWarps >> m.parts_log << m.strip_stages_log; };
-  int others = 0;
-  for (bool again = true; again;) {
-    p.sums_bytes = 0;
-    for (const Matrix& m : p.matrix)
-      p.sums_bytes = std::max(p.sums_bytes, 4 * kStrip * strips_of(m, sms) << m.parts_log);
-    others = kBarrierBytes + p.x_bytes + p.sums_bytes + static_cast<int>(sizeof(Between) + offsetof(Made, more)) +
-             more + 4 * (kScratch + kQuads * kWarps + p.row_floats);
-    p.stages = std::min((most - others) / p.stage_bytes, kMaxStages) / 2 * 2;
-    again = false;
-    for (Matrix& m : p.matrix) {
-      if (stride(m) <= p.stages) continue;
-      if (m.parts() == kWarps) return QUAMBA_UNSUPPORTED;
-      ++m.parts_log, again = true;
-    }
-  }
-  // where a turn does not fit the ring, the stage before in a slot has to be the warp's own (see Stage)
-  for (bool again = true; again;) {
-    again = false;
-    for (const Matrix& m : p.matrix)
-      if (most_rows(m, sms) >> m.stage_rows_log > p.stages && p.stages % stride(m))
-        p.stages -= p.stages % stride(m), again = true;
-  }
-  bytes = others + p.stages * p.stage_bytes;
   p.ahead = kAhead, p.pace = kPace;
-  return QUAMBA_OK;
+  return divide<KIND>(p, sms, most, static_cast<int>(sizeof(Between) + offsetof(Made, more)) + more, bytes);
 }
 
 // Whether tensors are there where the kernel reads them, and not where it does not.
@@ -124,33 +87,12 @@ int launch(const QuambaSelectiveStack& s, bool only_plan, cudaStream_t stream) {
   if (s.workspace_bytes < workspace_of(s)) return QUAMBA_UNSUPPORTED;
   for (int i = 0; i < s.count; ++i)
     if (!aligned(s.layers[i]) || !complete<KIND, State, TYPE>(s.layers[i], q)) return QUAMBA_UNSUPPORTED;
-  p.x = s.x, p.y = s.y;
   p.common = static_cast<unsigned long long*>(s.workspace);
   p.u = reinterpret_cast<float*>(static_cast<char*>(s.workspace) +
                                  rounded_up(8ll * kCopies * std::min(s.count, kMostLayers) * common_of(s)));
   p.residual = p.u + q.H;
   p.counts = reinterpret_cast<unsigned*>(p.residual + s.D);
-
-  const auto kernel = selective_stack<KIND, State, TYPE>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(sms);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  for (int layer = 0; error == cudaSuccess && layer < s.count; layer += kMostLayers) {
-    p.layers = std::min(kMostLayers, s.count - layer);
-    std::copy(s.layers + layer, s.layers + layer + p.layers, p.layer);
-    if (layer) p.x = p.y;
-    error = cudaMemsetAsync(s.workspace, 0, workspace_of(s), stream);  // sums of nothing, and there is no layer 0
-    if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, p);
-  }
-  return error != cudaSuccess ? error : cudaGetLastError();
+  return launch_layers(selective_stack<KIND, State, TYPE>, p, s, workspace_of(s), sms, bytes, stream);
 }
 
 // By the type of the states and of the activations.

@@ -58,7 +58,10 @@ __device__ __forceinline__ void bring_mixers(const Params& p, Mixer<kInteger<KIN
     if (lane == 4 && kInteger<KIND>) ask_for(static_cast<const float*>(l.in.w_scale) + of_in.first, of_in.rows, 4);
     if (lane == 5 && kInteger<KIND>) ask_for(static_cast<const float*>(l.out.w_scale) + of_out.first, of_out.rows, 4);
     wait(empty, layer & 1 ^ 1);
-    if (part.rows > 0) bring_mixer(p, l, part, mixer, full);
+    if (part.rows > 0)
+      bring_mixer(p, l, part, mixer, full);
+    else if (lane == 0)
+      arrive(full);  // nothing to bring, but never two layers behind the team
   }
 }
 
@@ -185,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
     }
     if (!out) {  // a branch of its own: as an else, ptxas 13.0 spills three times as much for W8A8
       const QuambaDecode q = mixer_of<kCodes, TYPE>(p, l);
-      if (rows > 0) wait(mixer_full, turn / 2 & 1);
+      wait(mixer_full, turn / 2 & 1);
       if (exists) {
         decode::Taps taps{};
         decode::Window window;

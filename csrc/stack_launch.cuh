@@ -57,6 +57,83 @@ inline bool aligned(const QuambaStackLayer& l) {
   return true;
 }
 
+// Multiprocessors, and the shared memory that a block may have; QUAMBA_UNSUPPORTED where blocks cannot be launched together.
+inline int look_at_device(int& sms, int& most) {
+  int ordinal = 0, cooperative = 0;
+  cudaError_t error = cudaGetDevice(&ordinal);
+  const auto get = [&](int& value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, ordinal);
+  };
+  get(sms, cudaDevAttrMultiProcessorCount);
+  get(most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  get(cooperative, cudaDevAttrCooperativeLaunch);
+  if (error != cudaSuccess) return error;
+  return cooperative ? QUAMBA_OK : QUAMBA_UNSUPPORTED;
+}
+
+// Shared memory among the ring and all else, of which a kind of stack brings `rest`; bytes: of it all. P: of a kind of stack.
+template <Kind KIND, typename P>
+int divide(P& p, int sms, int most, int rest, int& bytes) {
+  int stage_bytes = 0;
+  for (const Matrix& m : p.matrix) {
+    stage_bytes = std::max(stage_bytes, (m.row_bytes + m.scale_bytes) << m.stage_rows_log);
+    p.x_bytes = std::max(p.x_bytes, m.steps * kStepX<KIND>);
+    if (most_rows(m, sms) > kTeam) return QUAMBA_UNSUPPORTED;
+  }
+  p.stage_bytes = (stage_bytes + 63) / 128 * 128 + 64;
+  p.row_floats = (Team::place(p.matrix[1].K) + 31) / 32 * 32;
+  // from a warp's strip to its next
+  const auto stride = [](const Matrix& m) { return kWarps >> m.parts_log << m.strip_stages_log; };
+  int others = 0;
+  for (bool again = true; again;) {
+    p.sums_bytes = 0;
+    for (const Matrix& m : p.matrix)
+      p.sums_bytes = std::max(p.sums_bytes, 4 * kStrip * strips_of(m, sms) << m.parts_log);
+    others = kBarrierBytes + p.x_bytes + p.sums_bytes + rest + 4 * (kScratch + kQuads * kWarps + p.row_floats);
+    p.stages = std::min((most - others) / p.stage_bytes, kMaxStages) / 2 * 2;
+    again = false;
+    for (Matrix& m : p.matrix) {
+      if (stride(m) <= p.stages) continue;
+      if (m.parts() == kWarps) return QUAMBA_UNSUPPORTED;
+      ++m.parts_log, again = true;
+    }
+  }
+  // where a turn does not fit the ring, the stage before in a slot has to be the warp's own (see Stage)
+  for (bool again = true; again;) {
+    again = false;
+    for (const Matrix& m : p.matrix)
+      if (most_rows(m, sms) >> m.stage_rows_log > p.stages && p.stages % stride(m))
+        p.stages -= p.stages % stride(m), again = true;
+  }
+  bytes = others + p.stages * p.stage_bytes;
+  return QUAMBA_OK;
+}
+
+// All layers, as many at a time as a launch takes. Its workspace is cleared before each: there is no layer 0.
+template <typename P, typename S>
+int launch_layers(void (*kernel)(P), P& p, const S& s, int64_t workspace, int sms, int bytes, cudaStream_t stream) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(sms);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  p.x = s.x, p.y = s.y;
+  for (int layer = 0; error == cudaSuccess && layer < s.count; layer += kMostLayers) {
+    p.layers = std::min(kMostLayers, s.count - layer);
+    std::copy(s.layers + layer, s.layers + layer + p.layers, p.layer);
+    if (layer) p.x = p.y;
+    error = cudaMemsetAsync(s.workspace, 0, workspace, stream);
+    if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, p);
+  }
+  return error != cudaSuccess ? error : cudaGetLastError();
+}
+
 // Everything but the pointers; QUAMBA_UNSUPPORTED for what the kernel does not take.
 template <Kind KIND, typename State, int TYPE>
 int plan(const QuambaStack& s, Params& p, int& sms, int& bytes) {
@@ -76,16 +153,10 @@ int plan(const QuambaStack& s, Params& p, int& sms, int& bytes) {
       (p.rotation.base && (p.rotation.bits < 5 || inner % q.block)))
     return QUAMBA_UNSUPPORTED;
   if (q.channels % 16 || q.P * (Mixer<kCodes, State>::kHeads - 1) < kMostRows) return QUAMBA_UNSUPPORTED;
-  int ordinal = 0, most = 0, cooperative = 0;
-  cudaError_t error = cudaGetDevice(&ordinal);
-  const auto get = [&](int& value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, ordinal);
-  };
-  get(sms, cudaDevAttrMultiProcessorCount);
-  get(most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  get(cooperative, cudaDevAttrCooperativeLaunch);
-  if (error != cudaSuccess) return error;
-  if (!cooperative || !describe<KIND>(p.matrix[0], outputs(q), s.D, s.S, sms) ||
+  int most = 0;
+  const int status = look_at_device(sms, most);
+  if (status != QUAMBA_OK) return status;
+  if (!describe<KIND>(p.matrix[0], outputs(q), s.D, s.S, sms) ||
       !describe<KIND>(p.matrix[1], s.D, inner, s.S, sms))
     return QUAMBA_UNSUPPORTED;
 
@@ -96,38 +167,11 @@ int plan(const QuambaStack& s, Params& p, int& sms, int& bytes) {
   if (p.rows > kMostRows) return QUAMBA_UNSUPPORTED;
   p.ahead = std::min(s.D, outputs(q)) / kOctet >= sms ? kAhead : 0;
 
-
-  int stage_bytes = 0;
-  for (const Matrix& m : p.matrix) {
-    stage_bytes = std::max(stage_bytes, (m.row_bytes + m.scale_bytes) << m.stage_rows_log);
-    p.x_bytes = std::max(p.x_bytes, m.steps * kStepX<KIND>);
-    if (most_rows(m, sms) > kTeam) return QUAMBA_UNSUPPORTED;
-  }
-  p.stage_bytes = (stage_bytes + 63) / 128 * 128 + 64;
-  p.row_floats = (Team::place(inner) + 31) / 32 * 32;
   using Made = Mixer<kCodes, State>;
-  const auto stride = [](const Matrix& m) { return kWarps >> m.parts_log << m.strip_stages_log; };  // from a warp's strip to its next
-  int others = 0;
-  for (bool again = true; again;) {
-    p.sums_bytes = 0;
-    for (const Matrix& m : p.matrix) p.sums_bytes = std::max(p.sums_bytes, 4 * kStrip * strips_of(m, sms) << m.parts_log);
-    others = kBarrierBytes + p.x_bytes + p.sums_bytes + static_cast<int>(sizeof(Between) + offsetof(Made, state)) +
-             p.rows * kN * static_cast<int>(sizeof(State)) + 4 * (kScratch + kQuads * kWarps + p.row_floats);
-    p.stages = std::min((most - others) / p.stage_bytes, kMaxStages) / 2 * 2;
-    again = false;
-    for (Matrix& m : p.matrix) {
-      if (stride(m) <= p.stages) continue;
-      if (m.parts() == kWarps) return QUAMBA_UNSUPPORTED;
-      ++m.parts_log, again = true;
-    }
-  }
-  // where a turn does not fit the ring, the stage before in a slot has to be the warp's own (see Stage)
-  for (bool again = true; again;) {
-    again = false;
-    for (const Matrix& m : p.matrix)
-      if (most_rows(m, sms) >> m.stage_rows_log > p.stages && p.stages % stride(m)) p.stages -= p.stages % stride(m), again = true;
-  }
-  bytes = others + p.stages * p.stage_bytes;
+  const int rest =
+      static_cast<int>(sizeof(Between) + offsetof(Made, state)) + p.rows * kN * static_cast<int>(sizeof(State));
+  const int divided = divide<KIND>(p, sms, most, rest, bytes);
+  if (divided != QUAMBA_OK) return divided;
   // of a layer's time, for its copies: as much as has been found to leave none waiting, by what of a layer the ring holds
   int copies = 0;
   for (const Matrix& m : p.matrix) copies += most_rows(m, sms) >> m.stage_rows_log;
@@ -155,32 +199,11 @@ int launch(const QuambaStack& s, bool only_plan, cudaStream_t stream) {
   if (s.workspace_bytes < workspace_of(s)) return QUAMBA_UNSUPPORTED;
   for (int i = 0; i < s.count; ++i)
     if (!aligned(s.layers[i]) || !complete<KIND, TYPE>(s.layers[i], q)) return QUAMBA_UNSUPPORTED;
-  p.x = s.x, p.y = s.y;
   p.projected = static_cast<unsigned*>(s.workspace);
   p.u = reinterpret_cast<float*>(static_cast<char*>(s.workspace) + rounded_up(4ll * outputs(q)));
   p.residual = p.u + q.H * q.P;
   p.counts = reinterpret_cast<unsigned*>(p.residual + s.D);
-
-  const auto kernel = ssd_stack<KIND, State, TYPE>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(sms);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  for (int layer = 0; error == cudaSuccess && layer < s.count; layer += kMostLayers) {
-    p.layers = std::min(kMostLayers, s.count - layer);
-    std::copy(s.layers + layer, s.layers + layer + p.layers, p.layer);
-    if (layer) p.x = p.y;
-    error = cudaMemsetAsync(s.workspace, 0, workspace_of(s), stream);  // there is no layer 0
-    if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, p);
-  }
-  return error != cudaSuccess ? error : cudaGetLastError();
+  return launch_layers(ssd_stack<KIND, State, TYPE>, p, s, workspace_of(s), sms, bytes, stream);
 }
 
 // By the type of the states.

@@ -94,7 +94,7 @@ struct Pace {
 
   __device__ __forceinline__ void keep() {
     unsigned now = clock();
-    while (static_cast<int>(now - next) < 0) now = clock();
+    while (next - now - 1 < cycles) now = clock();  // false, too, where the clock has jumped
     next = now + cycles;
   }
 };

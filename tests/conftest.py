@@ -1,6 +1,7 @@
 """Fixtures that more than one file of tests needs."""
 
 import contextlib
+import ctypes
 import functools
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,25 @@ from quamba import embedded
 from quamba.models import ARCHITECTURES
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def launches_of(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """(module of a stack's op, struct of its layers) -> a list that will have (kernel, struct, pointers of its first
+    layer) of every launch; none happens."""
+
+    def watch(module: Any, struct: type[ctypes.Structure]) -> list[tuple[str, Any, Any]]:
+        seen: list[tuple[str, Any, Any]] = []
+
+        def call(name, problem, device):
+            layer = ctypes.cast(problem.layers, ctypes.POINTER(struct))[0]
+            seen.append((name, problem, struct.from_buffer_copy(layer)))
+
+        monkeypatch.setattr(module, "library", lambda index: SimpleNamespace(call=call))
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        return seen
+
+    return watch
 
 
 @pytest.fixture

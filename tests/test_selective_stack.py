@@ -1,7 +1,5 @@
 """What a stack of Mamba1 blocks is launched with, and what is refused; tests/test_stack.py has the joining."""
 
-import contextlib
-import ctypes
 from types import SimpleNamespace
 
 import pytest
@@ -15,17 +13,8 @@ SIZES = Sizes(256, 512, 16, 16, 512)
 
 
 @pytest.fixture
-def launches(monkeypatch):
-    """(kernel, struct, pointers of its first layer) of every launch; none happens."""
-    seen = []
-
-    def call(name, problem, device):
-        layer = ctypes.cast(problem.layers, ctypes.POINTER(cuda.QuambaSelectiveStackLayer))[0]
-        seen.append((name, problem, cuda.QuambaSelectiveStackLayer.from_buffer_copy(layer)))
-
-    monkeypatch.setattr(cuda, "library", lambda index: SimpleNamespace(call=call))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    return seen
+def launches(launches_of):
+    return launches_of(cuda, cuda.QuambaSelectiveStackLayer)
 
 
 def launch(drawn, linear="linear_w4a8", x=None, dtype=torch.float16):

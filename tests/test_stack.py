@@ -1,18 +1,20 @@
 """Blocks that take a step together: they give what they give one by one, and only where they may."""
 
-import contextlib
-import ctypes
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import quamba
 from quamba.decoding import Decoder
 from quamba.modules import stack
 from quamba.modules.mixer import Mixer
+from quamba_kernels import OPS
+from quamba_kernels.cuda import selective_stack as selective
 from quamba_kernels.cuda import stack as cuda
 from quamba_kernels.registry import Backend
+from quamba_kernels.testing import cases, change
 from quamba_kernels.testing_stack import Sizes, draw
 
 
@@ -75,6 +77,22 @@ def test_what_is_not_one_token_of_one_sequence_goes_block_by_block(family, role,
     assert len(calls) == 1 and seen
 
 
+@pytest.mark.parametrize("part", ["", "mixer", "mixer.in_proj", "mixer.x_proj", "mixer.out_proj"])
+def test_what_has_a_hook_is_called(part, stock, calls):
+    """What it sees and what it changes are those of its block."""
+    prompts = torch.tensor([[3, 1, 4]])
+    plain = logits(quamba.load(stock("w4a8", "mamba"), device="cpu")[0], prompts)
+    count = len(calls)
+    model = quamba.load(stock("w4a8", "mamba"), device="cpu")[0]
+    block = model.backbone.layers[0]
+    seen = []
+    handle = block.get_submodule(part).register_forward_hook(lambda module, args, y: seen.append(y) or 2 * y)
+    assert len(logits(model, prompts)) == 5 and len(seen) == 5 and len(calls) == count
+    handle.remove()
+    assert all(torch.equal(a, b) for a, b in zip(logits(model, prompts), plain, strict=True))
+    assert len(seen) == 5 and len(calls) == 2 * count
+
+
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 def test_a_model_that_is_bound_again_steps_with_what_it_has_then(family, stock, calls):
     model = quamba.load(stock("w4a8", family), device="cpu")[0]
@@ -87,7 +105,12 @@ def test_a_model_that_is_bound_again_steps_with_what_it_has_then(family, stock, 
         assert decoder._stacks[0]._constants is before
         model.state_dict()  # unbinds
         decoder.step(torch.tensor([1]))
-    assert decoder._stacks[0]._constants is not before and len(calls) == 3
+        assert decoder._stacks[0]._constants is not before and len(calls) == 3
+        for linear in stack._joint(decoder._stacks[0].blocks[1]).linears(stack._mixer(decoder._stacks[0].blocks[1])):
+            before = decoder._stacks[0]._constants
+            linear.unbind()
+            decoder.step(torch.tensor([1]))
+            assert decoder._stacks[0]._constants is not before
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
@@ -108,28 +131,69 @@ def test_blocks_that_differ_do_not(stock, calls):
     assert all(first not in s.blocks for s in stack.stacks_of(model))
 
 
+@pytest.mark.parametrize("family, module", [("mamba", selective), ("mamba2", cuda)])
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "w4a16"])
+def test_a_backend_is_asked_about_the_sizes_of_the_blocks(recipe, family, module, stock, monkeypatch):
+    asked, problems = [], []
+
+    def why_not(setting):
+        asked.append(setting.shape)
+        return None if setting.shape["residual_bits"] == 32 else "other residuals"
+
+    model = quamba.load(stock(recipe, family), device="cpu")[0]
+    block = model.backbone.layers[0]
+    op = stack._joint(block).op
+    monkeypatch.setattr(op, "backends", [Backend("kernel", op.reference, why_not)])
+    monkeypatch.setattr(Mixer, "_fused", lambda self, op: op.candidates[-1])
+    [found] = stack.stacks_of(model)
+    assert found.backend.name == "kernel" and len(found.blocks) == model.config.num_hidden_layers
+
+    def serves(name, problem):
+        problems.append((name, problem))
+        return True
+
+    monkeypatch.setattr(module, "D_STATE", asked[0]["N"])
+    monkeypatch.setattr(module, "library", lambda index: SimpleNamespace(serves=serves))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert module.why_not(asked[0], torch.float16) is None
+    [(name, problem)] = problems
+    assert name == f"quamba_{op.name}_{recipe}_serves"
+    into = stack._mixer(block).linear("in_proj")
+    assert model.config.hidden_size == problem.D and problem.mixer.block == block.mixer.block
+    assert (0 if recipe == "w8a8" else into.features // into._weights[1].shape[-1]) == problem.S
+    assert block.mixer.conv_channels["x"] == problem.mixer.H * problem.mixer.P
+    assert problem.mixer.state_type == {"float16": 1, "int8": 3}[block.mixer.state_spec.dtype]
+    if family == "mamba":
+        assert model.config.time_step_rank == problem.R
+
+    for forced, number in (("kernel", 1), ("torch", 0), ("triton", 0)):
+        monkeypatch.setenv("QUAMBA_BACKEND", f"{op.name}={forced}")
+        assert len(stack.stacks_of(model)) == number, forced
+    parts = {"mamba": ("linear_w8a8", "conv_decode", "selective_decode"), "mamba2": ("ssd_decode",)}[family]
+    for part in (f"linear_{recipe}", "norm_linear", *parts):
+        monkeypatch.setenv("QUAMBA_BACKEND", f"{part}=torch")
+        assert stack.stacks_of(model) == [], part
+    monkeypatch.setenv("QUAMBA_BACKEND", "ssd_scan=torch,selective_scan=torch")  # of prompts
+    assert len(stack.stacks_of(model)) == 1
+    monkeypatch.delenv("QUAMBA_BACKEND")
+    for part in model.backbone.layers:
+        part.residual_dtype = torch.float16
+    assert stack.stacks_of(model) == []
+
+
 SIZES = Sizes(256, 4, 64, 1, 128, 1, 256)
 
 
 @pytest.fixture
-def launches(monkeypatch):
-    """(kernel, struct, pointers of its first layer) of every launch; none happens."""
-    seen = []
-
-    def call(name, problem, device):
-        layer = ctypes.cast(problem.layers, ctypes.POINTER(cuda.QuambaStackLayer))[0]
-        seen.append((name, problem, cuda.QuambaStackLayer.from_buffer_copy(layer)))
-
-    monkeypatch.setattr(cuda, "library", lambda index: SimpleNamespace(call=call))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    return seen
+def launches(launches_of):
+    return launches_of(cuda, cuda.QuambaStackLayer)
 
 
-def launch(drawn, linear="linear_w4a8", x=None, dtype=torch.float16):
+def launch(drawn, linear="linear_w4a8", x=None, dtype=torch.float16, groups=SIZES.norm_groups):
     x = torch.zeros(1, SIZES.D) if x is None else x
     kept = [[t for t in tensors if t is not None] for tensors in zip(*(m for _, m in drawn), strict=True)]
     constants = cuda.flatten([b for b, _ in drawn])
-    return cuda.ssd_stack(x, constants, *kept, linear, 1e-5, 1e-6, 0.0, 1.0, SIZES.norm_groups, SIZES.block, dtype)
+    return cuda.ssd_stack(x, constants, *kept, linear, 1e-5, 1e-6, 0.0, 1.0, groups, SIZES.block, dtype)
 
 
 @pytest.mark.parametrize("linear", ["linear_w8a8", "linear_w4a8", "linear_w4a16"])
@@ -150,13 +214,15 @@ def test_all_layers_reach_one_launch(linear, launches):
 
 def test_layers_that_differ_are_refused(launches):
     rng = torch.Generator().manual_seed(0)
-    first = draw("linear_w4a8", rng, SIZES, torch.float16, torch.int8)
+    first = block, memory = draw("linear_w4a8", rng, SIZES, torch.float16, torch.int8)
     for other, message in (
         (draw("linear_w4a8", rng, SIZES, torch.float16, torch.float16), "come with"),
         (draw("linear_w4a8", rng, SIZES, torch.float16, torch.int8, static=False), "same types"),
         (draw("linear_w4a8", rng, SIZES, torch.float16, torch.int8, gains=False), "same types"),
         (draw("linear_w4a8", rng, SIZES._replace(H=8), torch.float16, torch.int8), "same sizes"),
         (draw("linear_w8a8", rng, SIZES, torch.float16, torch.int8), "tensors of weights"),
+        ((block._replace(A=block.A[:2].clone()), memory), "A has to be"),
+        ((block, memory._replace(conv_state=memory.conv_state.expand(2, -1, -1))), "conv_state has to be"),
     ):
         with pytest.raises(ValueError, match=message):
             launch([first, other])
@@ -166,7 +232,29 @@ def test_layers_that_differ_are_refused(launches):
         launch([first], x=torch.zeros(1, SIZES.D, dtype=torch.float16))
     with pytest.raises(TypeError):
         launch([first], dtype=torch.bfloat16)
+    two = memory._replace(state=torch.cat([memory.state] * 2), state_scale=torch.cat([memory.state_scale] * 2))
+    with pytest.raises(ValueError, match="state has to be"):
+        launch([(block, two)])
     assert launches == []
+
+
+def test_a_gain_without_a_norm_is_refused(launches):
+    """The kernel multiplies by it where it normalises."""
+    drawn = draw("linear_w4a8", torch.Generator().manual_seed(0), SIZES, torch.float16, torch.int8)
+    assert launch([drawn], groups=1).shape == (1, SIZES.D) and len(launches) == 1
+    with pytest.raises(ValueError, match="gate_weight"):
+        launch([drawn], groups=0)
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("name", ["ssd_stack", "selective_stack"])
+def test_without_data_a_stack_gives_a_residual_stream(name):
+    backend = next(b for b in OPS[name].backends if b.name == "cuda")
+    for case in cases(name)[:3]:
+        with FakeTensorMode():
+            args = change(case.args, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda"))
+            y = backend(*args, **case.kwargs)
+        assert (y.shape, y.dtype, y.device.type) == (case.args[0].shape, torch.float32, "cuda")
 
 
 SHAPE = SIZES.shape("linear_w4a8", torch.int8)

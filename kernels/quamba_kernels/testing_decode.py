@@ -31,13 +31,14 @@ _DECODE_OUTS: tuple[dict[str, Any], ...] = ({}, {"out_scale": torch.tensor([0.02
 def _ssd_decode(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[Case]:
     sizes = (  # B H P G N, groups of the norm, Hadamard block
         (1, 2, 32, 1, 16, 1, 64), (5, 8, 64, 8, 64, 8, 512), (2, 10, 64, 1, 128, 1, 640), (3, 3, 128, 1, 256, 0, 384),
-        (4, 16, 32, 8, 128, 2, 32), (1, 80, 64, 1, 128, 1, 5120),
+        (4, 16, 32, 8, 128, 2, 32), (1, 80, 64, 1, 128, 1, 5120), (2, 28, 64, 1, 16, 1, 1792),
+        (3, 36, 64, 2, 16, 2, 2304), (2, 12, 32, 1, 16, 1, 0), (1, 160, 64, 1, 16, 1, 10240),
     )  # fmt: skip
     for i, (batch, H, P, G, N, groups, block) in enumerate(sizes):
         inner, channels = H * P, H * P + 2 * G * N
         A, D, bias = -torch.rand(H, generator=rng) * 2 - 0.1, _normal(rng, H), _normal(rng, H)
         for j, (kind, noisy) in enumerate(STATES):
-            if H == 80 and j % 2:
+            if H >= 80 and j % 2:
                 continue
             int8 = j > 1
             projected = _normal(rng, batch, inner + channels + H, dtype=dtype)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quamba_kernels.ops.selective_stack import SelectiveBlock, SelectiveMemory
+from quamba_kernels.ops.selective_stack import SelectiveBlock
+from quamba_kernels.ops.stack import BlockMemory
 from quamba_kernels.testing import F16, Case, _codes, _for, _normal, _scale, _stored
 from quamba_kernels.testing_linear import weights
 
@@ -35,7 +36,7 @@ class Sizes(NamedTuple):
 def draw(
     linear: str, rng: torch.Generator, sizes: Sizes, dtype: torch.dtype, kind: torch.dtype, *, noisy: bool = False,
     static: bool = True, gains: bool = True,
-) -> tuple[SelectiveBlock, SelectiveMemory]:  # fmt: skip
+) -> tuple[SelectiveBlock, BlockMemory]:  # fmt: skip
     """A block and what it remembers. dtype: of activations; kind: of the state; static: scales of the linears' inputs;
     gains: norms have weights, linears and the convolution biases."""
     D, inner, R, N, _, size = sizes
@@ -69,12 +70,12 @@ def draw(
         out_weights=weights(linear, rng, D, inner, size),
         out_bias=_normal(rng, D, dtype=dtype) * 0.1 if gains else None,
     )  # fmt: skip
-    return block, SelectiveMemory(window, state, state_scale, torch.tensor([11, 4]) if noisy else None)
+    return block, BlockMemory(window, state, state_scale, torch.tensor([11, 4]) if noisy else None)
 
 
 @_for("selective_stack")
 def _selective_stack(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[Case]:
-    sizes = Sizes(256, 512, 16, 16, 512), Sizes(256, 1280, 20, 16, 640), Sizes(1024, 1024, 64, 16, 0, 256)
+    sizes = Sizes(256, 512, 16, 16, 512), Sizes(256, 1280, 20, 16, 640), Sizes(1024, 1024, 64, 16, 0)
     variants = ((F16, False, True), (torch.int8, True, True), (torch.int8, False, False))
     for i, made in enumerate(sizes):
         for j, linear in enumerate(("linear_w8a8", "linear_w4a8", "linear_w4a16")):

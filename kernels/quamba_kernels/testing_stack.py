@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quamba_kernels.ops.stack import SsdBlock, SsdMemory
+from quamba_kernels.ops.stack import BlockMemory, SsdBlock
 from quamba_kernels.testing import F16, Case, _codes, _for, _normal, _scale, _stored
 from quamba_kernels.testing_linear import weights
 
@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
 def draw(
     linear: str, rng: torch.Generator, sizes: Sizes, dtype: torch.dtype, kind: torch.dtype, *, noisy: bool = False,
     static: bool = True, gains: bool = True,
-) -> tuple[SsdBlock, SsdMemory]:  # fmt: skip
+) -> tuple[SsdBlock, BlockMemory]:  # fmt: skip
     """A block and what it remembers. dtype: of activations; kind: of the state; static: scales of the linears' inputs;
     gains: norms have weights, linears and the convolution biases."""
     D, H, P, G, N, groups, _, size = sizes
@@ -70,13 +70,14 @@ def draw(
         out_weights=weights(linear, rng, D, inner, size),
         out_bias=_normal(rng, D, dtype=dtype) * 0.1 if gains else None,
     )  # fmt: skip
-    return block, SsdMemory(window, state, state_scale, torch.tensor([11, 4]) if noisy else None)
+    return block, BlockMemory(window, state, state_scale, torch.tensor([11, 4]) if noisy else None)
 
 
 @_for("ssd_stack")
 def _ssd_stack(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[Case]:
-    sizes = (
-        Sizes(256, 4, 64, 1, 128, 1, 256), Sizes(256, 20, 64, 4, 128, 2, 640), Sizes(1024, 16, 64, 1, 128, 0, 0, 256),
+    sizes = (  # of outputs of in_proj that are a multiple of 8, or no kernel takes them
+        Sizes(256, 8, 32, 1, 128, 1, 256), Sizes(256, 40, 32, 4, 128, 5, 640), Sizes(1024, 16, 64, 1, 128, 0, 0),
+        Sizes(256, 24, 32, 3, 128, 3, 768),
     )  # fmt: skip
     variants = ((F16, False, True), (torch.int8, True, True), (torch.int8, False, False))
     for i, made in enumerate(sizes):
@@ -92,5 +93,3 @@ def _ssd_stack(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[
             x = _normal(rng, 1, made.D)
             label = f"{linear} {made} {len(drawn)} layers {kind} rng={noisy} static={static} {dtype}"
             yield Case(label, (x, blocks, memories), options, made.shape(linear, kind), dtype)
-
-

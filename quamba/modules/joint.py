@@ -11,13 +11,15 @@ from quamba.modules.selective import SelectiveMixer
 from quamba.modules.ssd import SSDMixer
 from quamba.modules.state import RecurrentState
 from quamba_kernels import Op, ops
-from quamba_kernels.ops import SelectiveBlock, SelectiveMemory, SsdBlock, SsdMemory
+from quamba_kernels.ops import BlockMemory, SelectiveBlock, SsdBlock
 
 
 class Joint:
     """Blocks of one kind of mixer: their op, and what it is given."""
 
     op: Op
+    parts: tuple[Op, ...]
+    """What it stands for, beside the linears."""
 
     def streamed(self, mixer: Mixer) -> list[Linear]:
         """The linears that are of one format, from in_proj to out_proj."""
@@ -39,9 +41,9 @@ class Joint:
         """Of a block, bound."""
         raise NotImplementedError
 
-    def memory(self, state: RecurrentState) -> Any:
+    def memory(self, state: RecurrentState) -> BlockMemory:
         """Of a block."""
-        raise NotImplementedError
+        return BlockMemory(state.conv, state.recurrent, state.scale, state.rng)
 
     def options(self, mixer: Mixer) -> dict[str, Any]:
         """What the op takes beside linear, eps, block and in_dtype."""
@@ -62,7 +64,7 @@ class Joint:
 class JointSSD(Joint):
     """Mamba2."""
 
-    op = ops.ssd_stack
+    op, parts = ops.ssd_stack, (ops.norm_linear, ops.ssd_decode)
 
     def takes(self, mixer: Mixer) -> bool:
         return True
@@ -77,9 +79,6 @@ class JointSSD(Joint):
         gain = None if mixer.norm is None else mixer.norm.weight
         return SsdBlock(**fields, A=A, D=D, dt_bias=dt_bias, gate_weight=gain)
 
-    def memory(self, state: RecurrentState) -> SsdMemory:
-        return SsdMemory(state.conv, state.recurrent, state.scale, state.rng)
-
     def options(self, mixer: Mixer) -> dict[str, Any]:
         spec = mixer.mixer_spec
         return {"gate_eps": mixer.eps, "dt_limit": spec.dt_limit, "norm_groups": mixer.out.norm_groups}
@@ -88,7 +87,7 @@ class JointSSD(Joint):
 class JointSelective(Joint):
     """Mamba1."""
 
-    op = ops.selective_stack
+    op, parts = ops.selective_stack, (ops.norm_linear, ops.conv_decode, ops.selective_decode)
 
     def streamed(self, mixer: Mixer) -> list[Linear]:
         into, out = super().streamed(mixer)
@@ -114,9 +113,6 @@ class JointSelective(Joint):
             dt_bias=rates.bias, A=A, D=D, x_scale=mixer.sites["x"].shared_scale, B_scale=mixer._scales["B_scale"],
             C_scale=mixer._scales["C_scale"],
         )  # fmt: skip
-
-    def memory(self, state: RecurrentState) -> SelectiveMemory:
-        return SelectiveMemory(state.conv, state.recurrent, state.scale, state.rng)
 
 
 JOINTS: dict[type[Mixer], Joint] = {SSDMixer: JointSSD(), SelectiveMixer: JointSelective()}

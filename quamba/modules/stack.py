@@ -49,8 +49,11 @@ class Stack:
             mixer, state = _mixer(block), cache.layers[block.layer_idx]
             if not isinstance(state, RecurrentState) or not mixer.decodes(state, 1, mask):
                 return None
-            if any(linear.capture or linear.input.watched for linear in _joint(block).linears(mixer)):
+            linears = _joint(block).linears(mixer)
+            if any(linear.capture or linear.input.watched for linear in linears):
                 return None
+            if any(part._forward_hooks or part._forward_pre_hooks for part in (block, mixer, *linears)):
+                return None  # somebody wants to see or to change what enters or leaves there
             found.append(state)
         return found
 
@@ -140,8 +143,8 @@ def _size(linear: Linear) -> int | None:
 
 def _backend(block: RecurrentBlock) -> Backend | None:
     """What runs a stack of such blocks in one launch, if anything does."""
-    op, mixer = _joint(block).op, _mixer(block)
-    into = mixer.linear("in_proj")
+    joint, mixer = _joint(block), _mixer(block)
+    op, into = joint.op, mixer.linear("in_proj")
     grouped = into._weights[1]
     shape = {
         **mixer.mixer_spec.sizes, "D": into.features, "norm_groups": mixer.out.norm_groups, "block": mixer.block,
@@ -155,6 +158,9 @@ def _backend(block: RecurrentBlock) -> Backend | None:
     if forced is not None and op.explain(setting).get(forced, "unknown") is not None:
         return None  # what is forced serves the blocks one by one
     backend = op.bind(setting)
+    parts = {part.name for part in joint.parts} | {linear.format.op.name for linear in joint.linears(mixer)}
+    if any(forced_backend(part) not in (None, backend.name) for part in parts):
+        return None  # a part too
     return None if backend.name == "torch" else backend
 
 
@@ -177,11 +183,8 @@ def _holds(block: RecurrentBlock, constants: Any) -> bool:
     """Whether the block is bound to what it was bound to: it may have been moved or saved in between."""
     _bind(block)
     mixer = _mixer(block)
-    return (
-        mixer._rates[0] is constants.A
-        and mixer.linear("in_proj")._weights is constants.in_weights
-        and mixer.linear(mixer.out.role)._weights is constants.out_weights
-    )
+    bound = mixer._rates[0], *(linear._weights for linear in _joint(block).linears(mixer))
+    return {id(part) for part in bound} <= {id(constant) for constant in constants}
 
 
 def _constants(block: RecurrentBlock) -> Any:

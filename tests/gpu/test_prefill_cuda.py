@@ -170,7 +170,7 @@ def scan_arguments(
 def test_selective_scan(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "LANES", lanes)
     for index, tokens in enumerate(LENGTHS):
-        for batch, inner in ((1, 1604), (index % 5 + 1, 83)):
+        for batch, inner in ((1, 1604), (index % 5 + 1, 83), (3, 164)):
             for mode in ("int8", "float", "x"):
                 args, options = scan_arguments(batch, tokens, inner, 16, mode, batch)
                 options["out_dtype"] = (F32, BF16)[index % 2]

@@ -142,13 +142,14 @@ class Call:
         dt_bias: Tensor | None,
     ) -> None:  # fmt: skip
         """The state and the rates of its heads (or channels)."""
-        self.whole("state", state, STATES, tuple(state.shape), kind="state_type", aligned=True)
+        sizes = tuple(state.shape[1:])  # H P N, or I N, and A is of the heads or of every state
+        self.whole("state", state, STATES, (self.problem.batch, *sizes), kind="state_type", aligned=True)
         if (state.dtype == torch.int8) != (state_scale is not None):
             raise ValueError(f"an int8 state comes with scales, others without; got {state.dtype}")
         self.scale("state_scale", state_scale, tuple(state.shape[:-1]))
         if state_scale is not None:
             self.whole("rng", rng, (torch.int64,), (2,))
-        self.whole("A", A, (torch.float32,), tuple(A.shape), aligned=True)
+        self.whole("A", A, (torch.float32,), sizes[:1] if len(sizes) == 3 else sizes, aligned=True)
         rates = (self.problem.H,)
         self.scale("D", D, rates)
         self.scale("dt_bias", dt_bias, rates)
@@ -261,8 +262,6 @@ def selective_decode(
         B, C = B.contiguous(), C.contiguous()
     call.rows("B", B, z.dtype, (batch, N), "bc_stride")
     call.rows("C", C, z.dtype, (batch, N), "bc_stride")
-    if A.shape != (inner, N):
-        raise ValueError(f"A has to be {[inner, N]}, got {list(A.shape)}")
     call.recurrence(state, state_scale, rng, A, D, dt_bias)
     call.scale("x_scale", x_scale, (1,), (inner,), count="x_count")
     call.scale("B_scale", B_scale, (1,), count="B_count")

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from quamba_kernels.cuda.decode import WIDTH, Call, QuambaDecode
 from quamba_kernels.cuda.library import DTYPES, library
-from quamba_kernels.cuda.linear import HALVES, tidy
-from quamba_kernels.cuda.stack import STATES, QuambaStackLinear, constant, fields, fill_linear, unflatten
-from quamba_kernels.ops.selective_stack import SelectiveBlock, SelectiveMemory
+from quamba_kernels.cuda.linear import tidy
+from quamba_kernels.cuda.stack import STATES, QuambaStackLinear, constant, fill_linear, linear_of, received, refused
+from quamba_kernels.ops.selective_stack import SelectiveBlock
+from quamba_kernels.ops.stack import BlockMemory
 
 D_STATE = 16
-FIELDS = fields(SelectiveBlock)
 LINEARS = ("in", "x", "dt", "out")
 _MIXER = (
     "conv_state", "conv_weight", "conv_weight_scale", "conv_bias", "conv_in_scale", "conv_out_scale", "state",
@@ -57,21 +57,15 @@ def why_not(shape: dict[str, int], dtype: torch.dtype) -> str | None:
     whether the linears' inputs are codes; codes, whether the scan's inputs and the convolution are (-1: some);
     state_bits and residual_bits.
     """
-    if shape["residual_bits"] != 32:
-        return f"takes a residual stream of 32 bits, got {shape['residual_bits']}"
-    if shape["state_bits"] not in STATES:
-        return f"takes states of 8 or 16 bits, got {shape['state_bits']}"
-    if shape["codes"] != shape["coded"]:
-        return "takes the scan's inputs and the convolution as codes where the linears' inputs are, else as floats"
-    if shape["N"] != D_STATE or shape["W"] != WIDTH:
-        return f"takes d_state {D_STATE} and {WIDTH} taps, got {shape['N']} and {shape['W']}"
+    if (reason := refused(shape, D_STATE)) is not None:
+        return reason
     kept = DTYPES[torch.int8 if shape["codes"] else dtype]
     mixer = QuambaDecode(
         batch=1, H=shape["I"], P=1, G=1, N=D_STATE, channels=shape["I"], block=shape["block"], in_=DTYPES[dtype],
         conv_state_type=kept, conv_weight_type=kept, conv_bias_type=DTYPES[dtype],
         state_type=DTYPES[STATES[shape["state_bits"]]],
     )  # fmt: skip
-    linear = "w8a8" if not shape["S"] else "w4a8" if shape["coded"] else "w4a16"
+    linear = linear_of(shape)
     problem = QuambaSelectiveStack(mixer=mixer, count=1, D=shape["D"], R=shape["R"], S=shape["S"])
     if library(torch.cuda.current_device()).serves(f"quamba_selective_stack_{linear}_serves", problem):
         return None
@@ -83,7 +77,7 @@ class _Layer:
     """The pointers of one layer, from tensors that are checked."""
 
     def __init__(
-        self, call: Call, b: SelectiveBlock, memory: SelectiveMemory, linear: str, D: int, R: int, dtype: torch.dtype
+        self, call: Call, b: SelectiveBlock, memory: BlockMemory, linear: str, D: int, R: int, dtype: torch.dtype
     ) -> None:  # fmt: skip
         self.call, self.layer, self.S = call, QuambaSelectiveStackLayer(), 0
         inner, N, device = call.problem.H, call.problem.N, call.device
@@ -100,8 +94,6 @@ class _Layer:
         call.convolution(
             memory.conv_state, b.conv_weight, b.conv_bias, b.conv_in_scale, b.conv_weight_scale, b.conv_out_scale, dtype
         )
-        if b.A.shape != (inner, N):
-            raise ValueError(f"A has to be {[inner, N]}, got {list(b.A.shape)}")
         call.recurrence(memory.state, memory.state_scale, memory.rng, b.A, b.D, None)
         for name in ("x_scale", "B_scale", "C_scale", "out_scale"):
             call.scale(name, getattr(b, name), (1,))
@@ -124,31 +116,16 @@ def selective_stack(
     x: Tensor, constants: Sequence[Tensor | None], conv_states: Sequence[Tensor], states: Sequence[Tensor],
     state_scales: Sequence[Tensor], rngs: Sequence[Tensor], linear: str, eps: float, block: int, in_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    count = len(states)
-    if x.dim() != 2 or x.shape[0] != 1 or x.dtype != torch.float32 or in_dtype not in HALVES:
-        raise ValueError(
-            f"the CUDA stack takes one token of float32 and activations of {HALVES}, "
-            f"got {x.dtype} {list(x.shape)} and {in_dtype}"
-        )
-    given = len(constants), len(conv_states), len(state_scales), len(rngs)
-    if not count or given[:2] != (count * FIELDS, count) or any(n not in (0, count) for n in given[2:]):
-        raise ValueError(
-            f"{count} states come with {count * FIELDS} constants, {count} states of the convolution, and as many "
-            f"scales and generators or none; got {given}"
-        )
-    blocks = [unflatten(SelectiveBlock, constants[i * FIELDS : (i + 1) * FIELDS]) for i in range(count)]
+    given = received(SelectiveBlock, x, in_dtype, constants, conv_states, states, state_scales, rngs)
     x, device = tidy(x), x.device
     _, inner, N = states[0].shape
-    D, R = x.shape[1], blocks[0].dt_weights[0].shape[-1]
+    count, D, R = len(given), x.shape[1], given[0][0].dt_weights[0].shape[-1]
     layers = (QuambaSelectiveStackLayer * count)()
     kept = list[_Layer]()
-    for i, b in enumerate(blocks):
+    for i, (b, memory) in enumerate(given):
         call = Call(
             device, batch=1, H=inner, P=1, G=1, N=N, channels=inner, in_=DTYPES[in_dtype], block=block
         )  # fmt: skip
-        memory = SelectiveMemory(
-            conv_states[i], states[i], state_scales[i] if state_scales else None, rngs[i] if rngs else None
-        )
         if memory.state.shape != states[0].shape or b.conv_weight.shape != (inner, WIDTH):
             sizes = [*memory.state.shape], [*b.conv_weight.shape]
             raise ValueError(f"all layers of a stack have the same sizes; layer {i} has a state and taps {sizes}")

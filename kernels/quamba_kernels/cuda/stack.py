@@ -13,7 +13,7 @@ from quamba_kernels.cuda.decode import WIDTH, Call, QuambaDecode
 from quamba_kernels.cuda.library import DTYPES, library
 from quamba_kernels.cuda.linear import HALVES, check, tidy
 from quamba_kernels.ops.linear import NIBBLES
-from quamba_kernels.ops.stack import SsdBlock, SsdMemory
+from quamba_kernels.ops.stack import BlockMemory, SsdBlock
 
 D_STATE = 128
 WEIGHTS = 3
@@ -61,20 +61,32 @@ STATES = {8: torch.int8, 16: torch.float16}
 """Types of the state by their bits."""
 
 
-def why_not(shape: dict[str, int], dtype: torch.dtype) -> str | None:
-    """Why the kernel does not take a stack of these sizes, in a sentence.
-
-    Beside the axes: S, group size of int4 weights or 0; coded, whether the linears' inputs are codes; codes, whether
-    the scan's inputs and the convolution are (-1: some); state_bits and residual_bits.
-    """
+def refused(shape: dict[str, int], d_state: int) -> str | None:
+    """What no kernel over a stack takes, in a sentence; d_state: of those that it serves."""
     if shape["residual_bits"] != 32:
         return f"takes a residual stream of 32 bits, got {shape['residual_bits']}"
     if shape["state_bits"] not in STATES:
         return f"takes states of 8 or 16 bits, got {shape['state_bits']}"
     if shape["codes"] != shape["coded"]:
         return "takes the scan's inputs and the convolution as codes where the linears' inputs are, else as floats"
-    if shape["N"] != D_STATE or shape["W"] != WIDTH:
-        return f"takes d_state {D_STATE} and {WIDTH} taps, got {shape['N']} and {shape['W']}"
+    if shape["N"] != d_state or shape["W"] != WIDTH:
+        return f"takes d_state {d_state} and {WIDTH} taps, got {shape['N']} and {shape['W']}"
+    return None
+
+
+def linear_of(shape: dict[str, int]) -> str:
+    """The format of the linears, as entry points are called after it."""
+    return "w8a8" if not shape["S"] else "w4a8" if shape["coded"] else "w4a16"
+
+
+def why_not(shape: dict[str, int], dtype: torch.dtype) -> str | None:
+    """Why the kernel does not take a stack of these sizes, in a sentence.
+
+    Beside the axes: S, group size of int4 weights or 0; coded, whether the linears' inputs are codes; codes, whether
+    the scan's inputs and the convolution are (-1: some); state_bits and residual_bits.
+    """
+    if (reason := refused(shape, D_STATE)) is not None:
+        return reason
     H, P, G = shape["H"], shape["P"], shape["G"]
     mixer = QuambaDecode(
         batch=1, H=H, P=P, G=G, N=D_STATE, channels=H * P + 2 * G * D_STATE, norm_groups=shape["norm_groups"],
@@ -82,7 +94,7 @@ def why_not(shape: dict[str, int], dtype: torch.dtype) -> str | None:
         conv_weight_type=DTYPES[torch.int8 if shape["codes"] else dtype], conv_bias_type=DTYPES[dtype],
         state_type=DTYPES[STATES[shape["state_bits"]]],
     )  # fmt: skip
-    linear = "w8a8" if not shape["S"] else "w4a8" if shape["coded"] else "w4a16"
+    linear = linear_of(shape)
     problem = QuambaStack(mixer=mixer, count=1, D=shape["D"], S=shape["S"])
     if library(torch.cuda.current_device()).serves(f"quamba_ssd_stack_{linear}_serves", problem):
         return None
@@ -113,9 +125,6 @@ def unflatten(kind: type[Any], flat: Sequence[Tensor | None]) -> Any:
         else:
             made[name] = next(values)
     return kind(**made)
-
-
-FIELDS = fields(SsdBlock)
 
 
 def constant(
@@ -153,11 +162,39 @@ def fill_linear(
     return S
 
 
+def received(
+    kind: type[Any], x: Tensor, in_dtype: torch.dtype, constants: Sequence[Tensor | None],
+    conv_states: Sequence[Tensor], states: Sequence[Tensor], state_scales: Sequence[Tensor], rngs: Sequence[Tensor],
+) -> list[tuple[Any, BlockMemory]]:  # fmt: skip
+    """The blocks of that kind and what they remember, of which the custom op was given the tensors.
+
+    Raises ValueError for what is not one token of float32, and where tensors are missing.
+    """
+    count, size = len(states), fields(kind)
+    if x.dim() != 2 or x.shape[0] != 1 or x.dtype != torch.float32 or in_dtype not in HALVES:
+        raise ValueError(
+            f"the CUDA stack takes one token of float32 and activations of {HALVES}, "
+            f"got {x.dtype} {list(x.shape)} and {in_dtype}"
+        )
+    given = len(constants), len(conv_states), len(state_scales), len(rngs)
+    if not count or given[:2] != (count * size, count) or any(n not in (0, count) for n in given[2:]):
+        raise ValueError(
+            f"{count} states come with {count * size} constants, {count} states of the convolution, and as many "
+            f"scales and generators or none; got {given}"
+        )
+    blocks = [unflatten(kind, constants[i * size : (i + 1) * size]) for i in range(count)]
+    memories = [
+        BlockMemory(conv_states[i], states[i], state_scales[i] if state_scales else None, rngs[i] if rngs else None)
+        for i in range(count)
+    ]
+    return list(zip(blocks, memories, strict=True))
+
+
 class _Layer:
     """The pointers of one layer, from tensors that are checked."""
 
     def __init__(
-        self, call: Call, b: SsdBlock, memory: SsdMemory, linear: str, D: int, dtype: torch.dtype
+        self, call: Call, b: SsdBlock, memory: BlockMemory, linear: str, D: int, dtype: torch.dtype
     ) -> None:  # fmt: skip
         self.call = call
         p = call.problem
@@ -179,6 +216,8 @@ class _Layer:
         call.scale("C_scale", b.C_scale, (1,), (G,), count="C_count")
         call.scale("z_scale", b.z_scale, (1,), (inner,), count="z_count")
         call.scale("out_scale", b.out_scale, (1,))
+        if b.gate_weight is not None and not p.norm_groups:
+            raise ValueError("a stack has a gate_weight where its mixers have a norm; got no norm_groups")
         call.whole("norm_weight", b.gate_weight, (dtype,), (inner,), kind="norm_weight_type", aligned=True)
         for name in _MIXER:
             setattr(layer, name, getattr(p, name))
@@ -192,34 +231,19 @@ def ssd_stack(
     state_scales: Sequence[Tensor], rngs: Sequence[Tensor], linear: str, eps: float, gate_eps: float, dt_min: float,
     dt_max: float, norm_groups: int, block: int, in_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    count = len(states)
-    if x.dim() != 2 or x.shape[0] != 1 or x.dtype != torch.float32 or in_dtype not in HALVES:
-        raise ValueError(
-            f"the CUDA stack takes one token of float32 and activations of {HALVES}, "
-            f"got {x.dtype} {list(x.shape)} and {in_dtype}"
-        )
-    given = len(constants), len(conv_states), len(state_scales), len(rngs)
-    if not count or given[:2] != (count * FIELDS, count) or any(n not in (0, count) for n in given[2:]):
-        raise ValueError(
-            f"{count} states come with {count * FIELDS} constants, {count} states of the convolution, and as many "
-            f"scales and generators or none; got {given}"
-        )
-    blocks = [unflatten(SsdBlock, constants[i * FIELDS : (i + 1) * FIELDS]) for i in range(count)]
+    given = received(SsdBlock, x, in_dtype, constants, conv_states, states, state_scales, rngs)
     x, device = tidy(x), x.device
     _, H, P, N = states[0].shape
-    channels = blocks[0].conv_weight.shape[0]
+    count, channels = len(given), given[0][0].conv_weight.shape[0]
     G = (channels - H * P) // (2 * N)
     layers, first = (QuambaStackLayer * count)(), None
     kept = []
-    for i, b in enumerate(blocks):
+    for i, (b, memory) in enumerate(given):
         call = Call(
             device, batch=1, H=H, P=P, G=G, N=N, channels=channels, in_=DTYPES[in_dtype], norm_groups=norm_groups,
             block=block, eps=gate_eps, dt_min=dt_min, dt_max=dt_max,
         )  # fmt: skip
-        memory = SsdMemory(
-            conv_states[i], states[i], state_scales[i] if state_scales else None, rngs[i] if rngs else None
-        )
-        if memory.state.shape != states[0].shape or b.conv_weight.shape != blocks[0].conv_weight.shape:
+        if memory.state.shape != states[0].shape or b.conv_weight.shape != given[0][0].conv_weight.shape:
             sizes = [*memory.state.shape]
             raise ValueError(f"all layers of a stack have the same sizes; layer {i} has a state {sizes}")
         made = _Layer(call, b, memory, linear, x.shape[1], in_dtype)

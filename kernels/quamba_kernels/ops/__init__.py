@@ -16,13 +16,13 @@ from quamba_kernels.ops.gla import gla_scan, gla_update
 from quamba_kernels.ops.linear import embedding, linear_w4a8, linear_w4a16, linear_w8a8, norm_linear
 from quamba_kernels.ops.rowwise import Activation, dequantize, gate_output, quantize, rms_norm, rotate_input
 from quamba_kernels.ops.selective import selective_scan, selective_update
-from quamba_kernels.ops.selective_stack import SelectiveBlock, SelectiveMemory, selective_stack
+from quamba_kernels.ops.selective_stack import SelectiveBlock, selective_stack
 from quamba_kernels.ops.ssd import ssd_scan, ssd_update
-from quamba_kernels.ops.stack import SsdBlock, SsdMemory, ssd_stack
+from quamba_kernels.ops.stack import BlockMemory, SsdBlock, ssd_stack
 from quamba_kernels.ops.state import quantize_state
 
 __all__ = [
-    "Activation", "SelectiveBlock", "SelectiveMemory", "SsdBlock", "SsdMemory", "causal_conv1d", "conv_decode",
+    "Activation", "BlockMemory", "SelectiveBlock", "SsdBlock", "causal_conv1d", "conv_decode",
     "delta_scan", "delta_update", "dequantize", "dplr_scan", "dplr_update", "elementwise_scan", "elementwise_update",
     "embedding", "gate_output", "gla_scan", "gla_update", "linear_w4a16", "linear_w4a8", "linear_w8a8", "norm_linear",
     "quantize", "quantize_state", "rms_norm", "rotate_input", "selective_decode", "selective_scan", "selective_stack",

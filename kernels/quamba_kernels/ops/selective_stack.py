@@ -10,6 +10,7 @@ import torch
 from quamba_kernels.ops.decode import conv_decode, selective_decode
 from quamba_kernels.ops.linear import linear_w8a8, norm_linear
 from quamba_kernels.ops.rowwise import quantize
+from quamba_kernels.ops.stack import BlockMemory
 from quamba_kernels.registry import OPS, op
 
 
@@ -39,20 +40,11 @@ class SelectiveBlock(NamedTuple):
     out_bias: torch.Tensor | None
 
 
-class SelectiveMemory(NamedTuple):
-    """What a Mamba1 block keeps from token to token, as conv_decode and selective_decode take it; updated in place."""
-
-    conv_state: torch.Tensor
-    state: torch.Tensor
-    state_scale: torch.Tensor | None
-    rng: torch.Tensor | None
-
-
 @op
 def selective_stack(
     x: torch.Tensor,
     blocks: Sequence[SelectiveBlock],
-    memories: Sequence[SelectiveMemory],
+    memories: Sequence[BlockMemory],
     *,
     linear: str,
     eps: float,

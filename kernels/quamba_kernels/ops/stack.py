@@ -38,8 +38,8 @@ class SsdBlock(NamedTuple):
     out_bias: torch.Tensor | None
 
 
-class SsdMemory(NamedTuple):
-    """What a Mamba2 block keeps from token to token, as ssd_decode takes it; updated in place."""
+class BlockMemory(NamedTuple):
+    """What a recurrent block keeps from token to token, as the ops of a decode step take it; updated in place."""
 
     conv_state: torch.Tensor
     state: torch.Tensor
@@ -51,7 +51,7 @@ class SsdMemory(NamedTuple):
 def ssd_stack(
     x: torch.Tensor,
     blocks: Sequence[SsdBlock],
-    memories: Sequence[SsdMemory],
+    memories: Sequence[BlockMemory],
     *,
     linear: str,
     eps: float,
