@@ -12,6 +12,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "linear.h"
 
 namespace quamba {
@@ -231,19 +233,36 @@ __device__ __forceinline__ void store_group(const Finish& p, const Pair (&c)[kGr
   }
 }
 
-template <int Y, bool Adds, int Rows, int Blocks, class Columns, class Value>
+// Where what is added to a step, 32 columns of a row, comes from; kAhead steps are asked for before they are used.
+struct NoResidual {
+  static constexpr bool kAdds = false, kEvery = false;  // kEvery: steps beyond the last column are taken too
+  static constexpr int kAhead = 0;
+  __device__ __forceinline__ void operator()(int, int, int, float2 (&)[kGroup]) const {}
+};
+
+template <int Ahead>
+struct GlobalResidual {
+  static constexpr bool kAdds = true, kEvery = false;
+  static constexpr int kAhead = Ahead;
+  const Finish& p;
+  __device__ __forceinline__ void operator()(int, int row, int first, float2 (&r)[kGroup]) const {
+    load_residual(p, row, first, r);
+  }
+};
+
+template <int Y, int Rows, int Blocks, class Columns, class Residual, class Value>
 __device__ __forceinline__ void finish_typed(const Finish& p, const int (&row)[Rows], int first,
-                                             const Columns& columns, Value value) {
+                                             const Columns& columns, Residual&& source, Value value) {
+  using Source = std::remove_reference_t<Residual>;
   constexpr bool kScaled = Columns::kScaled;
-  constexpr int kSteps = Blocks / kGroup * Rows;                           // (32 columns, row), rows first
-  constexpr int kAhead = !Adds ? 0 : Rows * Blocks <= 64 && Rows < 8 ? 2 : 1;  // steps whose residual is on its way
+  constexpr int kSteps = Blocks / kGroup * Rows, kAhead = Source::kAhead;  // (32 columns, row), rows first
   float x_scale[Rows];
 #pragma unroll
   for (int r = 0; r < Rows; ++r) x_scale[r] = kScaled && row[r] < p.M ? __ldcg(p.x_scale + row[r] * p.x_step) : 1.f;
   float2 residual[kAhead + 1][kGroup] = {};
   auto fetch = [&](int step) {
-    if (Adds && step < kSteps)
-      load_residual(p, row[step % Rows], first + kBlock * kGroup * (step / Rows), residual[step % (kAhead + 1)]);
+    if (step < kSteps)
+      source(step, row[step % Rows], first + kBlock * kGroup * (step / Rows), residual[step % (kAhead + 1)]);
   };
 #pragma unroll
   for (int s = 0; s < kAhead; ++s) fetch(s);
@@ -251,7 +270,7 @@ __device__ __forceinline__ void finish_typed(const Finish& p, const int (&row)[R
 #pragma unroll
   for (int b = 0; b < Blocks; b += kGroup) {
     int n = first + kBlock * b;
-    if (n >= p.O) break;
+    if (!Source::kEvery && n >= p.O) break;
     Pair c[kGroup];
 #pragma unroll
     for (int j = 0; j < kGroup; ++j)
@@ -268,7 +287,7 @@ __device__ __forceinline__ void finish_typed(const Finish& p, const int (&row)[R
         if (kScaled) v[j].y = __fmul_rn(__fmul_rn(v[j].y, x_scale[r]), c[j].w.y);
         v[j] = make_float2(__fadd_rn(v[j].x, c[j].bias.x), __fadd_rn(v[j].y, c[j].bias.y));
         float2 more = residual[step % (kAhead + 1)][j];
-        if (Adds) v[j] = make_float2(__fadd_rn(v[j].x, more.x), __fadd_rn(v[j].y, more.y));
+        if (Source::kAdds) v[j] = make_float2(__fadd_rn(v[j].x, more.x), __fadd_rn(v[j].y, more.y));
       }
       store_group<Y>(p, c, row[r], n, v);
     }
@@ -278,10 +297,11 @@ __device__ __forceinline__ void finish_typed(const Finish& p, const int (&row)[R
 template <int Y, int Rows, int Blocks, class Columns, class Value>
 __device__ __forceinline__ void finish_as(const Finish& p, const int (&row)[Rows], int first, const Columns& columns,
                                           Value value) {
+  constexpr int kAhead = Rows * Blocks <= 64 && Rows < 8 ? 2 : 1;
   if (p.residual)
-    finish_typed<Y, true, Rows, Blocks>(p, row, first, columns, value);
+    finish_typed<Y, Rows, Blocks>(p, row, first, columns, GlobalResidual<kAhead>{p}, value);
   else
-    finish_typed<Y, false, Rows, Blocks>(p, row, first, columns, value);
+    finish_typed<Y, Rows, Blocks>(p, row, first, columns, NoResidual{}, value);
 }
 
 // Finish what one warp holds of a tile: Rows rows a lane, Blocks blocks of eight columns from ``first`` on, where

@@ -65,13 +65,78 @@ __device__ __forceinline__ void signal_threads(int id, int count) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
+// Asks for a step's share of the tile's residual in L2; the whole of it would keep the step's loads waiting.
+template <int TileM, class W>
+__device__ __forceinline__ void ask_ahead(const Finish& p, const W& at) {
+  int size = p.residual_dtype == QUAMBA_F32 ? 4 : 2, bytes = min(kTileO, p.O - at.column) * size;
+  int until = min(TileM * (at.step + 1) / at.steps, p.M - at.row);
+  for (int m = TileM * at.step / at.steps; m < until; ++m) {
+    const char* from =
+        static_cast<const char*>(p.residual) + (static_cast<long long>(at.row + m) * p.O + at.column) * size;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+  }
+}
+
+// fp32 results from registers: eight lanes hold neighbouring channels of a token, which are a sector of 32 bytes. The
+// residual of several tokens is asked for at once, since nothing multiplies meanwhile.
+template <int TileM, bool Scaled, class Acc>
+__device__ __forceinline__ void finish_floats(const Finish& p, Acc& acc, int token, int channel) {
+  constexpr int kBlocks = TileM / 8, kOnce = TileM == 160 ? 10 : TileM == 256 ? 4 : 8;
+  int warp = threadIdx.x % 128 / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  float bias[2] = {0.f, 0.f}, w_scale[2] = {1.f, 1.f};
+  bool exists[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    int n = channel + 16 * warp + 8 * r + g;
+    exists[r] = n < p.O;
+    if (!exists[r]) continue;
+    if (Scaled) w_scale[r] = __ldg(p.w_scale + n);
+    if (p.bias) bias[r] = load_one(p.bias, p.bias_dtype, n);
+  }
+  long long start = static_cast<long long>(token + 2 * t) * p.O + channel + 16 * warp + g;
+  float* y = static_cast<float*>(p.y) + start;
+  const float* residual = static_cast<const float*>(p.residual) + start;
+  int left = p.M - token - 2 * t;
+#pragma unroll
+  for (int c = 0; c < kBlocks; c += kOnce) {
+    float more[kOnce][2][2];
+#pragma unroll
+    for (int b = 0; b < kOnce; ++b)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          if (p.residual && exists[r] && 8 * (c + b) + i < left)
+            more[b][i][r] = __ldcg(residual + static_cast<long long>(8 * (c + b) + i) * p.O + 8 * r);
+#pragma unroll
+    for (int b = 0; b < kOnce; ++b)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        int m = 8 * (c + b) + i;
+        if (m >= left) continue;
+        float x_scale = Scaled ? __ldcg(p.x_scale + (token + 2 * t + m) * p.x_step) : 1.f;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float v = static_cast<float>(acc(make_coord(i, r, c + b), 0, 0));
+          if (Scaled) v = __fmul_rn(__fmul_rn(v, x_scale), w_scale[r]);
+          v = __fadd_rn(v, bias[r]);
+          if (p.residual) v = __fadd_rn(v, more[b][i][r]);
+          if (exists[r]) __stcs(y + static_cast<long long>(m) * p.O + 8 * r, v);
+        }
+      }
+  }
+}
+
 // A group's 64 channels by TileM tokens, from registers over its buffer to y. 16-bit results without a residual are
-// finished where they are and cross over in pairs of tokens; all others cross over as accumulated, 16 tokens at a time.
+// finished where they are and cross over in pairs of tokens; int8 and 16-bit ones with a residual cross over as
+// accumulated, 16 tokens at a time.
 template <int TileM, bool Scaled, class Acc>
 __device__ __forceinline__ void finish_tokens(const Finish& p, Acc& acc, char* buffer, int group, int token,
                                               int channel) {
   int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
   bool half = p.y_dtype == QUAMBA_F16;
+  if (p.y_dtype == QUAMBA_F32 && (!p.residual || p.residual_dtype == QUAMBA_F32))
+    return finish_floats<TileM, Scaled>(p, acc, token, channel);
   if (!p.residual && (half || p.y_dtype == QUAMBA_BF16)) {
     float bias[2] = {0.f, 0.f}, w_scale[2] = {1.f, 1.f};
 #pragma unroll
@@ -187,6 +252,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     cutlass::arch::warpgroup_reg_dealloc<40>();
     if (threadIdx.x == 0)
       for (Walk<TileM> at(w); at.valid(); at.next()) {
+        if (finish.residual) ask_ahead<TileM>(finish, at);
         wait(empty + 8 * stage, parity ^ 1);
         unsigned barrier = full + 8 * stage;
         arrive_expecting(barrier, L::kXBytes + L::kWBytes);

@@ -6,8 +6,8 @@
 namespace quamba::w8a8 {
 
 const Choice kTiles[] = {
-    choice<128, 128, 2, Pingpong, Persistent>(0.85f, 1220.f),
-    choice<64, 128, 1, Pingpong, Persistent>(0.47f, 400.f),
+    choice<128, 128, 2, Pingpong, Persistent, 2>(0.80f, 1220.f),
+    choice<64, 128, 1, Pingpong, Persistent, 2>(0.47f, 400.f),
 };
 
 Choices small_tiles() { return choices(kTiles); }

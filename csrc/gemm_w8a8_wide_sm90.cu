@@ -6,7 +6,7 @@ namespace quamba::w8a8 {
 
 const Choice kTiles[] = {
     choice<128, 192, 2, Pingpong, Persistent>(0.87f, 900.f),
-    choice<128, 160, 2, Pingpong, Persistent>(0.87f, 800.f),
+    choice<128, 160, 2, Pingpong, Persistent, 2>(0.87f, 800.f),
 };
 
 Choices wide_tiles() { return choices(kTiles); }

@@ -71,6 +71,15 @@ __device__ __forceinline__ void load_box(unsigned to, const CUtensorMap* map, un
       : "memory");
 }
 
+// A box that nobody else reads.
+__device__ __forceinline__ void load_box_once(unsigned to, const CUtensorMap* map, unsigned barrier, int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "l"(evict_first())
+      : "memory");
+}
+
 // A barrier of part of a block.
 __device__ __forceinline__ void sync_threads(int id, int count) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
