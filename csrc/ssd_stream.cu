@@ -125,17 +125,16 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(cons
     fetch<kTile * N>(m.tiles[tile % 2], place(tile), barrier(tile % 2), lane);
   };
 
-  constexpr int kOwn = 2;  // quads of a thread at a time
   const int quads = N / 2 + p.share * kPiece / 4;
   const float B_unit = constant(q.B_scale, q.B_count > 1 ? pieces.group : 0, 1.f);
   const float C_unit = constant(q.C_scale, q.C_count > 1 ? pieces.group : 0, 1.f);
   float scale = 0.f;
   unsigned key = 0;
 #pragma unroll 1
-  for (int from = threadIdx.x; from - static_cast<int>(threadIdx.x) < quads; from += kOwn * kStreamThreads) {
-    InputQuad<N, Codes> a(q, pieces, from), b(q, pieces, from + kStreamThreads);
+  for (int from = 0; from < quads; from += 2 * kStreamThreads) {  // two quads of a thread at a time
+    InputQuad<N, Codes> a(q, pieces, from + threadIdx.x), b(q, pieces, from + kStreamThreads + threadIdx.x);
     a.read_constants(q), b.read_constants(q);
-    if (from < kStreamThreads) {
+    if (from == 0) {
       a.ask(q, pieces), b.ask(q, pieces);
 #if __CUDA_ARCH__ >= 900
       if (lane == 0) {
@@ -148,11 +147,14 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(cons
 #endif
       // not a state earlier: the launches before may have let this one start while the step before still writes
       wait_for_previous_kernel();
-      fetch_state(0), fetch_state(1);
+    }
+    a.read(q, pieces), b.read(q, pieces);
+    if (from == 0) {
+      // behind what is made now, and the next not before it is: states of all blocks at once would be in its way
+      fetch_state(0);
       if (tiles) scale = __ldcg(q.state_scale + first + lane);
       if (Noisy) key = dither_key(q.rng);
     }
-    a.read(q, pieces), b.read(q, pieces);
     a.make(q, pieces, B_unit, block.rows, block.B, block.C);
     b.make(q, pieces, B_unit, block.rows, block.B, block.C);
   }
@@ -160,6 +162,7 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(cons
     for (int n = threadIdx.x; n < N; n += kStreamThreads)
       block.dither[n] = column_draw(key, static_cast<unsigned>(q.batch) * (q.H * q.P) + n);
   __syncthreads();
+  fetch_state(1);
 
   unsigned dither[kCount], C[Codes ? kCount / 4 : 1];
   float B[kCount], Cs[Codes ? 1 : kCount], both = 0.f;  // both: B C of codes
