@@ -143,6 +143,21 @@ __device__ __forceinline__ void convolve_halves(const QuambaDecode& q, const Hal
   }
 }
 
+// The state of four channels moves on, without an output.
+__device__ __forceinline__ void shift_quad(const QuambaDecode& q, int batch, int c, const uint2& x) {
+  if (!q.conv_in_scale) {
+    const HalfWindow w = half_window(q, batch, c);
+    w.at[0] = w.past[1], w.at[q.channels / 4] = w.past[2], w.at[q.channels / 4 * 2] = x;
+    return;
+  }
+  const QuadWindow w = quad_window(q, batch, c);
+  float scale[4], codes[4];
+  quad_of(q.conv_in_scale, q.conv_in_count, c, scale);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) codes[j] = code_of(half_of(x, j, Types<true>::input(q)), scale[j]);
+  w.at[0] = w.past[1], w.at[q.channels / 4] = w.past[2], w.at[q.channels / 4 * 2] = quad_codes(codes);
+}
+
 // Whether four channels of 16-bit floats lie as these functions read them.
 inline bool has_half_quads(const QuambaDecode& q) {
   const auto aligned = [](const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };

@@ -5,8 +5,8 @@
 // turns of a piece each, a tile a warp, so that all of them sweep the states together, for the memory's pages. A tile
 // comes to shared memory by bulk copies of the copy engine, which cost one thread one instruction (elsewhere by
 // cp.async), while the one before it is worked on. What belongs to a row is made by the lane of its number, before its
-// tile and after it; in between, LANES lanes hold a row, 16 bytes each, two rows at a time, because their sums and maxima
-// over the lanes then cost half: each half of the lanes ends with one of them.
+// tile and after it; in between, LANES lanes hold a row, 16 bytes each, two rows at a time, because their sums and
+// maxima over the lanes then cost half: each half of the lanes ends with one of them.
 //
 // With old codes q, scale s and input b = dt x B a row becomes h = decay s q + b. What is kept is g = h / (decay s),
 // so that an element takes one product; its codes are those of h. A row whose decay s is too small for that (or 0)
@@ -30,10 +30,12 @@ constexpr int kStreamWarps = 4, kStreamBlocks = 4, kCount = 16, kTile = 32, kPie
 constexpr int kStreamThreads = 32 * kStreamWarps;
 constexpr int kShare = 5;    // tiles of a warp at most: more waves of blocks keep the sweep together
 constexpr int kLeast = 256;  // rows a multiprocessor from which on this pays
+constexpr int kAskers = 64;  // blocks that may ask for states ahead
 
 struct StreamParams {
   QuambaDecode q;
-  int share;  // pieces of a block
+  int share;            // pieces of a block
+  int asks, ask_every;  // tiles that an asker asks for at most, cycles from one to the next
 };
 
 template <int N>
@@ -49,6 +51,7 @@ struct __align__(128) BlockMemory {
   WarpMemory<N> warps[kStreamWarps];
   uint4 B[N / (Codes ? 16 : 4)], C[N / (Codes ? 16 : 4)];
   unsigned dither[N];
+  unsigned long long over, unused;  // over: the wait for the previous kernel
   Row rows[kPiece];  // of each piece; `input` for a code 1 of B
 };
 
@@ -86,12 +89,38 @@ __device__ __forceinline__ void fetch(void* to, const void* from, unsigned barri
 #endif
 }
 
-// BYTES into L2, ahead of who reads or writes them there.
-__device__ __forceinline__ void ask_l2(const void* from, int bytes) {
 #if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void ask_l2(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
 }
+
+// What a thread of a block that finds room while in_proj still runs does until then, since in_proj uses little of the
+// memory: it asks for states that all blocks read after their first, a tile at a time and at even distances, because in
+// a burst they would be in the way of in_proj's weights. They come to stay, or the weights would push them out again.
+template <int N>
+__device__ __forceinline__ void ask_ahead(const StreamParams& p, int asker, int group_rows, unsigned over) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  const unsigned start = static_cast<unsigned>(clock());
+  const int parts = gridDim.x, blocks = parts * gridDim.y * gridDim.z;
+  unsigned due = 0;
+  int left = p.asks;
+  for (int piece = 1; piece < p.share; ++piece)
+    for (int other = asker; other < blocks; other += kAskers)
+      for (int w = 0; w < kStreamWarps; ++w) {
+        const int row = (piece * parts + other % parts) * kPiece + w * kTile;
+        if (row >= group_rows) break;
+        while (static_cast<unsigned>(clock()) - start < due && !passed(over, 0)) __nanosleep(40);
+        if (passed(over, 0) || left-- == 0) return;
+        const int8_t* const from =
+            static_cast<const int8_t*>(p.q.state) + (static_cast<long long>(other / parts) * group_rows + row) * N;
+        asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(from), "n"(kTile * N),
+                     "l"(policy)
+                     : "memory");
+        due += p.ask_every;
+      }
+}
+#endif
 
 // Codes: convolution, x, B and C in codes, else in 16-bit floats.
 template <int N, bool Codes, bool Noisy>
@@ -113,6 +142,8 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(cons
   const int first = (pieces.batch * q.G + pieces.group) * group_rows + in_group;
   auto& block = reinterpret_cast<BlockMemory<N, Codes>&>(shared);
   WarpMemory<N>& m = block.warps[warp];
+  const int flat = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  const unsigned over = shared_address(&block.over);
   const auto barrier = [&](int stage) { return shared_address(&m.full[stage]); };
   const auto place = [&](int tile) {
     return static_cast<int8_t*>(q.state) + static_cast<long long>(first + tile * step) * N;
@@ -144,9 +175,18 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(cons
         if (tiles) ask_l2(place(0), kTile * N);
       }
       __syncwarp();
+      if (flat < kAskers) {
+        if (threadIdx.x == 0) init_barrier(over, 1);
+        __syncthreads();
+        if (threadIdx.x == kStreamThreads - 32) ask_ahead<N>(p, flat, group_rows, over);
+        __syncwarp();
+      }
 #endif
       // not a state earlier: the launches before may have let this one start while the step before still writes
       wait_for_previous_kernel();
+#if __CUDA_ARCH__ >= 900
+      if (flat < kAskers && threadIdx.x == 0) arrive(over);
+#endif
     }
     a.read(q, pieces), b.read(q, pieces);
     if (from == 0) {
@@ -291,7 +331,14 @@ cudaError_t launch_share(const QuambaDecode& q, int sms, void* stream) {
   const int group_pieces = (q.H / q.G * q.P - 1) / kPiece + 1;
   const auto each = [&](int waves) { return (q.batch * q.G * group_pieces - 1) / (slots * waves) + 1; };
   const int share = std::min(each((each(1) - 1) / kShare + 1), group_pieces), parts = (group_pieces - 1) / share + 1;
-  return launch(ssd_stream<N, Codes, Noisy>, StreamParams{q, share}, dim3(parts, q.G, q.batch), kStreamThreads,
+  // at a pace at which all states would come in 144,000 cycles, up to two fifths of L2
+  int l2 = 0;
+  const cudaError_t error = device_attribute(cudaDevAttrL2CacheSize, l2);
+  if (error != cudaSuccess) return error;
+  constexpr int kAll = 144000, kFastest = 5 * N / 2;
+  const int asks = l2 / 5 * 2 / (kAskers * kTile * N), tiles = q.batch * q.H * q.P / kTile;
+  const StreamParams params{q, share, asks, std::max(kFastest, kAll / ((tiles - 1) / kAskers + 1))};
+  return launch(ssd_stream<N, Codes, Noisy>, params, dim3(parts, q.G, q.batch), kStreamThreads,
                 kOthers + share * kRows, stream);
 }
 
