@@ -72,16 +72,16 @@ __device__ __forceinline__ QuadWindow quad_window(const QuambaDecode& q, int bat
   return w;
 }
 
-// Output codes of the four channels, for the new inputs `x` of 16 bits; the state moves on. As convolve and shift of
-// decode_state.cuh, code by code: sums of products of codes are exact in any order.
+// Output codes of the four channels, for the new inputs `x` of 16 bits; `moves`: the state moves on. As convolve and
+// shift of decode_state.cuh, code by code: sums of products of codes are exact in any order.
 __device__ __forceinline__ void convolve_quad(const QuambaDecode& q, const QuadTaps& t, const QuadWindow& w, const uint2& x,
-                                              float (&y)[4]) {
+                                              float (&y)[4], bool moves = true) {
   const int in = Types<true>::input(q);
   unsigned codes[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) codes[j] = static_cast<unsigned>(static_cast<int>(code_of(half_of(x, j, in), t.in[j])));
   const unsigned newest = low_bytes(codes[0], codes[1], codes[2], codes[3]);
-  w.at[0] = w.past[1], w.at[q.channels / 4] = w.past[2], w.at[q.channels / 4 * 2] = newest;
+  if (moves) w.at[0] = w.past[1], w.at[q.channels / 4] = w.past[2], w.at[q.channels / 4 * 2] = newest;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const int pick = (4 + j) << 4 | j;
@@ -127,9 +127,9 @@ __device__ __forceinline__ HalfWindow half_window(const QuambaDecode& q, int bat
 }
 
 __device__ __forceinline__ void convolve_halves(const QuambaDecode& q, const HalfTaps& t, const HalfWindow& w,
-                                                const uint2& x, float (&y)[4]) {
+                                                const uint2& x, float (&y)[4], bool moves = true) {
   const int in = Types<true>::input(q);
-  w.at[0] = w.past[1], w.at[q.channels / 4] = w.past[2], w.at[q.channels / 4 * 2] = x;
+  if (moves) w.at[0] = w.past[1], w.at[q.channels / 4] = w.past[2], w.at[q.channels / 4 * 2] = x;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const uint4& two = t.weight[j / 2];
@@ -141,6 +141,21 @@ __device__ __forceinline__ void convolve_halves(const QuambaDecode& q, const Hal
     if (q.conv_bias) v = __fadd_rn(v, t.bias[j]);
     y[j] = rounded(silu(v), in);
   }
+}
+
+// The state of four channels moves on, without an output.
+__device__ __forceinline__ void shift_quad(const QuambaDecode& q, int batch, int c, const uint2& x) {
+  if (!q.conv_in_scale) {
+    const HalfWindow w = half_window(q, batch, c);
+    w.at[0] = w.past[1], w.at[q.channels / 4] = w.past[2], w.at[q.channels / 4 * 2] = x;
+    return;
+  }
+  const QuadWindow w = quad_window(q, batch, c);
+  float scale[4], codes[4];
+  quad_of(q.conv_in_scale, q.conv_in_count, c, scale);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) codes[j] = code_of(half_of(x, j, Types<true>::input(q)), scale[j]);
+  w.at[0] = w.past[1], w.at[q.channels / 4] = w.past[2], w.at[q.channels / 4 * 2] = quad_codes(codes);
 }
 
 // Whether four channels of 16-bit floats lie as these functions read them.

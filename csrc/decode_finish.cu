@@ -281,13 +281,13 @@ bool can_finish(const QuambaDecode& q, Rotation& rotation) {
 
 cudaError_t launch_finish(const QuambaDecode& q, const Rotation& rotation, int shared_channels, int sms, void* stream) {
   const int inner = q.H * q.P, small = rotation.base <= 20;
-  const FinishParams params{q, rotation, inner, shared_channels, false};
+  const FinishParams params{q, rotation, inner, shared_channels, shifts_quads(q), false};
   if (can_slice(params, sms)) return launch_slices(params, stream);
   const int octets = small && inner <= 8 * kMaxThreads<1> ? 1 : inner <= 16 * kMaxThreads<2> ? 2 : 4;
   const int least = octets == 1 ? 64 : 128, most = octets == 1 ? kMaxThreads<1> : kMaxThreads<2>;
   const int threads = std::max(least, std::min(most, (inner / 8 / octets + 31) / 32 * 32));
   const int bytes = 4 * (padded(inner) + inner / kRun + (q.norm_groups + 3) / 4 * 4 + threads / 32 * 2);
-  const dim3 grid(q.batch + shifters(q, shared_channels, threads));
+  const dim3 grid(q.batch + shifters(params, threads));
   const auto kernel = octets == 1 ? decode_finish<1, 20>
                       : small     ? (octets == 2 ? decode_finish<2, 20> : decode_finish<4, 20>)
                                   : (octets == 2 ? decode_finish<2, 36> : decode_finish<4, 36>);

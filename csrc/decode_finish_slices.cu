@@ -155,7 +155,7 @@ cudaError_t launch_slices(FinishParams p, void* stream) {
   p.rehearse = hopper();
   const int inner = p.channels, threads = (inner / kSlices + 31) / 32 * 32;
   const int bytes = 4 * (padded(inner / kSlices) + 1 + inner / 32 + p.q.norm_groups);
-  const dim3 grid(p.q.batch * kSlices + shifters(p.q, p.shared_channels, threads));
+  const dim3 grid(p.q.batch * kSlices + shifters(p, threads));
   return launch(p.rotation.base <= 20 ? decode_finish_slices<20> : decode_finish_slices<36>, p, grid, threads, bytes,
                 stream);
 }

@@ -5,8 +5,7 @@
 #include "ssd_stream.h"
 
 extern "C" long long quamba_ssd_decode_workspace(const QuambaDecode* q) {
-  const long long u = 4ll * q->batch * q->H * q->P;
-  return q->state_type == QUAMBA_I8 ? quamba::decode::ssd_terms(*q).bytes : u;
+  return 4ll * q->batch * q->H * q->P;
 }
 
 extern "C" int quamba_ssd_decode(const QuambaDecode* call, void* stream) {
@@ -21,12 +20,13 @@ extern "C" int quamba_ssd_decode(const QuambaDecode* call, void* stream) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, ordinal);
   if (error != cudaSuccess) return error;
   int status = QUAMBA_UNSUPPORTED;
-  if (can_stream(q, sms)) {
+  if (can_stream(q, sms))
     status = launch_stream(q, sms, stream);
-    return status != QUAMBA_OK ? status : launch_finish(q, rotation, 0, sms, stream);
-  }
-  if (q.state_type == QUAMBA_F32) status = launch_ssd_f32(q, sms, stream);
-  if (q.state_type == QUAMBA_F16) status = launch_ssd_f16(q, sms, stream);
-  if (q.state_type == QUAMBA_I8) status = launch_ssd_i8(q, sms, stream);
+  else if (q.state_type == QUAMBA_F32)
+    status = launch_ssd_f32(q, sms, stream);
+  else if (q.state_type == QUAMBA_F16)
+    status = launch_ssd_f16(q, sms, stream);
+  else if (q.state_type == QUAMBA_I8)
+    status = launch_ssd_i8(q, sms, stream);
   return status != QUAMBA_OK ? status : launch_finish(q, rotation, 2 * q.G * q.N, sms, stream);
 }

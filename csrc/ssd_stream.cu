@@ -1,7 +1,8 @@
-// The recurrence of Mamba2 over the int8 states of many sequences, from what ssd_inputs.cu made of the projection.
+// The recurrence of Mamba2 over the int8 states of many sequences, from what in_proj gives.
 //
-// The state of a batch is one run of rows of N, in which B and C change with every group. A warp takes tiles of 32
-// rows by itself, without a barrier of the block; all warps sweep the run together, for the memory's pages. A tile
+// A block keeps one sequence and group, makes what its rows need (ssd_inputs.cuh) while the first of its states come,
+// and then its warps go through them without a barrier: a warp takes tiles of 32 rows by itself. Blocks of a group take
+// turns of a piece each, a tile a warp, so that all of them sweep the states together, for the memory's pages. A tile
 // comes to shared memory by bulk copies of the copy engine, which cost one thread one instruction (elsewhere by
 // cp.async), while the one before it is worked on. What belongs to a row is made by the lane of its number, before its
 // tile and after it; in between, LANES lanes hold a row, 16 bytes each, two rows at a time, because their sums and
@@ -18,36 +19,40 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "conv_quad.cuh"
 #include "decode_launch.cuh"
+#include "ssd_inputs.cuh"
 #include "ssd_stream.h"
 #include "tma.cuh"
 
 namespace quamba::decode {
 
-constexpr int kStreamWarps = 4, kStreamBlocks = 4, kCount = 16, kTile = 32;
+constexpr int kStreamWarps = 4, kStreamBlocks = 4, kCount = 16, kTile = 32, kPiece = kStreamWarps * kTile;
+constexpr int kStreamThreads = 32 * kStreamWarps;
 constexpr int kShare = 5;    // tiles of a warp at most: more waves of blocks keep the sweep together
-constexpr int kLeast = 256;  // rows a multiprocessor from which on the launch of ssd_inputs pays
+constexpr int kLeast = 256;  // rows a multiprocessor from which on this pays
+constexpr int kAskers = 64;  // blocks that may ask for states ahead
 
 struct StreamParams {
   QuambaDecode q;
-  SsdTerms terms;
-  int tiles, group_tiles;  // of the batch, of a group
-  unsigned head_magic;     // ceil(2^32 / P)
+  int share;            // pieces of a block
+  int asks, ask_every;  // tiles that an asker asks for at most, cycles from one to the next
 };
 
-template <int N, bool Codes>
-struct __align__(128) Tile {
-  uint4 state[kTile * N / 16];
-  uint4 B[N / (Codes ? 16 : 4)], C[N / (Codes ? 16 : 4)];
-};
-
-template <int N, bool Codes>
+template <int N>
 struct __align__(128) WarpMemory {
-  Tile<N, Codes> tiles[2];
+  uint4 tiles[2][kTile * N / 16];
   uint2 rows[kTile];      // g of one B; the draw
   float2 results[kTile];  // max |g|; sum of q C, or of g C
   unsigned long long full[2];
+};
+
+template <int N, bool Codes>
+struct __align__(128) BlockMemory {
+  WarpMemory<N> warps[kStreamWarps];
+  uint4 B[N / (Codes ? 16 : 4)], C[N / (Codes ? 16 : 4)];
+  unsigned dither[N];
+  unsigned long long over, unused;  // over: the wait for the previous kernel
+  Row rows[kPiece];  // of each piece; `input` for a code 1 of B
 };
 
 // Combines two rows over LANES lanes at once: the lower half of the lanes leaves with that of `a`, the upper with b's.
@@ -84,135 +89,176 @@ __device__ __forceinline__ void fetch(void* to, const void* from, unsigned barri
 #endif
 }
 
-// Codes: B and C in codes, else in floats.
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void ask_l2(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// What a thread of a block that finds room while in_proj still runs does until then, since in_proj uses little of the
+// memory: it asks for states that all blocks read after their first, a tile at a time and at even distances, because in
+// a burst they would be in the way of in_proj's weights. They come to stay, or the weights would push them out again.
+template <int N>
+__device__ __forceinline__ void ask_ahead(const StreamParams& p, int asker, int group_rows, unsigned over) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  const unsigned start = static_cast<unsigned>(clock());
+  const int parts = gridDim.x, blocks = parts * gridDim.y * gridDim.z;
+  unsigned due = 0;
+  int left = p.asks;
+  for (int piece = 1; piece < p.share; ++piece)
+    for (int other = asker; other < blocks; other += kAskers)
+      for (int w = 0; w < kStreamWarps; ++w) {
+        const int row = (piece * parts + other % parts) * kPiece + w * kTile;
+        if (row >= group_rows) break;
+        while (static_cast<unsigned>(clock()) - start < due && !passed(over, 0)) __nanosleep(40);
+        if (passed(over, 0) || left-- == 0) return;
+        const int8_t* const from =
+            static_cast<const int8_t*>(p.q.state) + (static_cast<long long>(other / parts) * group_rows + row) * N;
+        asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(from), "n"(kTile * N),
+                     "l"(policy)
+                     : "memory");
+        due += p.ask_every;
+      }
+}
+#endif
+
+// Codes: convolution, x, B and C in codes, else in 16-bit floats.
 template <int N, bool Codes, bool Noisy>
-__global__ void __launch_bounds__(32 * kStreamWarps, kStreamBlocks)
-    ssd_stream(const __grid_constant__ StreamParams p) {
+__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(const __grid_constant__ StreamParams p) {
   constexpr int kLanes = N / kCount, kPass = 32 / kLanes, kPairs = kTile / kPass / 2;
-  using Shared = Tile<N, Codes>;
   static_assert(kLanes >= 4, "a row lies in four lanes at least");
-  static_assert(sizeof(Shared) == sizeof(Shared::state) + 2 * sizeof(Shared::B), "as its barrier counts");
   extern __shared__ __align__(128) char shared[];
   const QuambaDecode& q = p.q;
   launch_dependents();
 
-  const int lane = threadIdx.x % 32, own = lane / kLanes, column = lane % kLanes * kCount;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, own = lane / kLanes, column = lane % kLanes * kCount;
   const bool upper = lane % kLanes >= kLanes / 2, reports = lane % (kLanes / 2) == 0;
-  const int warps = gridDim.x * kStreamWarps, first = blockIdx.x * kStreamWarps + threadIdx.x / 32;
-  if (first >= p.tiles) return;
-  WarpMemory<N, Codes>& m = reinterpret_cast<WarpMemory<N, Codes>*>(shared)[threadIdx.x / 32];
+  const int group_rows = q.H / q.G * q.P;
+  const Pieces pieces{static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x),
+                      static_cast<int>(gridDim.x), group_rows, kPiece, p.share};
+  // the warp's tiles: rows of the batch `first` and every `step` on
+  const int in_group = pieces.row(warp * kTile), step = pieces.parts * kPiece;
+  const int tiles = in_group < group_rows ? min(p.share, (group_rows - 1 - in_group) / step + 1) : 0;
+  const int first = (pieces.batch * q.G + pieces.group) * group_rows + in_group;
+  auto& block = reinterpret_cast<BlockMemory<N, Codes>&>(shared);
+  WarpMemory<N>& m = block.warps[warp];
+  const int flat = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  const unsigned over = shared_address(&block.over);
   const auto barrier = [&](int stage) { return shared_address(&m.full[stage]); };
-  const auto fetch_state = [&](int stage, int tile) {
-#if __CUDA_ARCH__ >= 900
-    if (lane == 0) arrive_expecting(barrier(stage), sizeof(Shared));
-#endif
-    const int8_t* const from = static_cast<const int8_t*>(q.state) + static_cast<long long>(tile) * kTile * N;
-    fetch<sizeof(Shared::state)>(m.tiles[stage].state, from, barrier(stage), lane);
+  const auto place = [&](int tile) {
+    return static_cast<int8_t*>(q.state) + static_cast<long long>(first + tile * step) * N;
   };
-  const auto fetch_terms = [&](int stage, int tile) {
-    const long long at = static_cast<long long>(tile / p.group_tiles) * static_cast<int>(sizeof(Shared::B));
-    fetch<sizeof(Shared::B)>(m.tiles[stage].B, static_cast<const char*>(p.terms.B) + at, barrier(stage), lane);
-    fetch<sizeof(Shared::C)>(m.tiles[stage].C, static_cast<const char*>(p.terms.C) + at, barrier(stage), lane);
-  };
+  const auto fetch_state = [&](int tile) {
+    if (tile >= tiles) return;
 #if __CUDA_ARCH__ >= 900
-  if (lane == 0) {
-    init_barrier(barrier(0), 1);
-    init_barrier(barrier(1), 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  __syncwarp();
+    if (lane == 0) arrive_expecting(barrier(tile % 2), kTile * N);
 #endif
-  // ahead of the wait: ssd_inputs lets this kernel start once what wrote the state before has ended
-  fetch_state(0, first);
-  const float B_one = constant(q.B_scale, 0, 1.f), C_one = constant(q.C_scale, 0, 1.f);
+    fetch<kTile * N>(m.tiles[tile % 2], place(tile), barrier(tile % 2), lane);
+  };
 
-  wait_for_previous_kernel();
-  fetch_terms(0, first);
-  const unsigned key = Noisy ? dither_key(q.rng) : 0;
-  unsigned dither[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount / 4; ++i) {
-    uint4 four = make_uint4(0, 0, 0, 0);
-    if (Noisy) four = __ldcg(reinterpret_cast<const uint4*>(p.terms.dither + column) + i);
-    dither[4 * i] = four.x, dither[4 * i + 1] = four.y, dither[4 * i + 2] = four.z, dither[4 * i + 3] = four.w;
-  }
-  // what the lane's row of a tile brings, as it lies
-  float2 row{};
-  float4 head{};
+  const int quads = N / 2 + p.share * kPiece / 4;
+  const float B_unit = constant(q.B_scale, q.B_count > 1 ? pieces.group : 0, 1.f);
+  const float C_unit = constant(q.C_scale, q.C_count > 1 ? pieces.group : 0, 1.f);
   float scale = 0.f;
-  const auto look_up = [&](int tile) {
-    const unsigned index = tile * kTile + lane;
-    row = __ldcg(p.terms.rows + index);
-    head = __ldcg(p.terms.heads + __umulhi(index, p.head_magic));
-    scale = __ldcg(q.state_scale + index);
-  };
-  look_up(first);
-
-  int stage = 0;
-  unsigned parity = 0;
+  unsigned key = 0;
 #pragma unroll 1
-  for (int tile = first; tile < p.tiles; tile += warps) {
-    float B_unit = B_one, C_unit = C_one;
-    if (q.B_count > 1 || q.C_count > 1) {
-      const int g = tile / p.group_tiles % q.G;
-      B_unit = constant(q.B_scale, q.B_count > 1 ? g : 0, 1.f);
-      C_unit = constant(q.C_scale, q.C_count > 1 ? g : 0, 1.f);
+  for (int from = 0; from < quads; from += 2 * kStreamThreads) {  // two quads of a thread at a time
+    InputQuad<N, Codes> a(q, pieces, from + threadIdx.x), b(q, pieces, from + kStreamThreads + threadIdx.x);
+    a.read_constants(q), b.read_constants(q);
+    if (from == 0) {
+      a.ask(q, pieces), b.ask(q, pieces);
+#if __CUDA_ARCH__ >= 900
+      if (lane == 0) {
+        init_barrier(barrier(0), 1);
+        init_barrier(barrier(1), 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        if (tiles) ask_l2(place(0), kTile * N);
+      }
+      __syncwarp();
+      if (flat < kAskers) {
+        if (threadIdx.x == 0) init_barrier(over, 1);
+        __syncthreads();
+        if (threadIdx.x == kStreamThreads - 32) ask_ahead<N>(p, flat, group_rows, over);
+        __syncwarp();
+      }
+#endif
+      // not a state earlier: the launches before may have let this one start while the step before still writes
+      wait_for_previous_kernel();
+#if __CUDA_ARCH__ >= 900
+      if (flat < kAskers && threadIdx.x == 0) arrive(over);
+#endif
     }
-    const float input = __fmul_rn(head.y, row.x) * B_unit, skip = __fmul_rn(row.x, head.z), gate = row.y;
-    float decay = head.x * scale, rate = quotient(input, decay);
+    a.read(q, pieces), b.read(q, pieces);
+    if (from == 0) {
+      // behind what is made now, and the next not before it is: states of all blocks at once would be in its way
+      fetch_state(0);
+      if (tiles) scale = __ldcg(q.state_scale + first + lane);
+      if (Noisy) key = dither_key(q.rng);
+    }
+    a.make(q, pieces, B_unit, block.rows, block.B, block.C);
+    b.make(q, pieces, B_unit, block.rows, block.B, block.C);
+  }
+  if (Noisy)
+    for (int n = threadIdx.x; n < N; n += kStreamThreads)
+      block.dither[n] = column_draw(key, static_cast<unsigned>(q.batch) * (q.H * q.P) + n);
+  __syncthreads();
+  fetch_state(1);
+
+  unsigned dither[kCount], C[Codes ? kCount / 4 : 1];
+  float B[kCount], Cs[Codes ? 1 : kCount], both = 0.f;  // both: B C of codes
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) dither[i] = Noisy ? block.dither[column + i] : 0;
+  if constexpr (Codes) {
+    const uint4 b = block.B[column / kCount], c = block.C[column / kCount];
+    unpack_word(b.x, B), unpack_word(b.y, B + 4), unpack_word(b.z, B + 8), unpack_word(b.w, B + 12);
+    C[0] = c.x, C[1] = c.y, C[2] = c.z, C[3] = c.w;
+    int sum = __dp4a(static_cast<int>(b.x), static_cast<int>(c.x), 0);
+    sum = __dp4a(static_cast<int>(b.y), static_cast<int>(c.y), sum);
+    sum = __dp4a(static_cast<int>(b.z), static_cast<int>(c.z), sum);
+    sum = __dp4a(static_cast<int>(b.w), static_cast<int>(c.w), sum);
+#pragma unroll
+    for (int step = kLanes / 2; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    both = static_cast<float>(sum);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      B[i] = reinterpret_cast<const float*>(block.B)[column + i];
+      Cs[i] = reinterpret_cast<const float*>(block.C)[column + i];
+    }
+  }
+
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int index = first + tile * step + lane;
+    const Row row = block.rows[tile * kPiece + warp * kTile + lane];
+    const float input = row.input;
+    float decay = row.decay * scale, rate = quotient(input, decay);
     // without an input, what is no normal number is left of nothing
     const bool forgets = input == 0.f ? decay < 0x1p-126f : !(fabsf(rate) < 0x1p80f);
     if (forgets) decay = fabsf(input), rate = input > 0.f ? 1.f : -1.f;
     if (input == 0.f) rate = 0.f;
-    m.rows[lane] = make_uint2(__float_as_uint(rate),
-                              Noisy ? row_draw(key, static_cast<unsigned>(tile * kTile + lane)) : 0);
-    const int next = tile + warps;
-    if (next < p.tiles) look_up(next);
+    m.rows[lane] = make_uint2(__float_as_uint(rate), Noisy ? row_draw(key, static_cast<unsigned>(index)) : 0);
+    if (tile + 1 < tiles) scale = __ldcg(q.state_scale + index + step);
 
-    Shared& held_tile = m.tiles[stage];
+    uint4* const held_tile = m.tiles[tile % 2];
 #if __CUDA_ARCH__ >= 900
-    wait(barrier(stage), parity);
+    wait(barrier(tile % 2), tile / 2 % 2);
 #else
     copy_async_wait();
 #endif
     __syncwarp();
-    if (next < p.tiles) {
-      fetch_state(stage ^ 1, next);
-      fetch_terms(stage ^ 1, next);
-    }
+    if (tile) fetch_state(tile + 1);
     if (__any_sync(~0u, forgets)) {
       if (forgets)
-        for (int i = 0; i < N / 16; ++i) held_tile.state[lane * (N / 16) + i] = make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < N / 16; ++i) held_tile[lane * (N / 16) + i] = make_uint4(0, 0, 0, 0);
 #if __CUDA_ARCH__ >= 900
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
       __syncwarp();
     }
-    unsigned C[Codes ? kCount / 4 : 1];
-    float B[kCount], Cs[Codes ? 1 : kCount], both = 0.f;  // both: B C of codes
-    if constexpr (Codes) {
-      const uint4 b = held_tile.B[column / kCount], c = held_tile.C[column / kCount];
-      unpack_word(b.x, B), unpack_word(b.y, B + 4), unpack_word(b.z, B + 8), unpack_word(b.w, B + 12);
-      C[0] = c.x, C[1] = c.y, C[2] = c.z, C[3] = c.w;
-      int sum = __dp4a(static_cast<int>(b.x), static_cast<int>(c.x), 0);
-      sum = __dp4a(static_cast<int>(b.y), static_cast<int>(c.y), sum);
-      sum = __dp4a(static_cast<int>(b.z), static_cast<int>(c.z), sum);
-      sum = __dp4a(static_cast<int>(b.w), static_cast<int>(c.w), sum);
-#pragma unroll
-      for (int step = kLanes / 2; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      both = static_cast<float>(sum);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount / 4; ++i) {
-        const float4 b = reinterpret_cast<const float4*>(held_tile.B)[column / 4 + i];
-        const float4 c = reinterpret_cast<const float4*>(held_tile.C)[column / 4 + i];
-        B[4 * i] = b.x, B[4 * i + 1] = b.y, B[4 * i + 2] = b.z, B[4 * i + 3] = b.w;
-        Cs[4 * i] = c.x, Cs[4 * i + 1] = c.y, Cs[4 * i + 2] = c.z, Cs[4 * i + 3] = c.w;
-      }
-    }
 
-    int8_t* out = static_cast<int8_t*>(q.state) + static_cast<long long>(tile) * kTile * N + lane * 16;
-    const uint4* from = held_tile.state + lane;
+    int8_t* out = place(tile) + lane * 16;
+    const uint4* from = held_tile + lane;
     const uint2* terms = m.rows + own;
     float2* to = m.results + own + (upper ? kPass : 0);
 #pragma unroll 1
@@ -261,11 +307,9 @@ __global__ void __launch_bounds__(32 * kStreamWarps, kStreamBlocks)
     }
     __syncwarp();
     const float2 result = m.results[lane];
-    const long long index = static_cast<long long>(tile) * kTile + lane;
     const float y = Codes ? fmaf(decay, result.y, input * both) * C_unit : decay * result.y;
     q.state_scale[index] = scale_of(result.x * decay);
-    static_cast<float*>(q.workspace)[index] = (y + skip) * gate;
-    parity ^= stage, stage ^= 1;
+    static_cast<float*>(q.workspace)[index] = (y + row.skip) * row.gate;
   }
 }
 
@@ -276,34 +320,39 @@ bool can_stream(const QuambaDecode& q, int sms) {
          (q.N == 64 || q.N == 128 || q.N == 256) && aligned(q.z, 8) && aligned(q.B, 8) &&
          aligned(q.C, 8) && aligned(q.x_scale, 16) && aligned(q.z_scale, 16) &&
          q.z_stride % 4 == 0 && q.bc_stride % 4 == 0 && q.P % 4 == 0 && q.H / q.G * q.P % kTile == 0 &&
-         q.workspace_bytes >= ssd_terms(q).bytes && total >= kLeast * sms && total * q.P < 1ll << 32;
+         q.batch <= 65535 && q.G <= 65535 && total >= kLeast * sms && total < 1ll << 31;
 }
 
 template <int N, bool Codes, bool Noisy>
-cudaError_t launch_share(const QuambaDecode& q, const SsdTerms& terms, int sms, void* stream) {
-  constexpr int kShared = kStreamWarps * sizeof(WarpMemory<N, Codes>);
-  const int tiles = q.batch * q.H * q.P / kTile, slots = std::min(kStreamBlocks, 227 * 1024 / (kShared + 1024)) * sms;
-  const auto each = [&](int waves) { return (tiles - 1) / (slots * kStreamWarps * waves) + 1; };  // tiles of a warp
-  const int share = each((each(1) - 1) / kShare + 1), blocks = (tiles - 1) / (share * kStreamWarps) + 1;
-  const unsigned magic = static_cast<unsigned>(((1ull << 32) + q.P - 1) / q.P);
-  const StreamParams params{q, terms, tiles, q.H / q.G * q.P / kTile, magic};
-  return launch(ssd_stream<N, Codes, Noisy>, params, dim3(blocks), 32 * kStreamWarps, kShared, stream);
+cudaError_t launch_share(const QuambaDecode& q, int sms, void* stream) {
+  using Memory = BlockMemory<N, Codes>;
+  constexpr int kRows = sizeof(Memory::rows), kOthers = sizeof(Memory) - kRows;
+  const int slots = sms * std::min(kStreamBlocks, 227 * 1024 / (kOthers + kShare * kRows + 1024));
+  const int group_pieces = (q.H / q.G * q.P - 1) / kPiece + 1;
+  const auto each = [&](int waves) { return (q.batch * q.G * group_pieces - 1) / (slots * waves) + 1; };
+  const int share = std::min(each((each(1) - 1) / kShare + 1), group_pieces), parts = (group_pieces - 1) / share + 1;
+  // at a pace at which all states would come in 144,000 cycles, up to two fifths of L2
+  int l2 = 0;
+  const cudaError_t error = device_attribute(cudaDevAttrL2CacheSize, l2);
+  if (error != cudaSuccess) return error;
+  constexpr int kAll = 144000, kFastest = 5 * N / 2;
+  const int asks = l2 / 5 * 2 / (kAskers * kTile * N), tiles = q.batch * q.H * q.P / kTile;
+  const StreamParams params{q, share, asks, std::max(kFastest, kAll / ((tiles - 1) / kAskers + 1))};
+  return launch(ssd_stream<N, Codes, Noisy>, params, dim3(parts, q.G, q.batch), kStreamThreads,
+                kOthers + share * kRows, stream);
 }
 
 template <int N>
-cudaError_t launch_kind(const QuambaDecode& q, const SsdTerms& terms, int sms, void* stream) {
+cudaError_t launch_kind(const QuambaDecode& q, int sms, void* stream) {
   const auto kernel = q.C_scale ? (q.rng ? launch_share<N, true, true> : launch_share<N, true, false>)
                                 : (q.rng ? launch_share<N, false, true> : launch_share<N, false, false>);
-  return kernel(q, terms, sms, stream);
+  return kernel(q, sms, stream);
 }
 
 int launch_stream(const QuambaDecode& q, int sms, void* stream) {
-  const SsdTerms terms = ssd_terms(q);
-  const cudaError_t error = launch_inputs(q, terms, stream);
-  if (error != cudaSuccess) return error;
-  if (q.N == 64) return launch_kind<64>(q, terms, sms, stream);
-  if (q.N == 128) return launch_kind<128>(q, terms, sms, stream);
-  return launch_kind<256>(q, terms, sms, stream);
+  if (q.N == 64) return launch_kind<64>(q, sms, stream);
+  if (q.N == 128) return launch_kind<128>(q, sms, stream);
+  return launch_kind<256>(q, sms, stream);
 }
 
 }  // namespace quamba::decode

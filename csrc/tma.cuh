@@ -47,6 +47,19 @@ __device__ __forceinline__ void wait(unsigned barrier, unsigned parity) {
   }
 }
 
+// Whether wait would return at once.
+__device__ __forceinline__ bool passed(unsigned barrier, unsigned parity) {
+  unsigned done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;\n}\n"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done;
+}
+
 // How L2 is to treat the weights of a decode step: they are read once, and what the step comes back to (states,
 // activations, the kernels' instructions) should not make room for them.
 __device__ __forceinline__ uint64_t evict_first() {
