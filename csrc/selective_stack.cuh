@@ -186,7 +186,8 @@ __device__ __forceinline__ void take_step(const Params& p, const Ring& ring,
     float made = 0.f;
     if (owner) {
       made = sum_of<KIND>(m, sums, own_row);
-      if (kCodes) made = __fmul_rn(__fmul_rn(made, x_scale), between.weight_scale[threadIdx.x]);
+      made = __fmul_rn(made, x_scale);
+      if (kCodes) made = __fmul_rn(made, between.weight_scale[threadIdx.x]);
       if (linear.bias) made = __fadd_rn(made, skinny::load_float(linear.bias, own, TYPE));
     }
     if (out) {

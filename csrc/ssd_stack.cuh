@@ -160,7 +160,8 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
     Team::sync();
     if (owner) {
       float sum = sum_of<KIND>(m, sums, threadIdx.x);
-      if (kCodes) sum = __fmul_rn(__fmul_rn(sum, x_scale), weight_scale);
+      sum = __fmul_rn(sum, x_scale);
+      if (kCodes) sum = __fmul_rn(sum, weight_scale);
       sum = __fadd_rn(sum, bias);
       if (out) {
         before = __fadd_rn(sum, before);
