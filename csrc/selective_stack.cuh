@@ -49,25 +49,23 @@ __device__ __forceinline__ long long whole_sum(const unsigned long long* sum, in
   return v - (static_cast<long long>(blocks) << kCountBit);
 }
 
-// The weights of all layers in the order in which they are used.
-template <Kind KIND>
-__device__ __forceinline__ void bring_weights(const Params& p, const Ring& ring) {
-  Stage stage{0, 0};
-  Pace pace;
+// The weights of all layers in the order in which they are used: L2 is asked for them, or they are brought.
+template <Kind KIND, bool ASK>
+__device__ __forceinline__ void carry_weights(const Params& p, const Ring& ring) {
+  Courier<ASK, KIND != Kind::kW8A8> courier;
   const Share of_in(p.matrix[0]), of_out(p.matrix[1]);
   const unsigned copies =
       max(1, 2 * (of_in.rows >> p.matrix[0].stage_rows_log) + (of_out.rows >> p.matrix[1].stage_rows_log));
 #pragma unroll 1
   for (int layer = 0; layer < p.layers; ++layer) {
-    if (layer) pace.measure(copies, p.pace);
+    if (layer) courier.pace.measure(copies, ASK ? p.ask_pace : p.pace);
 #pragma unroll 1
     for (int turn = 0; turn < 3; ++turn) {
       const bool out = turn == kOut;
       const QuambaStackLinear& linear = out ? p.layer[layer].out : p.layer[layer].in;
-      Share share = out ? of_out : of_in;
-      if (turn == kGate) share.first += p.matrix[0].O;
-      bring(ring, p.matrix[out], share, linear.w, KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale, stage,
-            pace);
+      const int first = out ? of_out.first : of_in.first + (turn == kGate ? p.matrix[0].O : 0);
+      courier.carry(ring, {p.matrix[out], first, out ? of_out.rows : of_in.rows, linear.w,
+                           KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale});
     }
   }
 }
@@ -188,7 +186,8 @@ __device__ __forceinline__ void take_step(const Params& p, const Ring& ring,
     float made = 0.f;
     if (owner) {
       made = sum_of<KIND>(m, sums, own_row);
-      if (kCodes) made = __fmul_rn(__fmul_rn(made, x_scale), between.weight_scale[threadIdx.x]);
+      made = __fmul_rn(made, x_scale);
+      if (kCodes) made = __fmul_rn(made, between.weight_scale[threadIdx.x]);
       if (linear.bias) made = __fadd_rn(made, skinny::load_float(linear.bias, own, TYPE));
     }
     if (out) {
@@ -328,16 +327,15 @@ __global__ void __launch_bounds__(kThreads, 1) selective_stack(const __grid_cons
   extern __shared__ __align__(128) char shared[];
   using Made = Mixer<kInteger<KIND>, State>;
   Memory<kInteger<KIND>, State> memory;
-  char* const stages = shared + kBarrierBytes;
-  memory.x = stages + p.stages * p.stage_bytes;  // an even number of odd multiples of 64
+  memory.x = shared + kBarrierBytes + p.stages * p.stage_bytes;  // an even number of odd multiples of 64
   memory.sums = reinterpret_cast<uint32_t*>(memory.x + p.x_bytes);
   memory.between = reinterpret_cast<Between*>(reinterpret_cast<char*>(memory.sums) + p.sums_bytes);
   memory.scratch = reinterpret_cast<float*>(memory.between + 1);
   memory.runs = memory.scratch + kScratch;
   memory.row = memory.runs + kQuads * kWarps;
   memory.mixer = reinterpret_cast<Made*>(memory.row + p.row_floats);
-  const Ring ring{shared_address(shared), shared_address(shared) + 8 * kMaxStages, stages, p.stages, p.stage_bytes};
-  memory.mixer_full = ring.full + 16 * kMaxStages, memory.mixer_empty = memory.mixer_full + 8;
+  const Ring ring(shared, p.stages, p.stage_bytes);
+  memory.mixer_full = ring.other_barrier(0), memory.mixer_empty = ring.other_barrier(1);
   if (threadIdx.x == kTeam) {
     init_barrier(memory.mixer_full, 33), init_barrier(memory.mixer_empty, kWarps);
     ring.init();
@@ -350,7 +348,8 @@ __global__ void __launch_bounds__(kThreads, 1) selective_stack(const __grid_cons
     take_step<KIND, State, TYPE>(p, ring, memory);
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFewRegisters));
-    if (threadIdx.x == kTeam) bring_weights<KIND>(p, ring);
+    if (warp == kWarps) carry_weights<KIND, false>(p, ring);
+    if (warp == kWarps + 2) carry_weights<KIND, true>(p, ring);
     if (warp == kWarps + 1) bring_mixers<KIND, State>(p, *memory.mixer, memory.mixer_full, memory.mixer_empty);
   }
 }

@@ -62,7 +62,7 @@ int plan(const QuambaSelectiveStack& s, Params& p, int& sms, int& bytes) {
   p.multipliers_at = (p.x_at + common_of(s) * p.pitch + 15) / 16 * 16;
   const int more = p.multipliers_at + (KIND == Kind::kW8A8 ? 0 : 2 * common_of(s) * (kCodes ? 1 : 2));
 
-  p.ahead = kAhead, p.pace = kPace;
+  p.ahead = kAhead, p.ask_pace = kAskPace, p.pace = kPace;
   return divide<KIND>(p, sms, most, static_cast<int>(sizeof(Between) + offsetof(Made, more)) + more, bytes);
 }
 

@@ -29,7 +29,8 @@ struct Params {
   int layers, R, groups;       // groups: of a row of x_proj
   int pitch, dt_at, x_at, multipliers_at;  // of a row of x_proj; offsets in Mixer::more
   int stages, stage_bytes, x_bytes, sums_bytes, row_floats;
-  int ahead, pace;             // blocks that may be missing when all begin to ask; percent
+  int ahead;                   // blocks that may be missing when all begin to ask
+  int ask_pace, pace;          // percent of a layer's time, for asking L2 for its weights and for bringing them
   float eps;
   QuambaSelectiveStackLayer layer[kMostLayers];
 };

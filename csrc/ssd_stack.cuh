@@ -24,20 +24,19 @@
 
 namespace quamba::stack {
 
-// The weights of all layers in the order in which they are used.
-template <Kind KIND>
-__device__ __forceinline__ void bring_weights(const Params& p, const Ring& ring) {
-  Stage stage{0, 0};
-  Pace pace;
+// The weights of all layers in the order in which they are used: L2 is asked for them, or they are brought.
+template <Kind KIND, bool ASK>
+__device__ __forceinline__ void carry_weights(const Params& p, const Ring& ring) {
+  Courier<ASK, KIND != Kind::kW8A8> courier;
   const Share of_in(p.matrix[0]), of_out(p.matrix[1]);
   const unsigned copies = max(1, (of_in.rows >> p.matrix[0].stage_rows_log) + (of_out.rows >> p.matrix[1].stage_rows_log));
 #pragma unroll 1
   for (int turn = 0; turn < 2 * p.layers; ++turn) {
-    const QuambaStackLayer& l = p.layer[turn / 2];
-    const QuambaStackLinear& linear = turn & 1 ? l.out : l.in;
-    if (turn && !(turn & 1)) pace.measure(copies, p.pace);
-    bring(ring, p.matrix[turn & 1], turn & 1 ? of_out : of_in, linear.w,
-          KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale, stage, pace);
+    const bool out = turn & 1;
+    const QuambaStackLinear& linear = out ? p.layer[turn / 2].out : p.layer[turn / 2].in;
+    if (turn && !out) courier.pace.measure(copies, ASK ? p.ask_pace : p.pace);
+    courier.carry(ring, {p.matrix[out], out ? of_out.first : of_in.first, out ? of_out.rows : of_in.rows, linear.w,
+                         KIND == Kind::kW4A8 ? linear.w_multiplier : linear.w_scale});
   }
 }
 
@@ -80,16 +79,15 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
 
   using Made = Mixer<kCodes, State>;
-  char* const stages = shared + kBarrierBytes;
-  char* const x = stages + p.stages * p.stage_bytes;  // an even number of odd multiples of 64
+  char* const x = shared + kBarrierBytes + p.stages * p.stage_bytes;  // an even number of odd multiples of 64
   uint32_t* const sums = reinterpret_cast<uint32_t*>(x + p.x_bytes);
   Between& between = *reinterpret_cast<Between*>(reinterpret_cast<char*>(sums) + p.sums_bytes);
   float* const scratch = reinterpret_cast<float*>(&between + 1);
   float* const runs = scratch + kScratch;
   float* const row = runs + kQuads * kWarps;
   Made& mixer = *reinterpret_cast<Made*>(row + p.row_floats);
-  const Ring ring{shared_address(shared), shared_address(shared) + 8 * kMaxStages, stages, p.stages, p.stage_bytes};
-  const uint32_t mixer_full = ring.full + 16 * kMaxStages, mixer_empty = mixer_full + 8;
+  const Ring ring(shared, p.stages, p.stage_bytes);
+  const uint32_t mixer_full = ring.other_barrier(0), mixer_empty = ring.other_barrier(1);
   if (threadIdx.x == kTeam) {
     init_barrier(mixer_full, 1), init_barrier(mixer_empty, kWarps);
     ring.init();
@@ -162,7 +160,8 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
     Team::sync();
     if (owner) {
       float sum = sum_of<KIND>(m, sums, threadIdx.x);
-      if (kCodes) sum = __fmul_rn(__fmul_rn(sum, x_scale), weight_scale);
+      sum = __fmul_rn(sum, x_scale);
+      if (kCodes) sum = __fmul_rn(sum, weight_scale);
       sum = __fadd_rn(sum, bias);
       if (out) {
         before = __fadd_rn(sum, before);
@@ -259,7 +258,8 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_stack(const __grid_constant__
   }
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFewRegisters));
-    if (threadIdx.x == kTeam) bring_weights<KIND>(p, ring);
+    if (warp == kWarps) carry_weights<KIND, false>(p, ring);
+    if (warp == kWarps + 2) carry_weights<KIND, true>(p, ring);
     if (warp == kWarps + 1) bring_mixers<KIND, State>(p, mixer, mixer_full, mixer_empty);
   }
 }

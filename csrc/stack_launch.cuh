@@ -172,10 +172,11 @@ int plan(const QuambaStack& s, Params& p, int& sms, int& bytes) {
       static_cast<int>(sizeof(Between) + offsetof(Made, state)) + p.rows * kN * static_cast<int>(sizeof(State));
   const int divided = divide<KIND>(p, sms, most, rest, bytes);
   if (divided != QUAMBA_OK) return divided;
-  // of a layer's time, for its copies: as much as has been found to leave none waiting, by what of a layer the ring holds
+  // of a layer's time, for bringing its weights: what has been found best, by what of a layer the ring holds
   int copies = 0;
   for (const Matrix& m : p.matrix) copies += most_rows(m, sms) >> m.stage_rows_log;
-  p.pace = tuned("QUAMBA_PACE", 45 + 40 * std::min(p.stages, copies) / copies);
+  p.ask_pace = tuned("QUAMBA_ASK_PACE", kAskPace);
+  p.pace = tuned("QUAMBA_PACE", 50 + 35 * std::min(p.stages, copies) / copies);
   return QUAMBA_OK;
 }
 

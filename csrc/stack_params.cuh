@@ -19,7 +19,6 @@ constexpr int kRun = 128;                // channels of a warp's quads
 constexpr int kMostLayers = 64;
 constexpr int kScratch = 2 * kWarps;  // floats
 constexpr int kAhead = 8;             // blocks that may be missing when all begin to ask, where all have rows
-constexpr int kBarrierBytes = 16 * kMaxStages + 128;
 
 // Groups of a norm: how many, runs of kRun channels in each (a power of two where there are several), 1 / their channels.
 struct Groups {
@@ -42,7 +41,7 @@ struct Params {
   int rows, blocks;    // of the state: of a block; blocks of a group
   int stages, stage_bytes, x_bytes, sums_bytes, row_floats;
   int ahead;
-  int pace;  // percent
+  int ask_pace, pace;  // percent of a layer's time, for asking L2 for its weights and for bringing them
   float eps;
   QuambaStackLayer layer[kMostLayers];
 };

@@ -1,11 +1,15 @@
 // Products of one token with the weights in a ring (stack_ring.cuh), by mma.sync: seven of eight columns are the same token
 // again, but instructions are what counts, and most of them unpack.
 //
-// int4 weights, stored with +8, are taken as they come apart with the fewest of them: q + 8, 16 q, or a float of q and more. What
-// is too much is the same for all rows, so a group's sum begins with its negative, which lies behind the group's x.
+// int4 weights, stored with +8, are taken as they come apart with the fewest of them: q + 8 or 16 q. What is too much of the
+// first is the same for all rows, so a group's sum begins with its negative, which lies behind the group's x.
+//
+// Floats become multiples of 2^-22 of the token's largest, in three digits of eight bits, each a token of its own to the
+// product, in columns that would be the same token again. So they take the instructions of int8.
 //
 // Where x lies in shared memory: int8 for int8 weights in the order of K; for int4 ones eight elements are a word of the even
-// and a word of the odd ones, or floats in pairs (0, 4), (1, 5), (2, 6), (3, 7), as the nibbles come apart.
+// and a word of the odd ones, as the nibbles come apart; of floats, the upper digits before the lower ones in each half of a
+// lane's elements.
 #pragma once
 
 #include "linear_skinny_epilogue.cuh"
@@ -19,14 +23,15 @@ using skinny::kInteger;
 
 // Bytes of x in a step, and of what its sum begins with (four times).
 template <Kind KIND>
-constexpr int kStepX = KIND == Kind::kW8A8 ? 64 : KIND == Kind::kW4A8 ? 128 + 16 : 256 + 16;
+constexpr int kStepX = KIND == Kind::kW8A8 ? 64 : KIND == Kind::kW4A8 ? 128 + 16 : 3 * 128;
 
 template <Kind KIND>
 constexpr int kLaneX = KIND == Kind::kW4A8 ? 32 : 16;  // of it, a lane's from its neighbour's
 
-// What an int4 weight is too large by.
-template <Kind KIND>
-constexpr int kTooMuch = KIND == Kind::kW4A8 ? 8 : KIND == Kind::kW4F16 ? 72 : 136;
+constexpr int kTooMuch = 8;  // of q + 8
+
+constexpr int kDigits = 3, kDigitBytes = 64;  // of floats; of a digit of half of a step
+constexpr float kMostDigits = 4194303.f;      // the largest of a token in digits
 
 constexpr int kWarps = 16, kTeam = 32 * kWarps;
 
@@ -42,6 +47,7 @@ struct Team {
 struct Lane {
   const char *w, *x, *begin, *scales;
   int row_bytes, scale_bytes;  // to its other row
+  int upper;                   // what its first column counts of its second one: 256, or 0 where that is no digit
 };
 
 // (word & mask) ^ more: one instruction where the constants lie in registers.
@@ -55,17 +61,7 @@ __device__ __forceinline__ uint32_t part_of(uint32_t word) {
 __device__ __forceinline__ uint32_t low_codes(uint32_t word) { return word & 0x0f0f0f0fu; }                       // q + 8
 __device__ __forceinline__ uint32_t high_codes(uint32_t word) { return part_of<0xf0f0f0f0u, 0x80808080u>(word); }  // 16 q
 
-// Eight int4 codes as four pairs of 64 + q + 8 in fp16 or 128 + q + 8 in bf16.
-template <Kind KIND>
-__device__ __forceinline__ void float_codes(uint32_t (&pair)[4], uint32_t word) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (KIND == Kind::kW4F16)
-      pair[i] = part_of<0x00f000f0u, 0x54005400u>(i == 0 ? word << 4 : word >> (4 * i - 4));
-    else
-      pair[i] = part_of<0x000f000fu, 0x43004300u>(word >> 4 * i);
-  }
-}
+__device__ __forceinline__ uint32_t raised_codes(uint32_t word) { return high_codes(word << 4); }  // 16 q of the low ones
 
 // Sums of the lane's two rows, 8 apart, as the products leave them: in elements 0 and 2. Products take turns in two of them
 // where one would wait for the one before.
@@ -98,31 +94,25 @@ __device__ __forceinline__ void multiply_step(Sums<Kind::kW4A8>& acc, const Lane
   acc[0][0] += (low[0] * 16 + high[0]) * m[0], acc[0][2] += (low[2] * 16 + high[2]) * m[1];
 }
 
+// Columns of the two upper digits belong to one lane in four, the lowest digit to the next one's second column.
 template <Kind KIND>
 __device__ __forceinline__ void multiply_step(Sums<KIND>& acc, const Lane& l, int s, std::integral_constant<Kind, KIND>) {
   const uint4 a = *reinterpret_cast<const uint4*>(l.w + s * kStep);
   const uint4 b = *reinterpret_cast<const uint4*>(l.w + s * kStep + l.row_bytes);
   const uint16_t scale[2] = {reinterpret_cast<const uint16_t*>(l.scales)[s],
                              reinterpret_cast<const uint16_t*>(l.scales + l.scale_bytes)[s]};
-  const char* const x = l.x + s * kStepX<KIND>;
-  const float4 begin = *reinterpret_cast<const float4*>(l.begin + s * kStepX<KIND>);
-  float d[2][4] = {{begin.x, begin.y, begin.z, begin.w}};
+  const uint4 first = *reinterpret_cast<const uint4*>(l.x + s * kStepX<KIND>);
+  const uint4 second = *reinterpret_cast<const uint4*>(l.x + s * kStepX<KIND> + kDigits * kDigitBytes);
+  int low[4] = {}, high[4] = {};
+  mma_s8(low, raised_codes(a.x), raised_codes(b.x), raised_codes(a.y), raised_codes(b.y), first.x, first.y);
+  mma_s8(high, high_codes(a.x), high_codes(b.x), high_codes(a.y), high_codes(b.y), first.z, first.w);
+  mma_s8(low, raised_codes(a.z), raised_codes(b.z), raised_codes(a.w), raised_codes(b.w), second.x, second.y);
+  mma_s8(high, high_codes(a.z), high_codes(b.z), high_codes(a.w), high_codes(b.w), second.z, second.w);
 #pragma unroll
-  for (int piece = 0; piece < 4; ++piece) {
-    uint32_t first[4], second[4];
-    float_codes<KIND>(first, piece < 2 ? (piece ? a.y : a.x) : (piece == 3 ? a.w : a.z));
-    float_codes<KIND>(second, piece < 2 ? (piece ? b.y : b.x) : (piece == 3 ? b.w : b.z));
-    const uint4 pairs = *reinterpret_cast<const uint4*>(x + piece * 64);
-    const auto mma = [&](int i, uint32_t u, uint32_t v) {
-      if constexpr (KIND == Kind::kW4F16)
-        mma_f16(d[i / 2], first[i], second[i], first[i + 1], second[i + 1], u, v);
-      else
-        mma_bf16(d[i / 2], first[i], second[i], first[i + 1], second[i + 1], u, v);
-    };
-    mma(0, pairs.x, pairs.y), mma(2, pairs.z, pairs.w);
+  for (int i = 0; i < 4; i += 2) {
+    const int sum = (low[i] + high[i]) * l.upper + (low[i + 1] + high[i + 1]);
+    acc[0][i] = fmaf(static_cast<float>(sum), skinny::float_of_half(scale[i / 2]), acc[0][i]);
   }
-  acc[0][0] = fmaf(d[0][0] + d[1][0], skinny::float_of_half(scale[0]), acc[0][0]);
-  acc[0][2] = fmaf(d[0][2] + d[1][2], skinny::float_of_half(scale[1]), acc[0][2]);
 }
 
 template <Kind KIND, int STEPS>
@@ -135,13 +125,16 @@ __device__ __forceinline__ void multiply_steps(Sums<KIND>& acc, const Lane& l, i
 template <Kind KIND>
 __device__ __forceinline__ void multiply_part(const Lane& l, int steps, uint32_t* sums, int lane) {
   Sums<KIND> acc = {};
-  constexpr int kMost = kInteger<KIND> ? 5 : 1;
+  constexpr int kMost = 5;
   int s = 0;
 #pragma unroll 1
   for (; s + kMost <= steps; s += kMost) multiply_steps<KIND, kMost>(acc, l, s);
 #pragma unroll 1
   for (; s < steps; ++s) multiply_steps<KIND, 1>(acc, l, s);
   if constexpr (KIND == Kind::kW8A8) acc[0][0] += acc[1][0], acc[0][2] += acc[1][2];
+  if constexpr (!kInteger<KIND>)
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) acc[0][i] = fmaf(acc[0][i], 256.f, __shfl_down_sync(~0u, acc[0][i], 1));
   if (lane % 4 == 0) sums[lane / 4] = skinny::bits_of(acc[0][0]), sums[lane / 4 + 8] = skinny::bits_of(acc[0][2]);
 }
 
@@ -158,7 +151,8 @@ __device__ __forceinline__ void products(const Ring& ring, const Matrix& m, cons
   const int own = lane / 4 & (m.strip_stages() - 1), below = lane / 4 >> m.strip_stages_log, half = m.stage_rows() / 2;
   const char* const w = ring.stages + below * m.row_bytes + lane % 4 * 16 + begin * kStep;
   const char* const scales = ring.stages + (m.row_bytes << m.stage_rows_log) + below * m.scale_bytes + begin * kScale;
-  const char* const own_x = x + begin * kStepX<KIND> + lane % 4 * kLaneX<KIND>;
+  const int digit = kInteger<KIND> ? 0 : min(lane / 4, kDigits - 1);
+  const char* const own_x = x + begin * kStepX<KIND> + lane % 4 * kLaneX<KIND> + digit * kDigitBytes;
   const char* const beginning = x + (begin + 1) * kStepX<KIND> - 16;
 #pragma unroll 1
   for (int strip = warp >> m.parts_log; strip << m.strip_stages_log < stages; strip += stride) {
@@ -167,7 +161,8 @@ __device__ __forceinline__ void products(const Ring& ring, const Matrix& m, cons
     Stage mine = stage;
     mine.advance(ring, first + (own & (there - 1)));
     const int slot = mine.slot * ring.bytes;
-    const Lane l{w + slot, own_x, beginning, scales + slot, half * m.row_bytes, half * m.scale_bytes};
+    const Lane l{w + slot, own_x, beginning, scales + slot, half * m.row_bytes, half * m.scale_bytes,
+                 lane % 4 ? 0 : 256};
     wait(ring.full + 8 * mine.slot, mine.parity);
     __syncwarp();
     multiply_part<KIND>(l, steps, sums + ((strip << m.parts_log) + part) * kStrip, lane);
@@ -187,7 +182,8 @@ __device__ __forceinline__ float sum_of(const Matrix& m, const uint32_t* sums, i
   Acc total = from[0];
 #pragma unroll 4
   for (int i = 1; i < m.parts(); ++i) total += from[i * kStrip];
-  return static_cast<float>(KIND == Kind::kW4A8 ? total / 16 : total);
+  if constexpr (KIND == Kind::kW8A8) return static_cast<float>(total);
+  return KIND == Kind::kW4A8 ? static_cast<float>(total / 16) : total * 0.0625f;
 }
 
 }  // namespace quamba::stack

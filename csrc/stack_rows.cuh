@@ -92,23 +92,40 @@ __device__ __forceinline__ void rotate(Quads& v, float* row, int channels, const
     }
 }
 
-// v as the input of a linear: codes by a static scale or the token's own, or floats of the activations' type. Ends with a
-// sync; returns the scale.
-template <Kind KIND, bool HALF>
-__device__ __forceinline__ float put_input(const Quads& v, int channels, float scale, bool is_static, char* x,
-                                           float* scratch) {
-  if constexpr (kInteger<KIND>) {
-    if (!is_static) {
-      float peak = 0.f;
-      QUAMBA_EACH_QUAD(i, channels)
+// The larger of two, or the one that is no number.
+__device__ __forceinline__ float larger(float a, float b) {
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+  return a;
+}
+
+// The largest of v, of either sign. Numbers of one sign are in order as words, too.
+__device__ __forceinline__ float peak_of(const Quads& v, int channels, float* scratch) {
+  float peak = 0.f;
+  QUAMBA_EACH_QUAD(i, channels)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) peak = fmaxf(peak, fabsf(v[i][j]));
-      peak = decode::max_lanes<32>(peak);
-      if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = peak;
-      Team::sync();
-      peak = decode::max_lanes<16>(scratch[threadIdx.x % kWarps]);
-      scale = peak > 0.f ? __fdiv_rn(peak, 127.f) : 1.f;
+    for (int j = 0; j < 4; ++j) peak = larger(peak, fabsf(v[i][j]));
+  unsigned* const of_warps = reinterpret_cast<unsigned*>(scratch);
+  const unsigned highest = __reduce_max_sync(~0u, __float_as_uint(peak));
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = highest;
+  Team::sync();
+  return __uint_as_float(__reduce_max_sync(~0u, of_warps[threadIdx.x % kWarps]));
+}
+
+// v as the input of a linear: codes by a static scale or the token's own, or digits of floats of the activations' type. Ends
+// with a sync; returns the scale.
+template <Kind KIND, bool HALF>
+__device__ __forceinline__ float put_input(Quads& v, int channels, float scale, bool is_static, char* x,
+                                           float* scratch) {
+  if constexpr (!kInteger<KIND>) {
+    QUAMBA_EACH_QUAD(i, channels) {
+      const float2 low = pair_of<HALF>(pack_pair(v[i][0], v[i][1], HALF));
+      const float2 high = pair_of<HALF>(pack_pair(v[i][2], v[i][3], HALF));
+      v[i][0] = low.x, v[i][1] = low.y, v[i][2] = high.x, v[i][3] = high.y;
     }
+  }
+  if (!kInteger<KIND> || !is_static) {
+    const float peak = peak_of(v, channels, scratch);
+    scale = peak == 0.f ? 1.f : __fdiv_rn(peak, kInteger<KIND> ? 127.f : kMostDigits);
   }
   const Grid grid = make_grid(scale);
   // a warp's quads are a step of int4 weights, of which two lanes have an octet; where they lie is not worth a register
@@ -120,8 +137,8 @@ __device__ __forceinline__ float put_input(const Quads& v, int channels, float s
   QUAMBA_EACH_QUAD(i, channels) {
     if (quad_of(i) * 4 < channels) {
       char* const to = step + i * kWarps * kStepX<KIND>;
+      unsigned code[4];
       if constexpr (kInteger<KIND>) {
-        unsigned code[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) code[j] = __float_as_uint(code_on(v[i][j], grid) + kRounder);
         if constexpr (KIND == Kind::kW8A8) {
@@ -133,17 +150,24 @@ __device__ __forceinline__ float put_input(const Quads& v, int channels, float s
           unsigned short* const pair = reinterpret_cast<unsigned short*>(to + octet / 2 * 16 + octet % 2 * 4 + second * 2);
           pair[0] = static_cast<unsigned short>(__byte_perm(code[0], code[2], 0x0040));
           pair[4] = static_cast<unsigned short>(__byte_perm(code[1], code[3], 0x0040));
-          if (lane < 4) reinterpret_cast<int*>(to + kRun)[lane] = sum * -kTooMuch<KIND>;
+          if (lane < 4) reinterpret_cast<int*>(to + kRun)[lane] = sum * -kTooMuch;
         }
       } else {
-        const unsigned low = pack_pair(v[i][0], v[i][1], HALF), high = pack_pair(v[i][2], v[i][3], HALF);
-        const float2 a = pair_of<HALF>(low), b = pair_of<HALF>(high);
-        const float sum = decode::sum_lanes<32>((a.x + a.y) + (b.x + b.y));
-        const unsigned got = __shfl_xor_sync(~0u, second ? low : high, 1);
-        const unsigned one = second ? got : low, other = second ? high : got;
-        *reinterpret_cast<uint2*>(to + octet % 4 * 64 + octet / 4 * 16 + second * 8) =
-            make_uint2(__byte_perm(one, other, 0x5410), __byte_perm(one, other, 0x7632));
-        if (lane < 4) reinterpret_cast<float*>(to + 2 * kRun)[lane] = sum * -kTooMuch<KIND>;
+        // digits are signed: 128 more of each are a byte, from which its upper bit takes them off again
+        constexpr unsigned kMiddle = 0x808080u;
+        const unsigned off = kMiddle - __float_as_uint(kRounder);
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          code[j] = (__float_as_uint(__fmaf_rn(v[i][j], grid.inverse, kRounder)) + off) ^ kMiddle;
+        unsigned short* const pair = reinterpret_cast<unsigned short*>(
+            to + octet / 2 % 2 * (kDigits * kDigitBytes) + octet / 4 * 16 + octet % 2 * 4 + second * 2);
+#pragma unroll
+        for (int d = 0; d < kDigits; ++d) {
+          unsigned short* const digit = pair + d * (kDigitBytes / 2);
+          const unsigned bytes = 0x0040 + (kDigits - 1 - d) * 0x0011;
+          digit[0] = static_cast<unsigned short>(__byte_perm(code[0], code[2], bytes));
+          digit[4] = static_cast<unsigned short>(__byte_perm(code[1], code[3], bytes));
+        }
       }
     }
   }

@@ -68,12 +68,25 @@ __device__ __forceinline__ uint64_t evict_first() {
   return policy;
 }
 
+// One lane of a warp whose lanes are together, which the compiler knows to be one: it takes others in turn.
+__device__ __forceinline__ bool elected() {
+  unsigned is;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}\n" : "=r"(is));
+  return is;
+}
+
+// Ask L2 for a multiple of 16 bytes, from a multiple of 16 on.
+__device__ __forceinline__ void prefetch_bulk(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 // A multiple of 16 bytes, from a multiple of 16 on, which the barrier has been told to expect.
-__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier,
+                                          uint64_t policy = evict_first()) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
           to),
-      "l"(from), "r"(bytes), "r"(barrier), "l"(evict_first())
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
 
