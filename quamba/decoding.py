@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from quamba.errors import UserError
 from quamba.modules.stack import Stack, joined, stacks_of
+from quamba.modules.state import reset
 from quamba.placement import entry, together
 from quamba.sampling import Sampler
 
@@ -89,8 +90,7 @@ class Decoder:
         """
         if not self.static:
             self.cache = {}
-        for cache in self.cache.values():
-            cache.reset()
+        reset(self.cache.values())
         if self._position is not None:
             self._position.zero_()
         if self._owns:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -65,10 +67,14 @@ class RecurrentState(LinearAttentionLayer):
         tensors = [self.conv, self.recurrent, *([self.scale] if self.scale is not None else [])]
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    def forget(self) -> list[torch.Tensor]:
+        """Note that no token has been seen; what to clear. The stored state is written before it is read again."""
+        self.has_previous_state[0] = False
+        return [self.conv] if self.rng is None else [self.conv, self.rng[1:]]
+
     def reset(self) -> None:
-        super().reset()
-        if self.rng is not None:
-            self.rng[1:].zero_()
+        for tensor in self.forget():
+            tensor.zero_()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -94,3 +100,21 @@ class HybridState(RecurrentState, LinearAttentionAndFullAttentionLayer):  # type
         if layer.keys is not None and layer.values is not None:
             DynamicLayer.lazy_initialization(self, layer.keys, layer.values)
             self.keys, self.values = layer.keys, layer.values
+
+    def forget(self) -> list[torch.Tensor]:
+        DynamicLayer.reset(self)
+        return super().forget()
+
+
+def reset(caches: Iterable[Any]) -> None:
+    """Reset caches in place: where all layers are recurrent, what they clear together in a launch for each type."""
+    cleared: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
+    for cache in caches:
+        layers = getattr(cache, "layers", [])
+        if not layers or not all(isinstance(layer, RecurrentState) for layer in layers):
+            cache.reset()
+            continue
+        for tensor in (tensor for layer in layers for tensor in layer.forget()):
+            cleared[tensor.dtype, tensor.device].append(tensor)
+    for tensors in cleared.values():
+        torch._foreach_zero_(tensors)
