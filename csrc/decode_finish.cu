@@ -4,7 +4,8 @@
 //
 // More blocks shift the convolution's state of B and C, which the first kernel's blocks of a group share and only read,
 // and a thread advances the step of the stochastic rounding, which they all read: the boundary between the two kernels
-// is the barrier that this takes.
+// is the barrier that this takes. Where the first kernel has let this one start only after it had read what is shifted,
+// the blocks that shift it come first and are done before the others' turn.
 //
 // A block takes no more registers than leave room for one of the next linear beside it, which starts at once: its weights
 // come while tokens are finished.
@@ -103,9 +104,10 @@ __global__ void __launch_bounds__(kMaxThreads<OCTETS>)
   const int inner = p.channels, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
   launch_dependents();
-  if (blockIdx.x >= q.batch) {
-    wait_for_previous_kernel();
-    shift_shared(p, blockIdx.x - q.batch, gridDim.x - q.batch);
+  const int shifters = gridDim.x - q.batch, token = static_cast<int>(blockIdx.x) - (p.read ? shifters : 0);
+  if (token < 0 || token >= q.batch) {
+    if (!p.read) wait_for_previous_kernel();
+    shift_shared(p, p.read ? blockIdx.x : token - q.batch, shifters);
     return;
   }
 
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(kMaxThreads<OCTETS>)
   }
 
   wait_for_previous_kernel();
-  const long long start = static_cast<long long>(blockIdx.x) * inner;
+  const long long start = static_cast<long long>(token) * inner;
   const float4* const u = reinterpret_cast<const float4*>(static_cast<const float*>(q.workspace) + start);
   float v[OCTETS][8];
 #pragma unroll
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__(kMaxThreads<OCTETS>)
           octet(i) * 8 < inner ? __ldcg(u + 2 * octet(i) + h) : make_float4(0.f, 0.f, 0.f, 0.f);
       v[i][4 * h] = four.x, v[i][4 * h + 1] = four.y, v[i][4 * h + 2] = four.z, v[i][4 * h + 3] = four.w;
     }
-  if (blockIdx.x == 0 && threadIdx.x == 0 && q.rng) q.rng[1] = __ldcg(q.rng + 1) + 1;
+  if (token == 0 && threadIdx.x == 0 && q.rng) q.rng[1] = __ldcg(q.rng + 1) + 1;
 
   // the inverse of the one group's norm passes through the rotation, and so waits for the barrier that this needs anyway
   const bool late = q.norm_groups == 1;
@@ -240,7 +242,7 @@ __global__ void __launch_bounds__(kMaxThreads<OCTETS>)
     peak = peaks[0];
     for (int w = 1; w < warps; ++w) peak = fmaxf(peak, peaks[w]);
     scale = peak > 0.f ? __fdiv_rn(peak, 127.f) : 1.f;
-    if (threadIdx.x == 0) q.token_scale[blockIdx.x] = scale;
+    if (threadIdx.x == 0) q.token_scale[token] = scale;
   }
 
   const float inverse = __frcp_rn(scale);
@@ -279,9 +281,10 @@ bool can_finish(const QuambaDecode& q, Rotation& rotation) {
          (!rotation.base || inner % q.block == 0) && q.workspace_bytes >= 4ll * q.batch * inner;
 }
 
-cudaError_t launch_finish(const QuambaDecode& q, const Rotation& rotation, int shared_channels, int sms, void* stream) {
+cudaError_t launch_finish(const QuambaDecode& q, const Rotation& rotation, int shared_channels, bool read, int sms,
+                          void* stream) {
   const int inner = q.H * q.P, small = rotation.base <= 20;
-  const FinishParams params{q, rotation, inner, shared_channels, shifts_quads(q), false};
+  const FinishParams params{q, rotation, inner, shared_channels, shifts_quads(q), read, false};
   if (can_slice(params, sms)) return launch_slices(params, stream);
   const int octets = small && inner <= 8 * kMaxThreads<1> ? 1 : inner <= 16 * kMaxThreads<2> ? 2 : 4;
   const int least = octets == 1 ? 64 : 128, most = octets == 1 ? kMaxThreads<1> : kMaxThreads<2>;

@@ -14,6 +14,7 @@ struct FinishParams {
   Rotation rotation;
   int channels, shared_channels;  // I; channels of the convolution's state that are shifted here
   bool quads;                     // whether they lie so that four are shifted at a time
+  bool read;                      // whether the first kernel has read them by the time this one starts
   bool rehearse;                  // decode_finish_slices.cu
 };
 

@@ -12,6 +12,8 @@ namespace quamba::decode {
 bool can_finish(const QuambaDecode& q, Rotation& rotation);
 
 // shared_channels: of B and C together, whose convolution state is shifted; 0 where the convolution came before.
-cudaError_t launch_finish(const QuambaDecode& q, const Rotation& rotation, int shared_channels, int sms, void* stream);
+// read: the blocks of the kernel before have read that state when they let this one start.
+cudaError_t launch_finish(const QuambaDecode& q, const Rotation& rotation, int shared_channels, bool read, int sms,
+                          void* stream);
 
 }  // namespace quamba::decode

@@ -186,5 +186,5 @@ extern "C" int quamba_selective_decode(const QuambaDecode* call, void* stream) {
     case QUAMBA_I8: error = launch_selective<int8_t>(q, sms, stream); break;
     default: return QUAMBA_UNSUPPORTED;
   }
-  return error != cudaSuccess ? error : launch_finish(q, rotation, 0, sms, stream);
+  return error != cudaSuccess ? error : launch_finish(q, rotation, 0, false, sms, stream);
 }

@@ -20,7 +20,8 @@ extern "C" int quamba_ssd_decode(const QuambaDecode* call, void* stream) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, ordinal);
   if (error != cudaSuccess) return error;
   int status = QUAMBA_UNSUPPORTED;
-  if (can_stream(q, sms))
+  const bool streams = can_stream(q, sms);
+  if (streams)
     status = launch_stream(q, sms, stream);
   else if (q.state_type == QUAMBA_F32)
     status = launch_ssd_f32(q, sms, stream);
@@ -28,5 +29,5 @@ extern "C" int quamba_ssd_decode(const QuambaDecode* call, void* stream) {
     status = launch_ssd_f16(q, sms, stream);
   else if (q.state_type == QUAMBA_I8)
     status = launch_ssd_i8(q, sms, stream);
-  return status != QUAMBA_OK ? status : launch_finish(q, rotation, 2 * q.G * q.N, sms, stream);
+  return status != QUAMBA_OK ? status : launch_finish(q, rotation, 2 * q.G * q.N, streams, sms, stream);
 }

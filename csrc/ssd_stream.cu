@@ -15,7 +15,7 @@
 // Budget, N = 128: 2 bytes of traffic an element, so 3 TB/s leave 19 instructions each on an H100, and 9.5 of those
 // that its integer units take. Unpacking takes 2.3, the recurrence 1, y 0.3 (it is linear in the codes, so dp4a with
 // those of C), the maximum 1, dither 2, rounding 2, packing 0.8: 9.4, of which integer units take 5, and what a pair
-// of rows and a tile take beside their elements 4.
+// of rows and a tile take beside their elements 2.
 #include <algorithm>
 #include <type_traits>
 
@@ -129,8 +129,6 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(cons
   static_assert(kLanes >= 4, "a row lies in four lanes at least");
   extern __shared__ __align__(128) char shared[];
   const QuambaDecode& q = p.q;
-  launch_dependents();
-
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, own = lane / kLanes, column = lane % kLanes * kCount;
   const bool upper = lane % kLanes >= kLanes / 2, reports = lane % (kLanes / 2) == 0;
   const int group_rows = q.H / q.G * q.P;
@@ -202,6 +200,7 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(cons
     for (int n = threadIdx.x; n < N; n += kStreamThreads)
       block.dither[n] = column_draw(key, static_cast<unsigned>(q.batch) * (q.H * q.P) + n);
   __syncthreads();
+  launch_dependents();  // not earlier: decode_finish shifts what has been read here at once
   fetch_state(1);
 
   unsigned dither[kCount], C[Codes ? kCount / 4 : 1];
@@ -331,11 +330,12 @@ cudaError_t launch_share(const QuambaDecode& q, int sms, void* stream) {
   const int group_pieces = (q.H / q.G * q.P - 1) / kPiece + 1;
   const auto each = [&](int waves) { return (q.batch * q.G * group_pieces - 1) / (slots * waves) + 1; };
   const int share = std::min(each((each(1) - 1) / kShare + 1), group_pieces), parts = (group_pieces - 1) / share + 1;
-  // at a pace at which all states would come in 144,000 cycles, up to two fifths of L2
+  // at a pace at which all states would come in so many cycles (less is better beside int4 weights, more beside int8
+  // ones), up to two fifths of L2
   int l2 = 0;
   const cudaError_t error = device_attribute(cudaDevAttrL2CacheSize, l2);
   if (error != cudaSuccess) return error;
-  constexpr int kAll = 144000, kFastest = 5 * N / 2;
+  constexpr int kAll = 180000, kFastest = 5 * N / 2;
   const int asks = l2 / 5 * 2 / (kAskers * kTile * N), tiles = q.batch * q.H * q.P / kTile;
   const StreamParams params{q, share, asks, std::max(kFastest, kAll / ((tiles - 1) / kAskers + 1))};
   return launch(ssd_stream<N, Codes, Noisy>, params, dim3(parts, q.G, q.batch), kStreamThreads,

@@ -211,8 +211,8 @@ def test_int8_states_of_float_activations(model: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize(
     ("H", "G", "N"), [(16, 1, 64), (16, 2, 64), (16, 2, 128), (16, 4, 128), (16, 1, 256), (16, 2, 256), (1, 1, 128)]
 )
-def test_groups_that_shares_of_many_sequences_straddle(H: int, G: int, N: int) -> None:
-    """As many rows as the device streams in one wave, which its blocks share out without regard to groups."""
+def test_groups_of_many_sequences_that_blocks_fill_in_part(H: int, G: int, N: int) -> None:
+    """About as many rows as the device streams in one wave, in groups that whole blocks do not always make up."""
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     rng, P = torch.Generator("cuda").manual_seed(G * N), 64
     batch = 300 * sms // (H * P) + 3
