@@ -9,6 +9,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from quamba import layouts
+from quamba.arena import settle
 from quamba.checkpoint import FLOATS, Checkpoint, resolve
 from quamba.errors import UserError
 from quamba.integrations import transformers as integration
@@ -73,7 +74,9 @@ def load(
     check_finite(path, model, index)
     if original:
         integration.use_operators(model)
-    return model.to(where).eval(), opened
+    model = model.to(where).eval()
+    settle(model)
+    return model, opened
 
 
 def check_finite(path: Path, model: Any, index: Index) -> None:

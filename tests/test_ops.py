@@ -47,7 +47,7 @@ def test_every_op_has_cases_and_a_tolerance() -> None:
 def test_backend_agrees_with_the_torch_body(name: str, backend: Backend, device: str) -> None:
     for case in served(name, backend, device):
         want = outcome(torch_body(name), case)
-        difference = disagreement(outcome(backend, case, device), want, TOLERANCE[name][case.dtype])
+        difference = disagreement(outcome(backend, case, device), want, TOLERANCE[name][case.dtype], case.flips)
         assert difference is None, f"{case.label}: {difference}"
 
 
@@ -76,7 +76,7 @@ def test_strided_inputs_are_read_right_or_refused(name: str, backend: Backend, d
             got = outcome(backend, case, device, strided)
         except (ValueError, TypeError, RuntimeError):
             continue
-        difference = disagreement(got, want, TOLERANCE[name][case.dtype])
+        difference = disagreement(got, want, TOLERANCE[name][case.dtype], case.flips)
         assert difference is None, f"{case.label}: {difference}"
 
 

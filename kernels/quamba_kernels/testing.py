@@ -72,7 +72,8 @@ LENGTHS = (0, 1, 3, 63, 0, 255, 257, 1000, 0)
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of one call; ``weights`` is the position of a linear's weights, which a backend may prepack."""
+    """Arguments of one call; ``weights`` is the position of a linear's weights, which a backend may prepack; ``flips``:
+    share of int8 codes that may be off by one."""
 
     label: str
     args: tuple[Any, ...]
@@ -80,6 +81,7 @@ class Case:
     shape: dict[str, int] = field(default_factory=dict)
     dtype: torch.dtype = F32
     weights: int | None = None
+    flips: float = FLIPS
 
     def setting(self, device: str) -> Setting:
         """Where the case would run."""
@@ -132,7 +134,9 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return math.inf if distance.isnan() else float(distance)
 
 
-def disagreement(got: list[torch.Tensor], want: list[torch.Tensor], tolerance: float) -> str | None:
+def disagreement(
+    got: list[torch.Tensor], want: list[torch.Tensor], tolerance: float, flips: float = FLIPS
+) -> str | None:
     """None when two outcomes agree: floats within ``tolerance``, int8 codes but for rare ties, other integers fully."""
     if len(got) != len(want):
         return f"{len(got)} tensors, not {len(want)}"
@@ -141,7 +145,7 @@ def disagreement(got: list[torch.Tensor], want: list[torch.Tensor], tolerance: f
             return f"tensor {i} is {a.dtype} {list(a.shape)}, not {b.dtype} {list(b.shape)}"
         if a.dtype == torch.int8:
             gap = (a.int() - b.int()).abs()
-            if gap.numel() and (gap.max() > 1 or int((gap > 0).sum()) > math.ceil(FLIPS * gap.numel())):
+            if gap.numel() and (gap.max() > 1 or int((gap > 0).sum()) > math.ceil(flips * gap.numel())):
                 return f"tensor {i}: {int((gap > 0).sum())} of {gap.numel()} codes differ, by up to {int(gap.max())}"
         elif not a.is_floating_point():
             if not torch.equal(a, b):

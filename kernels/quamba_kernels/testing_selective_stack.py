@@ -9,8 +9,9 @@ import torch
 
 from quamba_kernels.ops.selective_stack import SelectiveBlock
 from quamba_kernels.ops.stack import BlockMemory
-from quamba_kernels.testing import F16, Case, _codes, _for, _normal, _scale, _stored
+from quamba_kernels.testing import F16, FLIPS, Case, _codes, _for, _normal, _scale, _stored
 from quamba_kernels.testing_linear import weights
+from quamba_kernels.testing_stack import FLOAT_FLIPS
 
 
 class Sizes(NamedTuple):
@@ -87,4 +88,5 @@ def _selective_stack(name: str, rng: torch.Generator, dtype: torch.dtype) -> Ite
             options: dict[str, Any] = {"linear": linear, "eps": 1e-5, "block": made.block, "in_dtype": dtype}
             x = _normal(rng, 1, made.D)
             label = f"{linear} {made} {len(drawn)} layers {kind} rng={noisy} static={static} {dtype}"
-            yield Case(label, (x, blocks, memories), options, made.shape(linear, kind), dtype)
+            flips = FLIPS if linear != "linear_w4a16" else FLOAT_FLIPS[dtype]
+            yield Case(label, (x, blocks, memories), options, made.shape(linear, kind), dtype, flips=flips)

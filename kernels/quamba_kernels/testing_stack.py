@@ -8,8 +8,12 @@ from typing import Any, NamedTuple
 import torch
 
 from quamba_kernels.ops.stack import BlockMemory, SsdBlock
-from quamba_kernels.testing import F16, Case, _codes, _for, _normal, _scale, _stored
+from quamba_kernels.testing import F16, FLIPS, Case, _codes, _for, _normal, _scale, _stored
 from quamba_kernels.testing_linear import weights
+
+FLOAT_FLIPS = {torch.float16: 0.005, torch.bfloat16: 0.02}
+"""Share of an int8 state's codes that may be off by one where activations are floats: one element of B or dt that is
+rounded the other way moves all states that it meets. The torch body on a GPU is 0.0042 and 0.0155 off that on a CPU."""
 
 
 class Sizes(NamedTuple):
@@ -92,4 +96,5 @@ def _ssd_stack(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[
             }  # fmt: skip
             x = _normal(rng, 1, made.D)
             label = f"{linear} {made} {len(drawn)} layers {kind} rng={noisy} static={static} {dtype}"
-            yield Case(label, (x, blocks, memories), options, made.shape(linear, kind), dtype)
+            flips = FLIPS if linear != "linear_w4a16" else FLOAT_FLIPS[dtype]
+            yield Case(label, (x, blocks, memories), options, made.shape(linear, kind), dtype, flips=flips)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quamba.arena import settle
 from quamba.integrations.transformers import swap
 from quamba.models import describe
 from quamba.modules.block import RecurrentBlock
@@ -56,6 +57,7 @@ def build(config: Any, recipe: Recipe, dtype: torch.dtype, device: torch.device,
             _fill(module, random)
             if not isinstance(module, LowBit | RecurrentBlock):
                 model._init_weights(module)  # what stays transformers' own, computed buffers among it
+    settle(model)
     return model
 
 

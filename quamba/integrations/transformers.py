@@ -10,6 +10,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quamba.arena import settle
 from quamba.errors import UserError
 from quamba.layouts.huggingface import contents
 from quamba.layouts.layout import Index
@@ -103,6 +104,8 @@ class QuambaQuantizer(HfQuantizer):
         for name, tensor in model.state_dict().items():
             if tensor.device.type == "meta" and not name.startswith(waiting):
                 raise UserError(f"the checkpoint lacks the tensor {name!r}")
+        if len(set(getattr(model, "hf_device_map", {}).values())) <= 1:  # parts that come and go own their memory
+            settle(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
