@@ -9,7 +9,7 @@ import quamba
 from architectures import OWN
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.lowbit import LowBit
-from quamba.modules.state import RecurrentState
+from quamba.modules.state import RecurrentState, reset
 from quamba.recipe import parse_recipe, stock_recipes
 from quamba_kernels import OPS, Backend, ops
 from quamba_kernels.ops.state import load_state
@@ -155,11 +155,15 @@ def test_beams_and_resets(model) -> None:
         assert torch.equal(state.conv, conv[order]) and torch.equal(state.value(), value[order])
     twice = run(model, torch.full((3, 1), 5), cache_params=out.cache_params).logits
     assert change(twice[0], twice[2]) < 0.02  # the same beam; stochastic rounding comes after the output
-    cache = run(model, IDS).cache_params
-    fresh = run(model, IDS).logits
-    with torch.inference_mode():
-        cache.reset()
-    assert torch.equal(run(model, IDS, cache_params=cache).logits, fresh)
+    cache, fresh = run(model, IDS).cache_params, run(model, IDS)
+    for forget in (cache.reset, lambda: reset([cache])):
+        with torch.inference_mode():
+            forget()
+        assert not any(state.filled or state.conv.any() for state in cache.layers)
+        again = run(model, IDS, cache_params=cache)
+        assert torch.equal(again.logits, fresh.logits)
+        for a, b in zip(states(again), states(fresh), strict=True):  # rounded by the same draws
+            assert torch.equal(a.conv, b.conv) and torch.equal(a.recurrent, b.recurrent)
 
 
 @pytest.mark.parametrize("state", ["float32", "float16", "int8"])
