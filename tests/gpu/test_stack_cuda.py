@@ -1,12 +1,13 @@
 """Stacks of blocks in one launch, at sizes of models, against the torch body."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from quamba_kernels import OPS, Setting, testing_selective_stack, testing_stack
+from quamba_kernels.ops.stack import BlockMemory
 from quamba_kernels.testing import Case, change, disagreement, flat, outcome
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -83,11 +84,20 @@ def test_layers_follow_each_other(linear: str, family: str) -> None:
         got = kernel(family)(*args, **given.kwargs)
         for block, memory in zip(blocks, want_memories, strict=True):
             x = OPS[FAMILIES[family].op](x, (block,), (memory,), **given.kwargs)
-        distance = float((got - x).norm() / x.norm())
-        assert distance < 2e-2, f"{model} {layers}: {distance}"
+        for label, a, b in (("y", got, x), *remembered(memories, want_memories)):
+            distance = float((a - b).norm() / b.norm())
+            assert distance < 2e-2, f"{model} {layers} {label}: {distance}"
         for a, b in zip(flat(memories), flat(want_memories), strict=True):
             if a.dtype == torch.int64:
                 assert torch.equal(a, b)
+
+
+def remembered(got: tuple[BlockMemory, ...], want: tuple[BlockMemory, ...]) -> Iterator[tuple[str, Any, Any]]:
+    """States, as values, and windows of each layer of both."""
+    for layer, (a, b) in enumerate(zip(got, want, strict=True)):
+        states = (m.state.float() * (1 if m.state_scale is None else m.state_scale[..., None]) for m in (a, b))
+        yield f"state {layer}", *states
+        yield f"window {layer}", a.conv_state.float(), b.conv_state.float()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
