@@ -2,11 +2,13 @@
 // a multiprocessor.
 #pragma once
 
+#include <cmath>
+
 #include "linear.h"
 
 namespace quamba::few {
 
-constexpr int kTileO = 128, kTileK = 128, kMaxSplits = 8, kMaxBlocks = 3;
+constexpr int kTileO = 128, kTileK = 128, kMaxSplits = 8, kMaxBlocks = 3, kTiles = 4;
 
 struct Plan {
   int tokens, splits, blocks;  // tokens 0: none fits
@@ -17,29 +19,50 @@ struct Limits {
   int clusters[kMaxBlocks + 1][kMaxSplits + 1];
 };
 
-// Estimated time, in steps of a block: clusters that do not fit wait for another wave, the first bytes' way from memory
-// costs as much as four steps, blocks that share a multiprocessor slow each other, and a sum over the cluster grows with
-// it. Fitted to the times of all plans on an H100.
-inline float cost(const QuambaLinear& a, const Plan& plan, int clusters, int multiprocessors) {
-  const int tiles = (a.M + plan.tokens - 1) / plan.tokens * ((a.O + kTileO - 1) / kTileO);
-  const int steps = (a.K + kTileK - 1) / kTileK, waves = (tiles + clusters - 1) / clusters;
-  const int at_a_time = (tiles < clusters ? tiles : clusters) * plan.splits;
-  const float crowd = at_a_time > multiprocessors ? static_cast<float>(at_a_time) / multiprocessors - 1.f : 0.f;
-  const int share = (steps + plan.splits - 1) / plan.splits;
-  return waves * (share * (1.f + 0.15f * crowd) + 4.f) + 0.8f * plan.splits + 0.25f * plan.blocks;
+// What a plan costs, in steps of a block that is alone on its multiprocessor and has at most 64 tokens: a step of 128
+// tokens; the first bytes' way from memory, once a wave; each block more beside it; how far the fullest multiprocessor
+// counts where blocks are shared out unevenly; a sum over the cluster, for each of its blocks; a block that may share.
+struct Rates {
+  float wide, wave, crowd, uneven, split, block;
+};
+
+// Whether tiles of 128 tokens may serve. They fill shared memory where x has 16 bits, so that the next kernel of a step
+// finds no room beside them: only where the choice is between them and the GEMM, which fills it too.
+inline bool may_be_wide(const QuambaLinear& a, bool packed) {
+  return packed && (a.x_dtype == QUAMBA_I8 ? a.M > 64 : a.M > 128 && a.M <= 384);
 }
 
-inline Plan choose(const QuambaLinear& a, const Limits (&limits)[3]) {
-  const int steps = (a.K + kTileK - 1) / kTileK, i = a.M <= 16 ? 0 : a.M <= 32 ? 1 : 2;
+// Fitted to the times of all plans on an H100.
+inline Rates rates(const QuambaLinear& a, bool packed) {
+  if (!may_be_wide(a, packed)) return {0.f, 4.f, 0.15f, 0.f, 0.8f, 0.25f};
+  return a.x_dtype == QUAMBA_I8 ? Rates{1.7f, 8.f, 0.6f, 0.2f, 0.8f, 0.3f} : Rates{1.3f, 4.4f, 0.67f, 1.f, 0.93f, 0.4f};
+}
+
+inline float cost(const QuambaLinear& a, const Plan& plan, const Rates& r, int clusters, int multiprocessors) {
+  const int tiles = (a.M + plan.tokens - 1) / plan.tokens * ((a.O + kTileO - 1) / kTileO);
+  const int steps = (a.K + kTileK - 1) / kTileK, share = (steps + plan.splits - 1) / plan.splits;
+  auto wave = [&](int count) {  // of clusters that run at a time
+    float each = std::fmax(1.f, static_cast<float>(count * plan.splits) / multiprocessors);
+    each += r.uneven * (std::ceil(each) - each);
+    return share * (plan.tokens > 64 ? r.wide : 1.f) * (1.f + r.crowd * (each - 1.f)) + r.wave;
+  };
+  const int last = tiles % clusters;
+  return tiles / clusters * wave(clusters) + (last ? wave(last) : 0.f) + r.split * plan.splits + r.block * plan.blocks;
+}
+
+inline Plan choose(const QuambaLinear& a, bool packed, const Limits (&limits)[kTiles]) {
+  const int steps = (a.K + kTileK - 1) / kTileK, first = a.M <= 16 ? 0 : a.M <= 32 ? 1 : 2;
+  const Rates r = rates(a, packed);
   Plan best{0, 0, 0};
   float least = 0;
-  for (int blocks = 1; blocks <= kMaxBlocks; ++blocks)
-    for (int splits = 1; splits <= kMaxSplits && splits <= steps; ++splits) {
-      if (!limits[i].clusters[blocks][splits]) continue;
-      const Plan plan{16 << i, splits, blocks};
-      const float taken = cost(a, plan, limits[i].clusters[blocks][splits], limits[i].clusters[1][1]);
-      if (!best.tokens || taken < least) best = plan, least = taken;
-    }
+  for (int i = first; i <= (may_be_wide(a, packed) ? 3 : first); ++i)
+    for (int blocks = 1; blocks <= kMaxBlocks; ++blocks)
+      for (int splits = 1; splits <= kMaxSplits && splits <= steps; ++splits) {
+        if (!limits[i].clusters[blocks][splits]) continue;
+        const Plan plan{16 << i, splits, blocks};
+        const float taken = cost(a, plan, r, limits[i].clusters[blocks][splits], limits[i].clusters[1][1]);
+        if (!best.tokens || taken < least) best = plan, least = taken;
+      }
   return best;
 }
 

@@ -1,8 +1,8 @@
 // y = x w^T for few tokens on Hopper, where the bytes of the weights decide: packed int4 weights of all types
 // of x (operand_w4.cuh), or int8 weights and x.
 //
-// A block takes 128 channels by 16, 32 or 64 tokens and a share of the columns; the blocks of a cluster share a tile
-// along K. Two or three blocks fit a multiprocessor, of one kernel or of two that follow each other: weights are
+// A block takes 128 channels by 16, 32, 64 or 128 tokens and a share of the columns; the blocks of a cluster share a
+// tile along K. Two or three blocks fit a multiprocessor, of one kernel or of two that follow each other: weights are
 // constants of the model, so the next kernel has its first tiles of them on the way before the previous one is done.
 //
 // What is computed is y^T: weights are the operand A of wgmma, from registers once unpacked, or from shared memory. At
@@ -38,14 +38,22 @@ constexpr int most_mail(int cells) {
 }
 
 // kBlocks: at most so many on a multiprocessor, for their registers; how many there are is a matter of their memory.
+// kOverlaid: cells arrive where the stages were, once all blocks of the cluster are done with theirs.
+// kOrdered: the loading warp puts x in the order in which codes lie in a word, which spares half the unpacking; with
+// more tokens it comes too late. kPiece: columns that are unpacked at a time, as registers allow.
 template <class Element, bool Packed, int TileM>
 struct Layout {
-  static constexpr int kBlocks = TileM == 64 ? 2 : 3;
+  static constexpr bool kOverlaid = TileM == 128;
+  static constexpr bool kOrdered = Packed && sizeof(Element) == 1 && TileM == 16;
+  static constexpr int kPiece = (sizeof(Element) == 1 ? TileM == 128 : TileM == 32) ? 32 : 64;
+  static constexpr int kBlocks = TileM < 64 ? 3 : TileM == 64 || sizeof(Element) == 1 ? 2 : 1;
   static constexpr int kWBytes = kTileO * kTileK / (Packed ? 2 : 1), kScaleBytes = Packed ? 2 * kTileO * 4 : 0;
   static constexpr int kXBytes = TileM * kTileK * static_cast<int>(sizeof(Element));
   static constexpr int kStageBytes = kWBytes + kScaleBytes + kXBytes, kMaxStages = 10;
   static constexpr int kMailBytes = most_mail(TileM / 8 * (kTileO / 32)) * kCellBytes;
-  static constexpr int kOtherBytes = kMailBytes + 8 * (1 + 2 * kMaxStages) + 1024;  // 1024: to align what TMA writes
+  static constexpr int kBarrierBytes = 8 * (1 + (kOrdered ? 4 : 2) * kMaxStages);
+  static constexpr int kOtherBytes = (kOverlaid ? 0 : kMailBytes) + kBarrierBytes + 1024;  // to align what TMA writes
+  static_assert(!kOverlaid || 3 * kStageBytes >= kMailBytes, "a plan has three stages or more");
 
   static constexpr int shared_bytes(int blocks) { return (228 / blocks - 1) * 1024; }  // the system takes 1 KB of each
   static constexpr int stages(int blocks) {
@@ -66,6 +74,31 @@ __device__ __forceinline__ unsigned load_word(unsigned from) {
   unsigned v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
   return v;
+}
+
+__device__ __forceinline__ void store_shared(unsigned to, const uint4& v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 every_other(const uint4& a, const uint4& b, unsigned select) {
+  return {__byte_perm(a.x, a.y, select), __byte_perm(a.z, a.w, select), __byte_perm(b.x, b.y, select),
+          __byte_perm(b.z, b.w, select)};
+}
+
+// Put columns of rows of 128 bytes, as TMA has laid them out by its 128-byte swizzle, in the order in which codes lie
+// in the weights: of every 32 the even ones, then the odd ones. By one warp, a lane takes 32 columns of every eighth row.
+template <int Rows>
+__device__ __forceinline__ void order_columns(unsigned rows) {
+  const unsigned lane = threadIdx.x % 32, from = rows + lane / 4 * 128 + ((2 * (lane % 4) ^ lane / 4) << 4);
+  uint4 low[Rows / 8], high[Rows / 8];
+#pragma unroll
+  for (int i = 0; i < Rows / 8; ++i) low[i] = load_shared(from + i * 1024), high[i] = load_shared((from ^ 16) + i * 1024);
+#pragma unroll
+  for (int i = 0; i < Rows / 8; ++i) {
+    store_shared(from + i * 1024, every_other(low[i], high[i], 0x6420));
+    store_shared((from ^ 16) + i * 1024, every_other(low[i], high[i], 0x7531));
+  }
 }
 
 // 16 bytes to the same place in a block of the cluster of at least two, counted by its barrier.
@@ -123,8 +156,10 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
   extern __shared__ char raw[];
   char* smem = raw + (-shared_address(raw) & 1023);
   char *x_tiles = smem, *w_tiles = smem + stages * L::kXBytes;
-  const unsigned mail = shared_address(w_tiles + stages * L::kWBytes), scales = mail + L::kMailBytes;
+  const unsigned rest = shared_address(w_tiles + stages * L::kWBytes);
+  const unsigned mail = L::kOverlaid ? shared_address(smem) : rest, scales = L::kOverlaid ? rest : mail + L::kMailBytes;
   const unsigned mailbox = scales + stages * L::kScaleBytes, full = mailbox + 8, empty = full + 8 * stages;
+  const unsigned x_full = L::kOrdered ? empty + 8 * stages : full, ordered = x_full + 8 * stages;
   launch_dependents();
 
   const int splits = gridDim.x, rank = blockIdx.x, lane = threadIdx.x % 32;
@@ -135,14 +170,15 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
   const int cells = min((w.M - row + 7) / 8, TileM / 8) * 4, own = (cells - rank + splits - 1) / splits;
 
   auto load_w = [&](int stage, int step) {
-    arrive_expecting(full + 8 * stage, L::kWBytes + L::kXBytes);
+    arrive_expecting(full + 8 * stage, L::kWBytes + (L::kOrdered ? 0 : L::kXBytes));
     load_box(shared_address(w_tiles + stage * L::kWBytes), &w_map, full + 8 * stage,
              step * (Packed ? kTileK / 8 : kTileK), column);
   };
   auto load_x = [&](int stage, int step) {
+    if (L::kOrdered) arrive_expecting(x_full + 8 * stage, L::kXBytes);
 #pragma unroll
     for (int b = 0; b < kTileK / Op::kBox; ++b)
-      load_box(shared_address(x_tiles + stage * L::kXBytes + b * TileM * 128), &x_map, full + 8 * stage,
+      load_box(shared_address(x_tiles + stage * L::kXBytes + b * TileM * 128), &x_map, x_full + 8 * stage,
                step * kTileK + b * Op::kBox, row);
   };
 
@@ -151,6 +187,10 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     for (int s = 0; s < stages; ++s) {
       init_barrier(full + 8 * s, Packed ? 1 + 32 : 1);
       init_barrier(empty + 8 * s, kMathWarps);
+      if (L::kOrdered) {
+        init_barrier(x_full + 8 * s, 1);
+        init_barrier(ordered + 8 * s, 1);
+      }
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     if (splits > 1) arrive_expecting(mailbox, own * splits * kCellBytes);
@@ -170,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     const ScaleOf<Raw> of[4] = {{w, column + lane}, {w, column + 32 + lane}, {w, column + 64 + lane},
                                 {w, column + 96 + lane}};
     const bool halves = w.K / w.groups % kTileK != 0;  // the halves of a step may lie in two groups
-    auto copy_scales = [&](int step) {
+    auto copy_scales = [&](int stage, int step) {
       if constexpr (Packed) {
         const unsigned to = scales + stage * L::kScaleBytes + lane * 4;
 #pragma unroll
@@ -182,22 +222,43 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
       }
     };
     const int filled = min(first_step + stages, last_step);
-    for (int step = first_step; step < filled; ++step, advance()) copy_scales(step);
+    for (int step = first_step; step < filled; ++step) copy_scales(step - first_step, step);
     if (lane == 0) {
       wait_for_previous_kernel();
       for (int step = first_step; step < filled; ++step) load_x(step - first_step, step);
     }
     __syncwarp();
-    for (int step = filled; step < last_step; ++step, advance()) {
-      wait(empty + 8 * stage, parity ^ 1);
+    auto load = [&](int step) {
+      wait(empty + 8 * stage, parity);
       if (lane == 0) {
         load_w(stage, step);
         load_x(stage, step);
       }
-      copy_scales(step);
+      copy_scales(stage, step);
+      advance();
+    };
+    if constexpr (L::kOrdered) {
+      int at = 0;
+      unsigned phase = 0;
+      for (int step = first_step; step < last_step; ++step) {
+        wait(x_full + 8 * at, phase);
+        order_columns<TileM>(shared_address(x_tiles + at * L::kXBytes));
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncwarp();
+        if (lane == 0) arrive(ordered + 8 * at);
+        if (++at == stages) at = 0, phase ^= 1;
+        const int next = step - 1 + stages;  // into the stage that was multiplied while this one was put in order
+        if (step > first_step && next < last_step) load(next);
+      }
+    } else {
+      for (int step = first_step + stages; step < last_step; ++step) load(step);
     }
     __syncwarp();
     cluster_wait();
+    if constexpr (L::kOverlaid) {
+      cluster_arrive();
+      cluster_wait();
+    }
     return;
   }
 
@@ -215,18 +276,23 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
   auto scatter = [&](const auto& acc) {  // ((2, 2, TileM / 8), 1, 1): tokens 2 t, 2 t + 1; channels g, g + 8
     const unsigned to = mail + warp % 2 * 512 + slot(lane / 4, lane % 4);
     cluster_wait();
+    if constexpr (L::kOverlaid) {
+      cluster_arrive();
+      cluster_wait();
+    }
+    int to_rank = warp / 2 % splits, turn = warp / 2 / splits;
+    const int more = 4 % splits, turns = 4 / splits;
 #pragma unroll
     for (int b = 0; b < TileM / 8; ++b) {
-      const int cell = 4 * b + warp / 2, turn = cell / splits;
-      if (cell >= cells) break;
+      if (4 * b + warp / 2 >= cells) break;
       const unsigned v[4] = {bits(acc(make_coord(0, 0, b), 0, 0)), bits(acc(make_coord(0, 1, b), 0, 0)),
                              bits(acc(make_coord(1, 0, b), 0, 0)), bits(acc(make_coord(1, 1, b), 0, 0))};
       if (splits > 1)
-        send_quad(to + (turn * splits + rank) * kCellBytes, mailbox, cell - turn * splits, v);
+        send_quad(to + (turn * splits + rank) * kCellBytes, mailbox, to_rank, v);
       else
-        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + cell * kCellBytes), "r"(v[0]), "r"(v[1]),
-                     "r"(v[2]), "r"(v[3])
-                     : "memory");
+        store_shared(to + turn * kCellBytes, make_uint4(v[0], v[1], v[2], v[3]));
+      to_rank += more, turn += turns;
+      if (to_rank >= splits) to_rank -= splits, ++turn;
     }
     if (splits == 1) arrive(mailbox);
   };
@@ -237,10 +303,12 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     auto mine = mma.get_slice(thread);
     Tensor fx = mine.make_fragment_B(mine.partition_B(sx));
     Tensor acc = partition_fragment_C(mma, Shape<_64, Int<TileM>>{});
-    constexpr int kSlices = decltype(size<2>(fx))::value / 2;  // of one wgmma in a chunk
-    Tensor a0 = make_tensor<Element>(partition_shape_A(mma, Shape<_64, Int<w4::kChunk>>{}));
+    constexpr int kPiece = L::kPiece, kPieces = kTileK / kPiece;
+    constexpr int kSlices = decltype(size<2>(fx))::value / kPieces;  // of one wgmma in a piece
+    Tensor a0 = make_tensor<Element>(partition_shape_A(mma, Shape<_64, Int<kPiece>>{}));
     Tensor a1 = make_fragment_like(a0);
-    static_assert(decltype(size(a0))::value * sizeof(Element) == 4 * Op::kRegisters, "as fill makes them");
+    constexpr int kRegisters = decltype(size(a0))::value * sizeof(Element) / 4;
+    static_assert(kRegisters == Op::kRegisters * kPiece / w4::kChunk, "as they are made");
 
     const int channel = group * 64 + thread / 32 * 16 + lane / 4, t = lane % 4;
     const unsigned select = [&] {
@@ -258,11 +326,11 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
       const unsigned from = scales + stage * L::kScaleBytes + (chunk & second) * kTileO * 4 + (channel + 8 * h) * 4;
       return Op::factor(of[h].pick(load_word(from), step * kTileK + chunk * w4::kChunk));
     };
-    auto product = [&](auto& a, int chunk) {
+    auto product = [&](auto& a, int piece) {
       warpgroup_arrive();
 #pragma unroll
       for (int k = 0; k < kSlices; ++k) {
-        gemm(mma, a(_, _, k), fx(_, _, chunk * kSlices + k, stage), acc);
+        gemm(mma, a(_, _, k), fx(_, _, piece * kSlices + k, stage), acc);
         mma.accumulate_ = SM90::GMMA::ScaleOut::One;
       }
       warpgroup_commit_batch();
@@ -275,40 +343,55 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
 
     for (int step = first_step; step < last_step; ++step) {
       wait(full + 8 * stage, parity);
+      if constexpr (L::kOrdered) wait(ordered + 8 * stage, parity);
       Factor factor[1][2] = {{factor_at(0, step, 0), factor_at(1, step, 0)}};
-      unsigned held[2][8];
-      if constexpr (Op::kScaled) {  // a lane reads the words of its own codes: of every 16 columns the (t / 2)th
+      unsigned held[kPieces][kRegisters];
+      auto fetch = [&](int piece) {  // a lane reads the words of its own codes
+        const unsigned from = words + stage * L::kWBytes;
+        if constexpr (L::kOrdered) {  // the tth of every 32 columns
 #pragma unroll
-        for (int i = 0; i < 16; ++i)
-          held[i / 8][i % 8] = load_word(words + stage * L::kWBytes + i % 2 * 512 + ((i / 4 * 16) ^ turn) +
-                                        i / 2 % 2 * 8 + t / 2 * 4);
-      }
-      auto unpack = [&](auto& a, int chunk) {
+          for (int i = 0; i < kRegisters / 2; ++i)
+            held[piece][i] = load_word(from + i % 2 * 512 + ((piece * 32 + i / 2 * 16) ^ turn) + t * 4);
+        } else if constexpr (Op::kScaled) {  // the (t / 2)th of every 16
+#pragma unroll
+          for (int i = 0; i < kRegisters; ++i)
+            held[piece][i] = load_word(from + i % 2 * 512 + ((piece * kPiece / 2 + i / 4 * 16) ^ turn) +
+                                       i / 2 % 2 * 8 + t / 2 * 4);
+        }
+      };
+      auto unpack = [&](auto& a, int piece) {
         unsigned* const to = reinterpret_cast<unsigned*>(raw_pointer_cast(a.data()));
-        if (chunk && second) factor[0][0] = factor_at(0, step, 1), factor[0][1] = factor_at(1, step, 1);
-        if constexpr (Op::kScaled) {
+        if (piece * kPiece == w4::kChunk && second)
+          factor[0][0] = factor_at(0, step, 1), factor[0][1] = factor_at(1, step, 1);
+        if constexpr (L::kOrdered) {
 #pragma unroll
-          for (int i = 0; i < 8; ++i) to[i] = Op::four(held[chunk][i], select, factor[0][i % 2]);
+          for (int i = 0; i < kRegisters; ++i)
+            to[i] = Op::scaled(held[piece][i / 4 * 2 + i % 2] >> i / 2 % 2 * 4, factor[0][i % 2]);
+        } else if constexpr (Op::kScaled) {
+#pragma unroll
+          for (int i = 0; i < kRegisters; ++i) to[i] = Op::four(held[piece][i], select, factor[0][i % 2]);
         } else {
-          const unsigned from = words + stage * L::kWBytes;
-          unsigned word[2][8];
+          unsigned word[2][kPiece / 8];
 #pragma unroll
           for (int h = 0; h < 2; ++h)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              uint4 v = load_shared(from + h * 512 + ((chunk * 32 + i * 16) ^ turn));
+            for (int i = 0; i < kPiece / 32; ++i) {
+              uint4 v = load_shared(words + stage * L::kWBytes + h * 512 + ((piece * kPiece / 2 + i * 16) ^ turn));
               word[h][4 * i] = v.x, word[h][4 * i + 1] = v.y, word[h][4 * i + 2] = v.z, word[h][4 * i + 3] = v.w;
             }
           Op::template fill<1>(to, word, factor, select);
         }
       };
-      unpack(a0, 0);
-      product(a0, 0);
-      warpgroup_wait<1>();
-      release();
-      unpack(a1, 1);
-      product(a1, 1);
-      warpgroup_wait<1>();
+      if (kPieces == 2) fetch(0), fetch(1);
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        auto& a = piece % 2 ? a1 : a0;
+        if (kPieces > 2) fetch(piece);
+        unpack(a, piece);
+        product(a, piece);
+        warpgroup_wait<1>();
+        if (piece == 0) release();
+      }
       previous = stage;
       advance();
     }
@@ -348,18 +431,26 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
 
   wait_for_previous_kernel();
   const int q = lane % 4, token = lane / 4;
+  constexpr int kAtOnce = TileM > 32 ? 2 : 1;  // cells of a warp, which lie in the same columns
 #pragma unroll 1
-  for (int j = warp; j < own; j += kMathWarps) {
-    const int cell = j * splits + rank, token_row[1] = {row + cell / 4 * 8 + token};
-    const unsigned from = mail + j * splits * kCellBytes + token % 2 * 8;
+  for (int j = warp; j < own; j += kAtOnce * kMathWarps) {
+    int token_row[kAtOnce];
+#pragma unroll
+    for (int r = 0; r < kAtOnce; ++r) {
+      const int at = j + r * kMathWarps;
+      token_row[r] = at < own ? row + (at * splits + rank) / 4 * 8 + token : w.M;
+    }
     Sum sum[4][2];  // of blocks of eight channels: channels 2 q, 2 q + 1
-    finish_tile<1, kGroup, Op::kScaled>(finish, token_row, column + cell % 4 * 32, [&](int, int b) {
-      if (b == 0) {  // what else the epilogue needs is on its way
-        wait(mailbox, 0);
+    const int first = column + (j * splits + rank) % 4 * 32;
+    finish_tile<kAtOnce, kGroup, Op::kScaled>(finish, token_row, first, [&](int r, int b) {
+      if (r == 0 && b == 0) wait(mailbox, 0);  // what else the epilogue needs is on its way
+      if (b == 0) {
+        const unsigned from = mail + (j + r * kMathWarps) * splits * kCellBytes + token % 2 * 8;
 #pragma unroll
         for (int i = 0; i < 8; ++i) sum[i / 2][i % 2] = 0;
+        const int count = j + r * kMathWarps < own ? splits : 0;
 #pragma unroll 2
-        for (int s = 0; s < splits; ++s)
+        for (int s = 0; s < count; ++s)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             unsigned low, high;
@@ -439,17 +530,19 @@ struct Launch {
 
 // What each device allows; a host thread asks once.
 template <class Element, bool Packed>
-cudaError_t limits_here(const Limits (*&limits)[3]) {
+cudaError_t limits_here(const Limits (*&limits)[kTiles]) {
   constexpr int kDevices = 64;
-  static thread_local Limits known[kDevices][3] = {};
+  static thread_local Limits known[kDevices][kTiles] = {};
   int ordinal = 0;
   cudaError_t error = cudaGetDevice(&ordinal);
   if (error != cudaSuccess) return error;
-  Limits(&here)[3] = known[ordinal % kDevices];
+  Limits(&here)[kTiles] = known[ordinal % kDevices];
   if (!here[2].clusters[1][1]) {
     error = Launch<Element, Packed, 16>::limits(here[0]);
     if (error == cudaSuccess) error = Launch<Element, Packed, 32>::limits(here[1]);
     if (error == cudaSuccess) error = Launch<Element, Packed, 64>::limits(here[2]);
+    if constexpr (Packed)
+      if (error == cudaSuccess) error = Launch<Element, Packed, 128>::limits(here[3]);
   }
   limits = &here;
   return error;
@@ -460,15 +553,18 @@ int run(const QuambaLinear& a, cudaStream_t stream) {
   if (a.K <= 0 || a.K % 32 || !quamba::can_finish(a)) return QUAMBA_UNSUPPORTED;
   if (Packed && (a.S <= 0 || a.S % w4::kChunk || a.K % a.S || static_cast<long long>(a.K) * a.S >> 32))
     return QUAMBA_UNSUPPORTED;
-  const Limits(*limits)[3];
+  const Limits(*limits)[kTiles];
   const cudaError_t error = limits_here<Element, Packed>(limits);
   if (error != cudaSuccess) return error;
-  Plan plan = choose(a, *limits);
-  plan = {plan.tokens, tuned("QUAMBA_SPLITS", plan.splits), tuned("QUAMBA_BLOCKS", plan.blocks)};
+  Plan plan = choose(a, Packed, *limits);
+  plan = {tuned("QUAMBA_TOKENS", plan.tokens), tuned("QUAMBA_SPLITS", plan.splits),
+          tuned("QUAMBA_BLOCKS", plan.blocks)};
   switch (plan.tokens) {
     case 16: return Launch<Element, Packed, 16>::run(a, plan, stream);
     case 32: return Launch<Element, Packed, 32>::run(a, plan, stream);
     case 64: return Launch<Element, Packed, 64>::run(a, plan, stream);
+    case 128:
+      if constexpr (Packed) return Launch<Element, Packed, 128>::run(a, plan, stream);
     default: return QUAMBA_UNSUPPORTED;
   }
 }

@@ -38,12 +38,12 @@ struct HalfOperand {
 
   __device__ static unsigned selector(int t) { return 0x4040 + 0x0101 * t; }
 
-  template <int Parts, class Factor>
-  __device__ __forceinline__ static void fill(unsigned* a, const unsigned (&word)[2][8],
+  template <int Parts, int Words, class Factor>
+  __device__ __forceinline__ static void fill(unsigned* a, const unsigned (&word)[2][Words],
                                               const Factor (&factor)[Parts][2], unsigned select) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i)  // of every 16 columns: channel g, g + 8, then the same eight columns on
-      a[i] = Derived::pair(word[i % 2][i / 4 * 2 + i % 4 / 2], select, factor[i * Parts / 16][i % 2]);
+    for (int i = 0; i < 2 * Words; ++i)  // of every 16 columns: channel g, g + 8, then the same eight columns on
+      a[i] = Derived::pair(word[i % 2][i / 4 * 2 + i % 4 / 2], select, factor[i * Parts / (2 * Words)][i % 2]);
   }
 };
 
@@ -106,6 +106,11 @@ struct Operand<int8_t> {
   __device__ __forceinline__ static unsigned four(unsigned word, unsigned nibbles, const Factor& f) {
     const unsigned codes = __byte_perm(word, word >> 4, nibbles) & 0x0f0f0f0fu;
     return (codes * f.multiplier + f.offset) ^ 0x80808080u;
+  }
+
+  // Every other code of a word, from the first on.
+  __device__ __forceinline__ static unsigned scaled(unsigned word, const Factor& f) {
+    return ((word & 0x0f0f0f0fu) * f.multiplier + f.offset) ^ 0x80808080u;
   }
 
   template <int Parts>

@@ -28,11 +28,12 @@ STREAM_ROWS = 1
 FEW_GROUPS = (64, 128)
 FEW_TILES = {
     "w8a8": {32: 10**6, 64: 160, 128: 48, 256: 32, 512: 16},
-    "w4a8": {64: 10**6, 128: 200, 256: 32, 512: 16},
-    "w4a16": {32: 10**6, 64: 160, 128: 96, 256: 32, 2048: 64},
+    "w4a8": {256: 10**6, 384: 192, 512: 16},
+    "w4a16": {32: 10**6, 64: 160, 128: 96, 256: 128, 384: 120, 2048: 64},
 }
 """Hopper has a kernel that splits K over a cluster, for int4 groups of 64 or a multiple of 128: up to so many rows
-where tiles of 64 rows by 128 out features are at most so many. With more of them the GEMMs fill the GPU and win."""
+where tiles of 64 rows by 128 out features are at most so many, the least such number of rows deciding. With more of
+them the GEMMs fill the GPU and win."""
 W4A8_GEMM_O, W4A8_GEMM_ROWS = 4096, 256
 """Where that GEMM beats an expansion to int8 followed by the faster int8 GEMM: this wide, up to so many rows."""
 
@@ -161,7 +162,7 @@ class Problem:
         if self._other_groups or not self.hopper:
             return False
         tiles = -(-a.M // 64) * -(-a.O // 128)
-        return any(rows >= a.M and tiles <= most for rows, most in FEW_TILES[self.kind].items())
+        return tiles <= next((most for rows, most in FEW_TILES[self.kind].items() if rows >= a.M), 0)
 
     def few_rows(self, limit: int) -> bool:
         """Whether int4 weights are better read by the skinny kernel; ``limit`` where no GEMM fits them better."""
