@@ -27,14 +27,13 @@ struct Rates {
 };
 
 // Whether tiles of 128 tokens may serve. They fill shared memory where x has 16 bits, so that the next kernel of a step
-// finds no room beside them: only where the choice is between them and the GEMM, which fills it too.
-inline bool may_be_wide(const QuambaLinear& a, bool packed) {
-  return packed && (a.x_dtype == QUAMBA_I8 ? a.M > 64 : a.M > 128 && a.M <= 384);
-}
+// finds no room beside them: there only beyond 128 tokens, where the choice is between them and the GEMM.
+inline bool may_be_wide(const QuambaLinear& a) { return a.M > (a.x_dtype == QUAMBA_I8 ? 64 : 128); }
 
 // Fitted to the times of all plans on an H100.
 inline Rates rates(const QuambaLinear& a, bool packed) {
-  if (!may_be_wide(a, packed)) return {0.f, 4.f, 0.15f, 0.f, 0.8f, 0.25f};
+  if (!may_be_wide(a)) return {0.f, 4.f, 0.15f, 0.f, 0.8f, 0.25f};
+  if (!packed) return {1.72f, 27.f, 1.39f, 1.f, 0.63f, 11.1f};
   return a.x_dtype == QUAMBA_I8 ? Rates{1.7f, 8.f, 0.6f, 0.2f, 0.8f, 0.3f} : Rates{1.3f, 4.4f, 0.67f, 1.f, 0.93f, 0.4f};
 }
 
@@ -55,7 +54,7 @@ inline Plan choose(const QuambaLinear& a, bool packed, const Limits (&limits)[kT
   const Rates r = rates(a, packed);
   Plan best{0, 0, 0};
   float least = 0;
-  for (int i = first; i <= (may_be_wide(a, packed) ? 3 : first); ++i)
+  for (int i = first; i <= (may_be_wide(a) ? 3 : first); ++i)
     for (int blocks = 1; blocks <= kMaxBlocks; ++blocks)
       for (int splits = 1; splits <= kMaxSplits && splits <= steps; ++splits) {
         if (!limits[i].clusters[blocks][splits]) continue;

@@ -141,7 +141,8 @@ struct ScaleOf {
   }
   __device__ __forceinline__ const void* word(int column) const { return scale + (byte(column) & ~3ll); }
   __device__ __forceinline__ Raw pick(unsigned word, int column) const {
-    return static_cast<Raw>(word >> (static_cast<int>(byte(column)) & 3) * 8);
+    const unsigned at = static_cast<unsigned>(byte(column)) & 3;
+    return static_cast<Raw>(__byte_perm(word, 0, sizeof(Raw) == 1 ? 0x4440 | at : 0x4410 + at * 0x11));
   }
 };
 
@@ -318,7 +319,8 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
         return Op::selector(t);
     }();
     // a row is 64 bytes, its four 16-byte pieces exchanged by row: the 64-byte swizzle of TMA
-    const unsigned words = shared_address(w_tiles) + channel * 64, turn = (channel / 2 & 3) << 4;
+    const unsigned words = shared_address(w_tiles) + channel * 64 + ((channel / 2 & 3) << 4) +
+                           (L::kOrdered ? t * 4 : Op::kScaled ? t / 2 * 4 : 0);
     const ScaleOf<typename Op::Raw> of[2] = {{w, column + channel}, {w, column + channel + 8}};
     const int second = w.K / w.groups % kTileK ? 1 : 0;  // whether the latter half of a step has words of its own
     using Factor = typename Op::Factor;
@@ -351,12 +353,11 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
         if constexpr (L::kOrdered) {  // the tth of every 32 columns
 #pragma unroll
           for (int i = 0; i < kRegisters / 2; ++i)
-            held[piece][i] = load_word(from + i % 2 * 512 + ((piece * 32 + i / 2 * 16) ^ turn) + t * 4);
+            held[piece][i] = load_word((from ^ (piece * 32 + i / 2 * 16)) + i % 2 * 512);
         } else if constexpr (Op::kScaled) {  // the (t / 2)th of every 16
 #pragma unroll
           for (int i = 0; i < kRegisters; ++i)
-            held[piece][i] = load_word(from + i % 2 * 512 + ((piece * kPiece / 2 + i / 4 * 16) ^ turn) +
-                                       i / 2 % 2 * 8 + t / 2 * 4);
+            held[piece][i] = load_word((from ^ (piece * kPiece / 2 + i / 4 * 16)) + i % 2 * 512 + i / 2 % 2 * 8);
         }
       };
       auto unpack = [&](auto& a, int piece) {
@@ -376,7 +377,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
           for (int h = 0; h < 2; ++h)
 #pragma unroll
             for (int i = 0; i < kPiece / 32; ++i) {
-              uint4 v = load_shared(words + stage * L::kWBytes + h * 512 + ((piece * kPiece / 2 + i * 16) ^ turn));
+              uint4 v = load_shared(((words + stage * L::kWBytes) ^ (piece * kPiece / 2 + i * 16)) + h * 512);
               word[h][4 * i] = v.x, word[h][4 * i + 1] = v.y, word[h][4 * i + 2] = v.z, word[h][4 * i + 3] = v.w;
             }
           Op::template fill<1>(to, word, factor, select);
@@ -537,12 +538,11 @@ cudaError_t limits_here(const Limits (*&limits)[kTiles]) {
   cudaError_t error = cudaGetDevice(&ordinal);
   if (error != cudaSuccess) return error;
   Limits(&here)[kTiles] = known[ordinal % kDevices];
-  if (!here[2].clusters[1][1]) {
+  if (!here[kTiles - 1].clusters[1][1]) {
     error = Launch<Element, Packed, 16>::limits(here[0]);
     if (error == cudaSuccess) error = Launch<Element, Packed, 32>::limits(here[1]);
     if (error == cudaSuccess) error = Launch<Element, Packed, 64>::limits(here[2]);
-    if constexpr (Packed)
-      if (error == cudaSuccess) error = Launch<Element, Packed, 128>::limits(here[3]);
+    if (error == cudaSuccess) error = Launch<Element, Packed, 128>::limits(here[3]);
   }
   limits = &here;
   return error;
@@ -563,8 +563,7 @@ int run(const QuambaLinear& a, cudaStream_t stream) {
     case 16: return Launch<Element, Packed, 16>::run(a, plan, stream);
     case 32: return Launch<Element, Packed, 32>::run(a, plan, stream);
     case 64: return Launch<Element, Packed, 64>::run(a, plan, stream);
-    case 128:
-      if constexpr (Packed) return Launch<Element, Packed, 128>::run(a, plan, stream);
+    case 128: return Launch<Element, Packed, 128>::run(a, plan, stream);
     default: return QUAMBA_UNSUPPORTED;
   }
 }

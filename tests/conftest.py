@@ -180,8 +180,9 @@ class Recorder(TorchDispatchMode):
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         for argument in func._schema.arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
-                storage = given[argument.name].untyped_storage()
-                self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+                for tensor in _tensors(given[argument.name]):
+                    storage = tensor.untyped_storage()
+                    self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
         out = func(*args, **kwargs)
         self.graph.calls.append((func, args, kwargs, out))
         return out

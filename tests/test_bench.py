@@ -390,6 +390,25 @@ def test_energy_is_read_from_nvml(monkeypatch):
     assert energy.EnergyMeter(torch.device("cuda")).joules() is None
 
 
+def test_energy_is_that_of_requests_that_fill_a_second(monkeypatch):
+    """A request of 60 ms takes 6 J, which a counter shows that advances every 100 ms."""
+    now = [0.0]
+
+    class Asleep:
+        def prefill(self):
+            now[0] += 0.04
+
+        def step(self):
+            now[0] += 0.02
+
+    counter = SimpleNamespace(joules=lambda: 100.0 * (int(now[0] * 10 + 1e-6) / 10))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    clock = latency.Clock(CPU)
+    assert measure.joules(Asleep(), 2, clock, counter) == pytest.approx(6, rel=0.1)
+    assert now[0] == pytest.approx(1.02)
+    assert measure.joules(Asleep(), 2, clock, energy.EnergyMeter(CPU)) is None
+
+
 # what is printed and written
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ GATE_STEPS = 8
 """Decoded tokens that are compared before anything is timed."""
 WARM_RUNS = 6
 """More than enough calls for every part to be captured."""
+ENERGY_SECONDS = 1.0
+"""NVML's counter advances some tens of times a second."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -74,13 +77,14 @@ def _setting(
         for contender in contenders
     ]  # fmt: skip
     requests = [_prepare(c, ids, plan, device, row) for c, row in zip(contenders, rows, strict=True)]
-    times = _time(requests, plan, device)
-    for row, (found, joules) in zip(rows, times, strict=True):
-        if found:
-            row |= {"requests": len(found), **summary(found), **throughput(found, batch, prompt, plan.generate)}
-        if joules is not None and found:
-            row["energy_per_request_j"] = joules / len(found) / batch
-            row["energy_per_output_token_j"] = joules / len(found) / batch / plan.generate
+    clock, meter = Clock(device), EnergyMeter(device)
+    for row, request, found in zip(rows, requests, _time(requests, plan, device), strict=True):
+        if request is None:
+            continue
+        row |= {"requests": len(found), **summary(found), **throughput(found, batch, prompt, plan.generate)}
+        if (energy := joules(request, plan.generate, clock, meter)) is not None:
+            row["energy_per_request_j"] = energy / batch
+            row["energy_per_output_token_j"] = energy / batch / plan.generate
     return rows
 
 
@@ -148,24 +152,28 @@ def _compare(wanted: list[torch.Tensor], got: list[torch.Tensor], bitwise: bool,
             raise WrongOutput(f"The logits of {where} differ from those of the first eager run by up to {off:.3g}.")
 
 
-def _time(
-    requests: Sequence[Request | None], plan: Plan, device: torch.device
-) -> list[tuple[list[Times], float | None]]:
-    """Times and joules of each request; all take turns, so that a drift of the machine meets all alike."""
-    clock, meter = Clock(device), EnergyMeter(device)
+def _time(requests: Sequence[Request | None], plan: Plan, device: torch.device) -> list[list[Times]]:
+    """Times of each request; all take turns, so that a drift of the machine meets all alike."""
+    clock = Clock(device)
     times: list[list[Times]] = [[] for _ in requests]
-    joules: list[float | None] = [None] * len(requests)
     for _ in range(plan.rounds):
         for i, request in enumerate(requests):
-            if request is None:
-                continue
-            clock.wait()
-            before = meter.joules()
-            times[i].append(one(request, plan.generate, clock))
-            after = meter.joules()
-            if before is not None and after is not None:
-                joules[i] = (joules[i] or 0.0) + after - before
-    return list(zip(times, joules, strict=True))
+            if request is not None:
+                clock.wait()
+                times[i].append(one(request, plan.generate, clock))
+    return times
+
+
+def joules(request: Request, generate: int, clock: Clock, meter: EnergyMeter) -> float | None:
+    """Of one request: several, one behind the other for ENERGY_SECONDS, share what the counter says of them."""
+    clock.wait()
+    before = meter.joules()
+    start, count = time.perf_counter(), 0
+    while before is not None and (count == 0 or time.perf_counter() - start < ENERGY_SECONDS):
+        one(request, generate, clock)
+        count += 1
+    after = meter.joules()
+    return None if before is None or after is None else (after - before) / count
 
 
 def one(request: Request, generate: int, clock: Clock) -> Times:

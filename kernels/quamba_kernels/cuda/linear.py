@@ -27,9 +27,9 @@ STREAM_ROWS = 1
 """Up to so many rows a kernel of its own is the fastest for W4A8 within a model, where it serves the problem."""
 FEW_GROUPS = (64, 128)
 FEW_TILES = {
-    "w8a8": {32: 10**6, 64: 160, 128: 48, 256: 32, 512: 16},
-    "w4a8": {256: 10**6, 384: 192, 512: 16},
-    "w4a16": {32: 10**6, 64: 160, 128: 96, 256: 128, 384: 120, 2048: 64},
+    "w8a8": {32: 10**6, 64: 160, 128: 290, 192: 96, 256: 32, 512: 16},
+    "w4a8": {64: 10**6, 256: 580, 512: 16},
+    "w4a16": {32: 10**6, 64: 160, 128: 96, 256: 128, 2048: 64},
 }
 """Hopper has a kernel that splits K over a cluster, for int4 groups of 64 or a multiple of 128: up to so many rows
 where tiles of 64 rows by 128 out features are at most so many, the least such number of rows deciding. With more of
