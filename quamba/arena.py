@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 BLOCK = 2**28
-"""Bytes of a block; a tensor that is larger has one of its own."""
+"""Bytes of a block; a tensor of as many or more stays where it is."""
 ALIGNMENT = 512
 """Bytes: as the allocator aligns a tensor, so kernels find what they expect."""
 
@@ -20,7 +20,8 @@ ALIGNMENT = 512
 def settle(model: Any) -> None:
     """Move the parameters and buffers that lie on a GPU into blocks of BLOCK bytes; values, types and ties stay.
 
-    Modules that have bound kernels to their tensors must be unbound. Needs BLOCK bytes more for a while.
+    Modules that have bound kernels to their tensors must be unbound. Needs BLOCK bytes more for a while. What transformers
+    saves of a model on a GPU it clones first where storages are shared: save from a CPU what fills more than half a GPU.
     """
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"]
     if tensors:
@@ -29,20 +30,25 @@ def settle(model: Any) -> None:
 
 
 def into_blocks(tensors: list[torch.Tensor], block: int = BLOCK) -> None:
-    """Give contiguous tensors storages that they share; those of one address stay one."""
-    same: dict[tuple[Any, ...], list[torch.Tensor]] = {}
-    for tensor in tensors:
-        if tensor.numel() and tensor.is_contiguous():
-            same.setdefault((tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape), []).append(tensor)
-    with torch.inference_mode(False), torch.no_grad():
-        for group in _groups(list(same.values()), block):
-            whole = torch.empty(sum(_room(t) for t, *_ in group), dtype=torch.uint8, device=group[0][0].device)
-            start = 0
-            for tensor, *others in group:
-                moved = whole[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-                start += _room(tensor)
-                for holder in (tensor, *others):
-                    holder.data = moved
+    """Give contiguous tensors of less than a block storages that they share; those of one address stay one."""
+    for inference in (False, True):  # a tensor made in inference mode can only hold another such one
+        same: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+        for tensor in tensors:
+            if 0 < tensor.nbytes < block and tensor.is_contiguous() and tensor.is_inference() is inference:
+                same.setdefault((tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape), []).append(tensor)
+        with torch.inference_mode(inference), torch.no_grad():
+            for group in _groups(list(same.values()), block):
+                _share(group)
+
+
+def _share(group: list[list[torch.Tensor]]) -> None:
+    whole = torch.empty(sum(_room(t) for t, *_ in group), dtype=torch.uint8, device=group[0][0].device)
+    start = 0
+    for tensor, *others in group:
+        moved = whole[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        start += _room(tensor)
+        for holder in (tensor, *others):
+            holder.data = moved
 
 
 def _room(tensor: torch.Tensor) -> int:

@@ -25,10 +25,11 @@ def test_values_types_and_alignment_stay() -> None:
         assert (got.data_ptr() - made[0].data_ptr()) % arena.ALIGNMENT == 0
 
 
-def test_a_block_holds_what_fits_and_a_larger_tensor_has_its_own() -> None:
+def test_a_block_holds_what_fits_and_a_larger_tensor_stays() -> None:
     made = [torch.full((n,), i, dtype=torch.uint8) for i, n in enumerate((512, 512, 1, 4096, 512))]
+    large = made[3].data_ptr()
     arena.into_blocks(made, block=1024)
-    assert storages(made) == 4 and storages(made[:2]) == 1
+    assert storages(made) == 3 and storages(made[:2]) == 1 and made[3].data_ptr() == large
     assert [int(t[0]) for t in made] == [0, 1, 2, 3, 4]
 
 
@@ -71,3 +72,18 @@ def test_tensors_on_a_cpu_keep_their_own_memory() -> None:
     before = [p.data_ptr() for p in model.parameters()]
     arena.settle(model)
     assert [p.data_ptr() for p in model.parameters()] == before
+
+
+def test_a_model_loaded_in_inference_mode_answers(tiny_checkpoint) -> None:
+    folder, _ = tiny_checkpoint("mamba2")
+    ids = torch.arange(10)[None]
+    with torch.inference_mode():
+        model, _ = load(folder, device="cpu", dtype=torch.float32)
+        want = model(ids).logits
+        for module in model.modules():
+            if hasattr(module, "unbind"):
+                module.unbind()
+        arena.into_blocks([*model.parameters(), *model.buffers()])
+        assert torch.equal(model(ids).logits, want)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, want)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from quamba import memory
+from quamba.arena import settle
 from quamba.bench.materialise import build, stored_bytes, tie
 from quamba.bench.request import Request, TransformersRequest
 from quamba.bench.source import Source
@@ -61,6 +62,7 @@ def ours(source: Source, recipe: Recipe, dtype: torch.dtype, device: torch.devic
 
     model, _ = load(source.path, device=device.type, dtype=dtype)
     tie(model, recipe)
+    settle(model)  # again, without what was tied
     return Ours(model, recipe.name)
 
 
