@@ -20,8 +20,8 @@ ALIGNMENT = 512
 def settle(model: Any) -> None:
     """Move the parameters and buffers that lie on a GPU into blocks of BLOCK bytes; values, types and ties stay.
 
-    Modules that have bound kernels to their tensors must be unbound. Needs BLOCK bytes more for a while. What transformers
-    saves of a model on a GPU it clones first where storages are shared: save from a CPU what fills more than half a GPU.
+    Modules that have bound kernels to their tensors must be unbound. Needs BLOCK bytes more for a while. transformers
+    clones tensors that share a storage before it saves them: save from a CPU what fills more than half a GPU.
     """
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"]
     if tensors:

@@ -68,8 +68,8 @@ class RecurrentState(LinearAttentionLayer):
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def forget(self) -> list[torch.Tensor]:
-        """Note that no token has been seen; what to clear. A prompt, or a first token, writes the stored state before it
-        is read: a captured step, which does not ask, must not be replayed before."""
+        """Note that no token has been seen; what to clear. A prompt, or a first token, writes the stored state before
+        it is read: a captured step, which does not ask, must not be replayed before."""
         self.has_previous_state[0] = False
         return [self.conv] if self.rng is None else [self.conv, self.rng[1:]]
 
