@@ -1,12 +1,10 @@
 """What a stack of Mamba1 blocks is launched with, and what is refused; tests/test_stack.py has the joining."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from quamba_kernels.cuda import selective_stack as cuda
-from quamba_kernels.cuda.stack import flatten
+from quamba_kernels.cuda import stack
 from quamba_kernels.testing_selective_stack import Sizes, draw
 
 SIZES = Sizes(256, 512, 16, 16, 512)
@@ -14,13 +12,13 @@ SIZES = Sizes(256, 512, 16, 16, 512)
 
 @pytest.fixture
 def launches(launches_of):
-    return launches_of(cuda, cuda.QuambaSelectiveStackLayer)
+    return launches_of(stack, cuda.QuambaSelectiveStackLayer)
 
 
 def launch(drawn, linear="linear_w4a8", x=None, dtype=torch.float16):
     x = torch.zeros(1, SIZES.D) if x is None else x
     kept = [[t for t in tensors if t is not None] for tensors in zip(*(m for _, m in drawn), strict=True)]
-    return cuda.selective_stack(x, flatten([b for b, _ in drawn]), *kept, linear, 1e-5, SIZES.block, dtype)
+    return cuda.selective_stack(x, stack.flatten([b for b, _ in drawn]), *kept, linear, 1e-5, SIZES.block, dtype)
 
 
 @pytest.mark.parametrize("linear", ["linear_w8a8", "linear_w4a8", "linear_w4a16"])
@@ -68,26 +66,3 @@ def test_layers_that_differ_are_refused(launches):
     with pytest.raises(TypeError):
         launch([first], dtype=torch.bfloat16)
     assert launches == []
-
-
-SHAPE = SIZES.shape("linear_w4a8", torch.int8)
-
-
-@pytest.mark.parametrize("changes, reason", [
-    ({"N": 8}, "d_state 16"), ({"W": 3}, "taps"), ({"residual_bits": 16}, "32 bits"), ({"state_bits": 32}, "8 or 16"),
-    ({"codes": 0}, "where the linears"), ({"codes": -1}, "where the linears"), ({"D": 320}, "no stack of 1 layers"),
-    ({}, None),
-])  # fmt: skip
-def test_sizes_that_the_kernel_does_not_take(changes, reason, monkeypatch):
-    asked = []
-
-    def serves(name, problem):
-        asked.append((name, problem.mixer.state_type, problem.mixer.conv_state_type, problem.R, problem.S))
-        return problem.D % 128 == 0
-
-    monkeypatch.setattr(cuda, "library", lambda index: SimpleNamespace(serves=serves))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    said = cuda.why_not({**SHAPE, **changes}, torch.float16)
-    assert said is None if reason is None else reason in said
-    assert len(asked) == (reason is None or "no stack" in reason)
-    assert all(call == ("quamba_selective_stack_w4a8_serves", 3, 3, 16, 128) for call in asked)

@@ -10,7 +10,7 @@ import quamba
 from quamba.decoding import Decoder
 from quamba.modules import stack
 from quamba.modules.mixer import Mixer
-from quamba_kernels import OPS
+from quamba_kernels import OPS, testing_selective_stack
 from quamba_kernels.cuda import selective_stack as selective
 from quamba_kernels.cuda import stack as cuda
 from quamba_kernels.registry import Backend
@@ -182,6 +182,7 @@ def test_a_backend_is_asked_about_the_sizes_of_the_blocks(recipe, family, module
 
 
 SIZES = Sizes(256, 4, 64, 1, 128, 1, 256)
+SELECTIVE = testing_selective_stack.Sizes(256, 512, 16, 16, 512)
 
 
 @pytest.fixture
@@ -257,27 +258,27 @@ def test_without_data_a_stack_gives_a_residual_stream(name):
         assert (y.shape, y.dtype, y.device.type) == (case.args[0].shape, torch.float32, "cuda")
 
 
-SHAPE = SIZES.shape("linear_w4a8", torch.int8)
-
-
 @pytest.mark.parametrize("changes, reason", [
-    ({"N": 64}, "d_state 128"), ({"W": 3}, "taps"), ({"residual_bits": 16}, "32 bits"), ({"state_bits": 32}, "8 or 16"),
+    ({"N": 64}, "d_state"), ({"W": 3}, "taps"), ({"residual_bits": 16}, "32 bits"), ({"state_bits": 32}, "8 or 16"),
     ({"codes": 0}, "where the linears"), ({"codes": -1}, "where the linears"), ({"D": 320}, "no stack of 1 layers"),
     ({}, None),
 ])  # fmt: skip
-def test_sizes_that_the_kernel_does_not_take(changes, reason, monkeypatch):
+@pytest.mark.parametrize("module, sizes", [(cuda, SIZES), (selective, SELECTIVE)], ids=["ssd", "selective"])
+def test_sizes_that_the_kernel_does_not_take(module, sizes, changes, reason, monkeypatch):
     asked = []
 
     def serves(name, problem):
-        asked.append((name, problem.mixer.state_type, problem.mixer.conv_state_type, problem.S))
+        mixer, rank = problem.mixer, getattr(problem, "R", 0)
+        asked.append((name, mixer.state_type, mixer.conv_state_type, problem.S, rank))
         return problem.D % 128 == 0
 
-    monkeypatch.setattr(cuda, "library", lambda index: SimpleNamespace(serves=serves))
+    monkeypatch.setattr(module, "library", lambda index: SimpleNamespace(serves=serves))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    said = cuda.why_not({**SHAPE, **changes}, torch.float16)
+    said = module.why_not({**sizes.shape("linear_w4a8", torch.int8), **changes}, torch.float16)
     assert said is None if reason is None else reason in said
     assert len(asked) == (reason is None or "no stack" in reason)
-    assert all(call == ("quamba_ssd_stack_w4a8_serves", 3, 3, 128) for call in asked)
+    kernel = "ssd_stack" if module is cuda else "selective_stack"
+    assert all(call == (f"quamba_{kernel}_w4a8_serves", 3, 3, 128, getattr(sizes, "R", 0)) for call in asked)
 
 
 def test_mixers_in_floats_go_block_by_block(monkeypatch):

@@ -18,7 +18,7 @@ class Sizes(NamedTuple):
     """Of a Mamba1 block: D, I, R rank of dt, N, Hadamard block as in the ops; S group size."""
 
     D: int
-    I: int  # noqa: E741
+    I: int  # noqa: E741 (as the axis is called everywhere)
     R: int
     N: int
     block: int

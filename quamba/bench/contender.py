@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,9 +73,7 @@ def half(dtype: torch.dtype) -> Recipe:
 
 def measured(make: Callable[[], Contender], device: torch.device) -> Contender:
     """The contender that ``make`` returns, with what making it took."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what is cut from a cached block holds up to 1 MB of it more than it was asked for
+    memory.collect(device)  # what is cut from a cached block holds up to 1 MB of it more than it was asked for
     before = _held(device)
     contender = make()
     memory.release()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,7 +57,7 @@ def measure(
         random = torch.Generator().manual_seed(plan.seed)
         ids = torch.randint(0, vocab, (batch, prompt), generator=random).to(device)
         rows += _setting(contenders, ids, plan, device)
-        _free(device)
+        memory.collect(device)  # graphs of requests that are gone, which refer to themselves
     if progress is not None:
         progress("settings", len(settings), len(settings))
     return rows
@@ -78,7 +77,7 @@ def _setting(
     ]  # fmt: skip
     requests = [_prepare(c, ids, plan, device, row) for c, row in zip(contenders, rows, strict=True)]
     clock, meter = Clock(device), EnergyMeter(device)
-    for row, request, found in zip(rows, requests, _time(requests, plan, device), strict=True):
+    for row, request, found in zip(rows, requests, _time(requests, plan, clock), strict=True):
         if request is None:
             continue
         row |= {"requests": len(found), **summary(found), **throughput(found, batch, prompt, plan.generate)}
@@ -102,15 +101,8 @@ def _prepare(
         return request
     except torch.OutOfMemoryError:
         row["error"] = "out of memory"
-    _free(device)  # not while the exception holds the frames, and with them the tensors
+    memory.collect(device)  # not while the exception holds the frames, and with them the tensors
     return None
-
-
-def _free(device: torch.device) -> None:
-    """Give back the graphs and their memory of requests that are gone; they refer to themselves."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def gate(request: Request, steps: int, capture: bool) -> str:
@@ -152,9 +144,8 @@ def _compare(wanted: list[torch.Tensor], got: list[torch.Tensor], bitwise: bool,
             raise WrongOutput(f"The logits of {where} differ from those of the first eager run by up to {off:.3g}.")
 
 
-def _time(requests: Sequence[Request | None], plan: Plan, device: torch.device) -> list[list[Times]]:
+def _time(requests: Sequence[Request | None], plan: Plan, clock: Clock) -> list[list[Times]]:
     """Times of each request; all take turns, so that a drift of the machine meets all alike."""
-    clock = Clock(device)
     times: list[list[Times]] = [[] for _ in requests]
     for _ in range(plan.rounds):
         for i, request in enumerate(requests):
@@ -168,12 +159,15 @@ def joules(request: Request, generate: int, clock: Clock, meter: EnergyMeter) ->
     """Of one request: several, one behind the other for ENERGY_SECONDS, share what the counter says of them."""
     clock.wait()
     before = meter.joules()
+    if before is None:
+        return None
     start, count = time.perf_counter(), 0
-    while before is not None and (count == 0 or time.perf_counter() - start < ENERGY_SECONDS):
+    while count == 0 or time.perf_counter() - start < ENERGY_SECONDS:
         one(request, generate, clock)
         count += 1
     after = meter.joules()
-    return None if before is None or after is None else (after - before) / count
+    assert after is not None  # as before
+    return (after - before) / count
 
 
 def one(request: Request, generate: int, clock: Clock) -> Times:

@@ -12,7 +12,17 @@ from torch import Tensor
 from quamba_kernels.cuda.decode import WIDTH, Call, QuambaDecode
 from quamba_kernels.cuda.library import DTYPES, library
 from quamba_kernels.cuda.linear import tidy
-from quamba_kernels.cuda.stack import STATES, QuambaStackLinear, constant, fill_linear, linear_of, received, refused
+from quamba_kernels.cuda.stack import (
+    STATES,
+    Layer,
+    QuambaStackLinear,
+    constant,
+    fill_linear,
+    launch,
+    linear_of,
+    received,
+    refused,
+)  # fmt: skip
 from quamba_kernels.ops.selective_stack import SelectiveBlock
 from quamba_kernels.ops.stack import BlockMemory
 
@@ -73,8 +83,8 @@ def why_not(shape: dict[str, int], dtype: torch.dtype) -> str | None:
     return f"takes no stack of {problem} and {linear} on this device ({where})"
 
 
-class _Layer:
-    """The pointers of one layer, from tensors that are checked."""
+class _Layer(Layer):
+    KINDS = "conv_state_type", "conv_weight_type", "conv_bias_type", "state_type", "conv_in_count", "z_count"
 
     def __init__(
         self, call: Call, b: SelectiveBlock, memory: BlockMemory, linear: str, D: int, R: int, dtype: torch.dtype
@@ -103,14 +113,6 @@ class _Layer:
         layer.norm_weight = constant("norm_weight", b.norm_weight, device, (dtype,), (D,))
         layer.in_scale = constant("in_scale", b.in_scale, device, (torch.float32,), (1,))
 
-    @property
-    def alike(self) -> tuple[Any, ...]:
-        """What the layers of a stack have in common."""
-        p, layer = self.call.problem, self.layer
-        fields = [getattr(layer, name) for name in _REST] + [getattr(layer, name).bias for name in LINEARS]
-        kinds = p.conv_state_type, p.conv_weight_type, p.conv_bias_type, p.state_type, p.conv_in_count, p.z_count
-        return self.S, [field is not None for field in fields], kinds
-
 
 def selective_stack(
     x: Tensor, constants: Sequence[Tensor | None], conv_states: Sequence[Tensor], states: Sequence[Tensor],
@@ -119,9 +121,8 @@ def selective_stack(
     given = received(SelectiveBlock, x, in_dtype, constants, conv_states, states, state_scales, rngs)
     x, device = tidy(x), x.device
     _, inner, N = states[0].shape
-    count, D, R = len(given), x.shape[1], given[0][0].dt_weights[0].shape[-1]
-    layers = (QuambaSelectiveStackLayer * count)()
-    kept = list[_Layer]()
+    R = given[0][0].dt_weights[0].shape[-1]
+    made = []
     for i, (b, memory) in enumerate(given):
         call = Call(
             device, batch=1, H=inner, P=1, G=1, N=N, channels=inner, in_=DTYPES[in_dtype], block=block
@@ -129,19 +130,9 @@ def selective_stack(
         if memory.state.shape != states[0].shape or b.conv_weight.shape != (inner, WIDTH):
             sizes = [*memory.state.shape], [*b.conv_weight.shape]
             raise ValueError(f"all layers of a stack have the same sizes; layer {i} has a state and taps {sizes}")
-        made = _Layer(call, b, memory, linear, D, R, in_dtype)
-        layers[i] = made.layer
-        kept.append(made)
-        if made.alike != kept[0].alike:
-            raise ValueError(f"all layers of a stack are of the same types and groups; layer {i} is not")
-    y = torch.empty_like(x)
-    whole = QuambaSelectiveStack(
-        mixer=kept[0].call.problem, layers=ctypes.addressof(layers), x=x.data_ptr(), y=y.data_ptr(), count=count, D=D,
-        R=R, S=kept[0].S, eps=eps,
-    )  # fmt: skip
-    with torch.cuda.device(device):
-        library(device.index).call(f"quamba_selective_stack_{linear.removeprefix('linear_')}", whole, device)
-    return y
+        made.append(_Layer(call, b, memory, linear, x.shape[1], R, in_dtype))
+    kernel = f"quamba_selective_stack_{linear.removeprefix('linear_')}"
+    return launch(kernel, QuambaSelectiveStack, made, x, R=R, eps=eps)
 
 
 _LIBRARY = torch.library.Library("quamba", "FRAGMENT")

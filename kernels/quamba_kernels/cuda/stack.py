@@ -190,8 +190,48 @@ def received(
     return list(zip(blocks, memories, strict=True))
 
 
-class _Layer:
-    """The pointers of one layer, from tensors that are checked."""
+class Layer:
+    """The pointers of one layer, from tensors that are checked. layer: its struct; S: group size of its linears."""
+
+    KINDS: tuple[str, ...]
+    """Fields of the mixer that say of which types and how many its tensors are."""
+    call: Call
+    layer: Any
+    S: int
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What the layers of a stack have in common: groups, types, and which tensors there are."""
+        present = []
+        for name, kind in self.layer._fields_:
+            value = getattr(self.layer, name)
+            present.append((value.bias if kind is QuambaStackLinear else value) is not None)
+        return self.S, present, [getattr(self.call.problem, name) for name in self.KINDS]
+
+
+def launch(kernel: str, kind: type[ctypes.Structure], made: Sequence[Layer], x: Tensor, **sizes: Any) -> Tensor:
+    """One launch over layers that are alike: y [1, D]. kind: the struct of the stack; sizes: its fields beside those
+    that every stack has. Raises ValueError for layers that differ."""
+    first = made[0]
+    for i, other in enumerate(made):
+        if other.alike != first.alike:
+            raise ValueError(f"all layers of a stack are of the same types and groups; layer {i} is not")
+    layers = (type(first.layer) * len(made))(*(m.layer for m in made))
+    y = torch.empty_like(x)
+    whole = kind(
+        mixer=first.call.problem, layers=ctypes.addressof(layers), x=x.data_ptr(), y=y.data_ptr(), count=len(made),
+        D=x.shape[1], S=first.S, **sizes,
+    )  # fmt: skip
+    with torch.cuda.device(x.device):
+        library(x.device.index).call(kernel, whole, x.device)
+    return y
+
+
+class _Layer(Layer):
+    KINDS = (
+        "conv_state_type", "conv_weight_type", "conv_bias_type", "state_type", "norm_weight_type", "conv_in_count",
+        "x_count", "B_count", "C_count", "z_count",
+    )  # fmt: skip
 
     def __init__(
         self, call: Call, b: SsdBlock, memory: BlockMemory, linear: str, D: int, dtype: torch.dtype
@@ -234,10 +274,9 @@ def ssd_stack(
     given = received(SsdBlock, x, in_dtype, constants, conv_states, states, state_scales, rngs)
     x, device = tidy(x), x.device
     _, H, P, N = states[0].shape
-    count, channels = len(given), given[0][0].conv_weight.shape[0]
+    channels = given[0][0].conv_weight.shape[0]
     G = (channels - H * P) // (2 * N)
-    layers, first = (QuambaStackLayer * count)(), None
-    kept = []
+    made = []
     for i, (b, memory) in enumerate(given):
         call = Call(
             device, batch=1, H=H, P=P, G=G, N=N, channels=channels, in_=DTYPES[in_dtype], norm_groups=norm_groups,
@@ -246,37 +285,8 @@ def ssd_stack(
         if memory.state.shape != states[0].shape or b.conv_weight.shape != given[0][0].conv_weight.shape:
             sizes = [*memory.state.shape]
             raise ValueError(f"all layers of a stack have the same sizes; layer {i} has a state {sizes}")
-        made = _Layer(call, b, memory, linear, x.shape[1], in_dtype)
-        layers[i] = made.layer
-        kept.append(made)
-        mine = _alike(made)
-        if first is not None and mine != _alike(first):
-            raise ValueError(f"all layers of a stack are of the same types and groups; layer {i} is not")
-        first = first or made
-    assert first is not None
-    y = torch.empty_like(x)
-    whole = QuambaStack(
-        mixer=first.call.problem, layers=ctypes.addressof(layers), x=x.data_ptr(), y=y.data_ptr(), count=count,
-        D=x.shape[1], S=first.S, eps=eps,
-    )  # fmt: skip
-    with torch.cuda.device(device):
-        library(device.index).call(f"quamba_ssd_stack_{linear.removeprefix('linear_')}", whole, device)
-    return y
-
-
-_SAME = (
-    "conv_state_type", "conv_weight_type", "conv_bias_type", "state_type", "norm_weight_type", "conv_in_count",
-    "x_count", "B_count", "C_count", "z_count",
-)  # fmt: skip
-
-
-def _alike(made: _Layer) -> tuple[Any, ...]:
-    """What the layers of a stack have in common."""
-    layer = made.layer
-    fields = [getattr(layer, name) for name in ("norm_weight", "in_scale", *_MIXER, "gate_weight", "out_scale")]
-    fields += [getattr(layer, name).bias for name in ("in", "out")]
-    present = [field is not None for field in fields]
-    return (made.S, present, *(getattr(made.call.problem, name) for name in _SAME))
+        made.append(_Layer(call, b, memory, linear, x.shape[1], in_dtype))
+    return launch(f"quamba_ssd_stack_{linear.removeprefix('linear_')}", QuambaStack, made, x, eps=eps)
 
 
 _LIBRARY = torch.library.Library("quamba", "FRAGMENT")
