@@ -87,13 +87,17 @@ __device__ __forceinline__ uint4 every_other(const uint4& a, const uint4& b, uns
 }
 
 // Put columns of rows of 128 bytes, as TMA has laid them out by its 128-byte swizzle, in the order in which codes lie
-// in the weights: of every 32 the even ones, then the odd ones. By one warp: a lane takes 32 columns of each eighth row.
+// in the weights: of every 32 the even ones, then the odd ones. By one warp: a lane takes 32 columns of every eighth
+// row.
 template <int Rows>
 __device__ __forceinline__ void order_columns(unsigned rows) {
   const unsigned lane = threadIdx.x % 32, from = rows + lane / 4 * 128 + ((2 * (lane % 4) ^ lane / 4) << 4);
   uint4 low[Rows / 8], high[Rows / 8];
 #pragma unroll
-  for (int i = 0; i < Rows / 8; ++i) low[i] = load_shared(from + i * 1024), high[i] = load_shared((from ^ 16) + i * 1024);
+  for (int i = 0; i < Rows / 8; ++i) {
+    low[i] = load_shared(from + i * 1024);
+    high[i] = load_shared((from ^ 16) + i * 1024);
+  }
 #pragma unroll
   for (int i = 0; i < Rows / 8; ++i) {
     store_shared(from + i * 1024, every_other(low[i], high[i], 0x6420));

@@ -90,10 +90,6 @@ __device__ __forceinline__ void fetch(void* to, const void* from, unsigned barri
 }
 
 #if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ void ask_l2(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 // What a thread of a block that finds room while in_proj still runs does until then, since in_proj uses little of the
 // memory: it asks for states that all blocks read after their first, a tile at a time and at even distances, because in
 // a burst they would be in the way of in_proj's weights. They come to stay, or the weights would push them out again.
@@ -170,7 +166,7 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) ssd_stream(cons
         init_barrier(barrier(0), 1);
         init_barrier(barrier(1), 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        if (tiles) ask_l2(place(0), kTile * N);
+        if (tiles) prefetch_bulk(place(0), kTile * N);
       }
       __syncwarp();
       if (flat < kAskers) {
