@@ -12,7 +12,8 @@ from quamba.bench.request import TransformersRequest
 from quamba.decoding import Captured, Continuation, Decoder
 from quamba.errors import UserError
 from quamba.generation import Generator
-from quamba.models import ARCHITECTURES
+from quamba.models import ARCHITECTURES, describe
+from quamba.modules.norm import LastNorm
 from quamba.recipe import load_recipe
 from quamba.sampling import Sampler, likeliest
 
@@ -58,6 +59,25 @@ def test_greedy_tokens_are_those_of_transformers(quantised, prompts):
         prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=6, do_sample=False, eos_token_id=None
     )
     torch.testing.assert_close(all_tokens(eager(quantised), prompts, max_new_tokens=6), wanted[:, 5:])
+
+
+def test_the_last_norm_of_a_prompt_is_that_of_the_last_token(quantised, prompts):
+    """And of all tokens again for whoever calls the model itself, whatever has become of a prefill."""
+    sizes = []
+    norm = quantised.get_submodule(describe(quantised.config).final_norm)
+    hook = norm.register_forward_hook(lambda module, given, result: sizes.append(result.shape[1]))
+    try:
+        with torch.inference_mode():
+            logits = Decoder(quantised).prefill(prompts)
+            whole = quantised(prompts).logits
+            with pytest.raises(IndexError):
+                Decoder(quantised).prefill(prompts + quantised.config.vocab_size)
+            again = quantised(prompts, logits_to_keep=2).logits
+    finally:
+        hook.remove()
+    last = 1 if isinstance(norm, LastNorm) else prompts.shape[1]  # a layer norm is transformers' own
+    assert sizes == [last, prompts.shape[1], prompts.shape[1]]
+    assert torch.equal(logits, whole[:, -1]) and torch.equal(again, whole[:, -2:])
 
 
 def test_padded_prompts_of_a_batch_give_what_they_give_alone(quantised, prompts):
