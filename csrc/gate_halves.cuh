@@ -344,7 +344,9 @@ int launch_halves(const Halves& p, void* stream) {
   if (error != cudaSuccess) return error;
   const long long turns = (p.a.rows - 1) / (processors * resident<Top>()) + 1;  // of each block, as many of all
   const dim3 grid(static_cast<unsigned>((p.a.rows - 1) / turns + 1));
-  return launch(kernel, p, grid, threads<Top>(), stream, kShared);
+  // blocks that keep a place for long must not take it while others still run: the last to find one would end late
+  const bool early = turns == 1;
+  return launch(kernel, p, grid, threads<Top>(), stream, kShared, early);
 }
 
 // Whether a call is of this kind, beyond what holds for every call.

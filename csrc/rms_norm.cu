@@ -18,7 +18,7 @@ struct Rows {
   QuambaRows a;
   int octets;
   bool norm, whole, whole_weight, whole_octets, whole_scale, whole_y;  // octets: of the weight
-  bool rehearse;
+  bool rehearse, holds_next;
 };
 
 // Held: octets of a thread that stay in registers; 0: none, for rows of any length. X: the type of x, whose rows then lie
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(most_threads(Held)) normalise_rows(const __gri
   __shared__ float sums[32], peaks[32];
   const long long row = blockIdx.x, start = row * a.x_stride;
   const int step = blockDim.x;
-  launch_dependents();
+  if (!p.holds_next) launch_dependents();
   constexpr bool kEarly = Held == 1;  // few rows: what is constant is on its way before the wait
   const bool static_codes = !a.y_scale && a.out_scale && a.out_scale_count == 1;
   const bool early_scale = kEarly && static_codes && p.norm;  // without a norm it may have been made just now
@@ -189,7 +189,8 @@ int launch_rows(const QuambaRows& a, bool norm, void* stream) {
          a.D % kOctet == 0 && reinterpret_cast<unsigned long long>(a.weight) % 16 == 0,
          dense && in_quads(a.out_scale, QUAMBA_F32),
          dense && in_quads(a.y, codes ? QUAMBA_I8 : a.y_dtype),
-         major >= 9};
+         major >= 9,
+         a.holds_next && a.rows > processors};
   // few rows: as many threads as have work, for the latency; many: fewer, with more loads on their way
   const int held = a.rows <= processors && octets <= kMaxThreads ? 1 : octets <= kMany * most_threads(kMany) ? kMany : 0;
   const int wanted = held ? (octets - 1) / held + 1 : kMaxThreads;

@@ -12,6 +12,7 @@ typedef struct {           // quamba_rms_norm, quamba_quantize
   long long rows, x_stride;
   int D, out_scale_count;
   int x_dtype, weight_dtype, y_dtype;
+  int holds_next;  // with many rows the next kernel starts at the end: it does nothing before it has y
   float eps;
 } QuambaRows;
 

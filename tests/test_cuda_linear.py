@@ -205,6 +205,36 @@ def test_hopper_splits_the_columns_of_few_rows(kernels, name: str, monkeypatch: 
         assert last(library).endswith("_few") == expected, rows
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("most", [0, 10**6], ids=["many", "few"])
+def test_a_norm_holds_back_what_only_waits_for_it(
+    kernels, name: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The int8 GEMM alone."""
+    held = []
+
+    def norm(x, weight, eps, scale, per_token, dtype, holds_next):
+        held.append(holds_next)
+        return x.to(dtype if scale is None else torch.int8), torch.empty(0)
+
+    library = kernels("sm_90a")
+    monkeypatch.setattr(linear, "rms_norm", norm)
+    monkeypatch.setattr(linear, "FEW_TILES", dict.fromkeys(linear.FEW_TILES, {}))
+    monkeypatch.setattr(linear, "STREAM_ROWS", 0)
+    for constant in ("W8A8_SKINNY_ROWS", "W4A8_SKINNY_ROWS", "W4A16_SKINNY_ROWS"):
+        monkeypatch.setattr(linear, constant, most)
+    for case in served(name):
+        x, weights = case.args[0], case.args[case.weights]
+        scale = None if name == "linear_w4a16" else torch.tensor([0.02])
+        w, multiplier, w_scale = weights if len(weights) == 3 else (weights[0], None, weights[1])
+        halves = torch.bfloat16, torch.bfloat16
+        got = linear.norm_linear(x.float(), None, 1e-5, w, multiplier, w_scale, None, None, scale, False, *halves)
+        want = OPS[name].reference(*((x,) if scale is None else (x, scale)), weights, out_dtype=torch.bfloat16)
+        assert disagreement([got], [want], TOLERANCE[name][torch.bfloat16]) is None, case.label
+        assert held.pop() == (name == "linear_w8a8" and last(library) == "quamba_linear_w8a8_gemm"), case.label
+        assert last(library).endswith("_skinny") == bool(most), case.label
+
+
 def test_w4a16_is_expanded_where_there_is_no_kernel(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels("sm_87")
     monkeypatch.setattr(linear, "W4A16_SKINNY_ROWS", 0)

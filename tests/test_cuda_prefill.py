@@ -56,8 +56,9 @@ def test_rows_of_a_wider_tensor_are_read_where_they_lie(calls) -> None:
     part = wide[..., 8:16]
     rowwise.quantize(part, torch.ones(8))
     rowwise.rms_norm(part, None, 1e-5, None, True, torch.float32)
-    rowwise.rms_norm(part.transpose(0, 1), torch.ones(8), 1e-5, None, False, torch.bfloat16)
+    rowwise.rms_norm(part.transpose(0, 1), torch.ones(8), 1e-5, None, False, torch.bfloat16, True)
     (name, a), (_, b), (_, c) = calls
+    assert (a.holds_next, b.holds_next, c.holds_next) == (0, 0, 1)
     assert name == "quamba_quantize" and a.x == part.data_ptr() and (a.rows, a.x_stride, a.D) == (10, 24, 8)
     assert a.out_scale_count == 8 and a.x_dtype == 1 and a.y_dtype == 3 and not a.y_scale and not a.weight
     assert b.y_scale and not b.out_scale and b.y_dtype == 3

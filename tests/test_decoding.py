@@ -12,9 +12,13 @@ from quamba.bench.request import TransformersRequest
 from quamba.decoding import Captured, Continuation, Decoder
 from quamba.errors import UserError
 from quamba.generation import Generator
-from quamba.models import ARCHITECTURES
+from quamba.models import ARCHITECTURES, describe
+from quamba.modules.mixer import Mixer
+from quamba.modules.norm import LastNorm
+from quamba.modules.state import Deferred, RecurrentState
 from quamba.recipe import load_recipe
 from quamba.sampling import Sampler, likeliest
+from quamba_kernels import Backend, ops
 
 
 def eager(model, **options):
@@ -58,6 +62,63 @@ def test_greedy_tokens_are_those_of_transformers(quantised, prompts):
         prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=6, do_sample=False, eos_token_id=None
     )
     torch.testing.assert_close(all_tokens(eager(quantised), prompts, max_new_tokens=6), wanted[:, 5:])
+
+
+def test_the_last_norm_of_a_prompt_is_that_of_the_last_token(quantised, prompts):
+    """And of all tokens again for whoever calls the model itself, whatever has become of a prefill."""
+    sizes = []
+    norm = quantised.get_submodule(describe(quantised.config).final_norm)
+    hook = norm.register_forward_hook(lambda module, given, result: sizes.append(result.shape[1]))
+    try:
+        with torch.inference_mode():
+            logits = Decoder(quantised).prefill(prompts)
+            whole = quantised(prompts).logits
+            with pytest.raises(IndexError):
+                Decoder(quantised).prefill(prompts + quantised.config.vocab_size)
+            again = quantised(prompts, logits_to_keep=2).logits
+    finally:
+        hook.remove()
+    last = 1 if isinstance(norm, LastNorm) else prompts.shape[1]  # a layer norm is transformers' own
+    assert sizes == [last, prompts.shape[1], prompts.shape[1]]
+    assert torch.equal(logits, whole[:, -1]) and torch.equal(again, whole[:, -2:])
+
+
+def test_a_prompt_stores_the_states_of_several_layers_together(quantised, prompts, monkeypatch):
+    """Where a backend can: as many as are allowed, the rest at the end; at once for whoever calls the model itself."""
+    mixers = [module for module in quantised.modules() if isinstance(module, Mixer)]
+    if not mixers:
+        pytest.skip("its recurrences store their own states")
+    stored = []
+
+    def several(h, state, scale=None, rng=None):
+        stored.append(len(h))
+        ops.quantize_states(h, state, scale, rng)
+
+    def states(decoder):
+        layers = [layer for cache in decoder.cache.values() for layer in cache.layers]
+        kept = [(s.recurrent, s.scale, s.rng) for s in layers if isinstance(s, RecurrentState)]
+        return [part for parts in kept for part in parts if part is not None]
+
+    with torch.inference_mode():
+        alone = Decoder(quantised)
+        wanted = alone.prefill(prompts)
+        for mixer in mixers:
+            monkeypatch.setattr(mixer, "_quantize_state", Backend("other", ops.quantize_state.reference))
+            monkeypatch.setattr(mixer, "_quantize_states", Backend("other", several))
+        count = len(mixers)
+        for layers, size, launches in ((16, 2**26, [count]), (2, 2**26, [2] * (count // 2) + [1] * (count % 2)),
+                                       (16, 1, [1] * count)):  # fmt: skip
+            monkeypatch.setattr(Deferred, "LAYERS", layers)
+            monkeypatch.setattr(Deferred, "BYTES", size)
+            decoder = Decoder(quantised)
+            for _ in range(2):  # the second clears what the first left
+                stored.clear()
+                assert torch.equal(decoder.prefill(prompts), wanted) and stored == launches
+                assert all(map(torch.equal, states(decoder), states(alone)))
+        stored.clear()
+        with pytest.raises(IndexError):
+            decoder.prefill(prompts + quantised.config.vocab_size)
+        assert torch.equal(quantised(prompts, use_cache=True).logits[:, -1], wanted) and not stored
 
 
 def test_padded_prompts_of_a_batch_give_what_they_give_alone(quantised, prompts):

@@ -37,7 +37,9 @@ def launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[L
     yield seen
 
 
-def kind(value: Any) -> str:
+def kind(value: Any) -> Any:
+    if isinstance(value, tuple):  # of addresses
+        return ("i64",) * len(value)
     return KINDS[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
 
 
@@ -52,6 +54,10 @@ def compiled(launch: Launch, capability: int) -> Any:
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
         if name not in constants
         and (isinstance(bound[name], torch.Tensor) or (type(bound[name]) is int and bound[name] % 16 == 0))
+    }  # fmt: skip
+    aligned |= {
+        (i, part): [["tt.divisibility", 16]] for i, name in enumerate(names) if isinstance(bound[name], tuple)
+        for part in range(len(bound[name]))
     }  # fmt: skip
     fixed = {(names.index(name),): bound[name] for name in constants}
     return triton.compile(ASTSource(kernel, signature, fixed, aligned), GPUTarget("cuda", capability, 32), options)
@@ -108,7 +114,9 @@ def rowwise(rows: int) -> None:
     rowwise.quantize(x, None)
     rowwise.rms_norm(x, zeros(2560, dtype=BF16), 1e-5, zeros(1), False, BF16)
     rows_of_state = zeros(rows, 80, 64, 128)
-    state.quantize_state(rows_of_state, rows_of_state.to(I8), rows_of_state[..., 0].contiguous(), zeros(2).long())
+    stored = rows_of_state.to(I8), rows_of_state[..., 0].contiguous(), zeros(2).long()
+    state.quantize_state(rows_of_state, *stored)
+    state.quantize_states((rows_of_state,) * 3, *((part,) * 3 for part in stored))
 
 
 def gate_output(channels: int) -> None:

@@ -84,7 +84,9 @@ def gate(rows: int, channels: int, block: int, groups: int) -> Case:
     return Case(f"gate {channels} block={block} groups={groups}", args, options)
 
 
-@pytest.mark.parametrize("name", ["quantize", "rms_norm", "quantize_state", "ssd_update", "selective_update"])
+@pytest.mark.parametrize(
+    "name", ["quantize", "rms_norm", "quantize_state", "quantize_states", "ssd_update", "selective_update"]
+)
 def test_rowwise_operators_and_updates(name: str) -> None:
     chosen = [case for case in cases(name) if case.dtype == F32]
     for case in chosen[:: 2 if name in ("rms_norm", "ssd_update") else 1]:

@@ -24,6 +24,7 @@ TOLERANCE: dict[str, dict[torch.dtype, float]] = {
     # relative Frobenius norm by type of the activations; one rounding to bf16 is up to 2^-9 = 2e-3
     "quantize": {F32: 0.0, BF16: 0.0},  # codes and scales only
     "quantize_state": {F32: 0.0, BF16: 0.0},
+    "quantize_states": {F32: 0.0, BF16: 0.0},
     "embedding": {F32: 0.0, BF16: 0.0},  # one product and one rounding
     "rms_norm": {F32: 1e-6, BF16: 2e-3},
     "gate_output": {F32: 2e-6, BF16: 2e-3},
@@ -207,6 +208,17 @@ def _quantize_state(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iter
         for noise in (None, torch.tensor([7, 3])):
             codes, scale = torch.full(h.shape, 5, dtype=torch.int8), torch.full(h.shape[:-1], 9.0)
             yield Case(f"int8 N={n} rng={noise is not None}", (h, codes, scale, noise), dtype=dtype)
+
+
+@_for("quantize_states")
+def _quantize_states(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[Case]:
+    for layers in (1, 3, 18):
+        for alike in zip(*(_quantize_state(name, rng, dtype) for _ in range(layers)), strict=True):
+            h, state, *rest = zip(*(case.args for case in alike), strict=True)
+            scale, noise = rest or (None, None)
+            drawn = noise if noise is None or noise[0] is None else [n + i for i, n in enumerate(noise)]
+            args = (h, state, scale, None if noise is drawn else tuple(drawn))
+            yield Case(f"{layers} layers {alike[0].label}", args, dtype=dtype)
 
 
 @_for("embedding")

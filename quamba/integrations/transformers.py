@@ -21,7 +21,7 @@ from quamba.modules.embedding import Embedding
 from quamba.modules.host import becomes_delta_rule, fit, folds, mixer_class, put
 from quamba.modules.linear import Linear
 from quamba.modules.lowbit import LowBit
-from quamba.modules.norm import Norm
+from quamba.modules.norm import LastNorm
 from quamba.modules.undescribed import replace
 from quamba.recipe import FLOAT, FORMAT_VERSION, Recipe, parse_recipe
 from quamba.transforms import fold_factors
@@ -131,7 +131,7 @@ def swap(model: Any, recipe: Recipe, dtype: torch.dtype, device: torch.device | 
             put(model, f"{block.path}.{path}", Borrowed(model.get_submodule(lender)))
     folded = folds(recipe, spec.final_norm_kind)
     if folded or not spec.hosted:
-        put(model, spec.final_norm, Norm(spec.d_model, spec.eps, folded=folded, **made))
+        put(model, spec.final_norm, LastNorm(spec.d_model, spec.eps, folded=folded, **made))
     head = Linear(spec.d_model, spec.vocab, bias=False, spec=recipe.linear("lm_head"), **made)
     put(model, spec.head, head)
     for module in model.modules():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from quamba.modules.conv import Conv
 from quamba.modules.linear import Linear
 from quamba.modules.lowbit import LowBit
 from quamba.modules.site import Site
-from quamba.modules.state import HybridState, RecurrentState
+from quamba.modules.state import Deferred, HybridState, RecurrentState
 from quamba.recipe import Recipe
 from quamba.transforms.rotate import output_block
 from quamba_kernels import Backend, Op, Setting, ops
@@ -30,6 +32,7 @@ class Mixer(LowBit):
     # once bound: the op that decodes a token of the mixer, if any, and its rates, A first
     _decode: Backend | None
     _rates: tuple[torch.Tensor, ...]
+    deferred: Deferred | None = None
 
     def __init__(
         self,
@@ -90,6 +93,7 @@ class Mixer(LowBit):
         setting = Setting(self._any_device().type, self.dtype, shape)
         self._conv, self._gate_output = ops.causal_conv1d.bind(setting), ops.gate_output.bind(setting)
         self._quantize_state = ops.quantize_state.bind(setting)
+        self._quantize_states = ops.quantize_states.bind(setting)
         self._conv_in_scale, self._z_scale = self.conv_input.per_channel(), self.gate.per_channel()
         parts = [self.sites[name].per_channel() for name in self.conv_channels]
         fused = all(p is not None for p in parts)
@@ -175,6 +179,14 @@ class Mixer(LowBit):
             state = cache.layers[self.layer_idx] = self.new_state(batch, device, beside=state)
         return state
 
+    def store(self, h: torch.Tensor, state: RecurrentState) -> None:
+        """Keep the state h [B, ..., N] fp32 after a prompt: at once, or together with other layers'."""
+        if self.deferred is not None and self._quantize_states.name == self._quantize_state.name != "torch":
+            self.deferred.add(self._quantize_states, h, state)
+        else:
+            self._quantize_state(h, state.recurrent, state.scale, state.rng)
+        state.seen()
+
     def convolve(self, x: torch.Tensor, state: RecurrentState | None, mask: torch.Tensor | None) -> torch.Tensor:
         """conv + SiLU over x [B, T, C]; padded tokens (mask [B, T] 0) enter and leave as zeros."""
         if self._conv_in_scale is None:
@@ -230,3 +242,18 @@ class Mixer(LowBit):
         out_proj = self.linear(self.out.role)
         out_proj.input.watch(u.data)
         return out_proj(u, residual, out_dtype=self.dtype if residual is None else residual.dtype)
+
+
+@contextmanager
+def stored_together(mixers: Sequence[Mixer]) -> Iterator[None]:
+    """Inside, a prompt's states are stored for several layers at a time, and all at the end: for callers that read none
+    before."""
+    deferred = Deferred()
+    try:
+        for mixer in mixers:
+            mixer.deferred = deferred
+        yield
+        deferred.flush()
+    finally:
+        for mixer in mixers:
+            mixer.deferred = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -68,3 +70,25 @@ class Norm(LowBit):
 
     def _bind(self) -> None:
         self._rms_norm = ops.rms_norm.bind(Setting(self._any_device().type, self.dtype))
+
+
+class LastNorm(Norm):
+    """The norm before the head."""
+
+    narrowed = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, T, D] -> [B, T, D] in the activations' type, or [B, 1, D] of the last token."""
+        return super().forward(x[:, -1:] if self.narrowed else x)
+
+
+@contextmanager
+def narrowed(norms: Sequence[LastNorm]) -> Iterator[None]:
+    """Inside, the head sees the last token of each sequence alone: for callers that read no other logits."""
+    try:
+        for norm in norms:
+            norm.narrowed = True
+        yield
+    finally:
+        for norm in norms:
+            norm.narrowed = False

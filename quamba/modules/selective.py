@@ -121,8 +121,7 @@ class SelectiveMixer(Mixer):
             before = state.value() if state is not None and state.filled else None
             y, last = self._scan(x, dt, A, B, C, D, None, before, **self._scales, out_dtype=self.dtype)
             if state is not None:
-                self._quantize_state(last, state.recurrent, state.scale, state.rng)
-                state.seen()
+                self.store(last, state)
         return self.leave(y, z, residual)
 
     def quantise_columns(

@@ -112,8 +112,7 @@ class SSDMixer(Mixer):
                 C.unflatten(-1, (s["G"], s["N"])), D, dt_bias, before, **options,
             )  # fmt: skip
             if state is not None:
-                self._quantize_state(last, state.recurrent, state.scale, state.rng)
-                state.seen()
+                self.store(last, state)
         return self.leave(y.reshape(batch, tokens, s["I"]), z, residual)
 
     def decode(self, projected: torch.Tensor, state: RecurrentState) -> Activation:

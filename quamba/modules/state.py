@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from quamba.recipe import StateSpec
+from quamba_kernels import Backend
 from quamba_kernels.ops.state import load_state
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
@@ -91,6 +92,43 @@ class RecurrentState(LinearAttentionLayer):
     def value(self) -> torch.Tensor:
         """The recurrent state in fp32."""
         return load_state(self.recurrent, self.scale)
+
+
+Waiting = tuple[Backend, torch.Tensor, RecurrentState]
+"""An op's backend, and the state h that it is to store."""
+
+
+class Deferred:
+    """States after a prompt that wait to be stored together with those of other layers: a launch each costs more than
+    the storing. What waits is bounded, whatever the depth and the batch."""
+
+    LAYERS, BYTES = 16, 2**26
+
+    def __init__(self) -> None:
+        self._waiting: list[Waiting] = []
+
+    def add(self, store: Backend, h: torch.Tensor, state: RecurrentState) -> None:
+        """Store h [B, ..., N] fp32 into ``state`` by ``store``, of the op quantize_states, at ``flush`` or before."""
+        if self._waiting and not _alike(self._waiting[0], (store, h, state)):
+            self.flush()
+        self._waiting.append((store, h, state))
+        if len(self._waiting) == self.LAYERS or (len(self._waiting) + 1) * h.numel() * h.element_size() > self.BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Store all that waits."""
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            store = waiting[0][0]
+            parts = zip(*((h, state.recurrent, state.scale, state.rng) for _, h, state in waiting), strict=True)
+            store(*(None if part[0] is None else part for part in parts))
+
+
+def _alike(one: Waiting, other: Waiting) -> bool:
+    """Whether two states can be stored together."""
+    (store, h, state), (also, g, beside) = one, other
+    kinds = [(part.recurrent.dtype, part.scale is None, part.rng is None) for part in (state, beside)]
+    return store == also and (h.shape, h.device) == (g.shape, g.device) and kinds[0] == kinds[1]
 
 
 class HybridState(RecurrentState, LinearAttentionAndFullAttentionLayer):  # type: ignore[override]

@@ -185,6 +185,46 @@ def test_a_linear_that_normalises_its_input(name: str) -> None:
             assert difference is None, f"{name} {rows} rows {shape}: {difference}"
 
 
+@pytest.mark.parametrize(("name", "rows", "size"), [
+    ("linear_w8a8", 600, 128), ("linear_w8a8", 2048, 128), ("linear_w8a8", 9000, 128), ("linear_w4a8", 100, 32),
+    ("linear_w4a8", 600, 128), ("linear_w4a8", 2048, 128), ("linear_w4a8", 9000, 128),
+])  # fmt: skip
+def test_many_tokens_pass_norms_and_linears_that_overlap(name: str, rows: int, size: int) -> None:
+    """In a chain, where a linear's scratch lies where those before it were read; eager, and in a graph replayed."""
+    dtype, scale = torch.float16, torch.tensor([0.05], device="cuda")
+    layers = [draw(name, 1, (2560, 2560, size), dtype, seed=i)[-1] for i in range(6)]
+    first = torch.randn(rows, 2560, device="cuda")
+    ones = torch.ones(2560, device="cuda")
+
+    def chain(x: torch.Tensor, together: bool) -> list[torch.Tensor]:
+        found = []
+        for weights in layers:
+            if together:
+                options = {"in_scale": scale, "in_dtype": dtype, "out_dtype": torch.float32, "linear": name}
+                x = backend("norm_linear")(x, ones, 1e-5, weights, None, x, **options)
+            else:
+                u = backend("rms_norm")(x, ones, 1e-5, out_scale=scale, out_dtype=dtype)
+                torch.cuda.synchronize()
+                x = backend(name)(*u, weights, None, x, out_dtype=torch.float32)
+                torch.cuda.synchronize()
+            found.append(x)
+        return found
+
+    want = chain(first, together=False)
+    for _ in range(5):
+        assert all(map(torch.equal, chain(first, together=True), want))
+    strided = first.unsqueeze(-1).repeat(1, 1, 2)[..., 0]
+    assert all(map(torch.equal, chain(strided, together=True), want))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = chain(first, together=True)
+    for _ in range(5):
+        for tensor in got:
+            tensor.zero_()
+        graph.replay()
+        assert all(map(torch.equal, got, want))
+
+
 def test_a_gain_that_lies_unaligned_is_refused() -> None:
     """A kernel that reads it early may not wait for a copy."""
     *_, weights = draw("linear_w4a8", 1, (640, 256, 128))

@@ -186,3 +186,11 @@ def quantize_state(h, state, scale=None, rng=None):
     from quamba_kernels.triton import state as rows
 
     rows.quantize_state(h, state, scale, rng)
+
+
+@ops.quantize_states.backend("triton", why_not=_why_not, rank=20)
+def quantize_states(h, state, scale=None, rng=None):
+    """As quantize_state, one launch for all layers."""
+    from quamba_kernels.triton import state as rows
+
+    rows.quantize_states(h, state, scale, rng)

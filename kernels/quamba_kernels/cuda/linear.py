@@ -14,9 +14,11 @@ from torch import Tensor
 
 from quamba_kernels.cuda import stream
 from quamba_kernels.cuda.library import DTYPES, QuambaLinear, library
+from quamba_kernels.cuda.rowwise import rms_norm
 from quamba_kernels.cuda.stream import QuambaStream
 from quamba_kernels.ops.linear import NIBBLES, finish
 
+W8A8_GEMM = "quamba_linear_w8a8_gemm"
 W8A8_SKINNY_ROWS = 32
 W4A8_SKINNY_ROWS = 64
 W4A16_SKINNY_ROWS = 48
@@ -176,6 +178,19 @@ class Problem:
         """Whether Hopper's kernel for the W4A8 linears of a decode step is the fastest."""
         return (self.linear.M <= STREAM_ROWS or self._other_groups) and stream.serves(self.linear) and self.hopper
 
+    @property
+    def w8a8_kernel(self) -> str:
+        """The fastest over int8 weights."""
+        if self.splits:
+            return "quamba_linear_w8a8_few"
+        return "quamba_linear_w8a8_skinny" if self.linear.M <= W8A8_SKINNY_ROWS else W8A8_GEMM
+
+    @property
+    def waits(self) -> bool:
+        """Whether all there is to do waits for x, so that blocks that start early only take the room of those before:
+        the other kernels ask for weights meanwhile, or expand them."""
+        return self.kind == "w8a8" and self.w8a8_kernel == W8A8_GEMM
+
     def run(self, kernel: str, whole: QuambaStream | None = None) -> Tensor:
         """y, from a kernel that does the whole linear; ``whole``: the struct around the linear's that it takes."""
         y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -202,9 +217,7 @@ class Problem:
 
 def linear_w8a8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
     p = Problem(x, x_scale, w, w_scale, None, *epilogue)
-    if p.splits:
-        return p.run("quamba_linear_w8a8_few")
-    return p.run("quamba_linear_w8a8_skinny" if p.linear.M <= W8A8_SKINNY_ROWS else "quamba_linear_w8a8_gemm")
+    return p.run(p.w8a8_kernel)
 
 
 def linear_w4a8(
@@ -223,7 +236,7 @@ def linear_w4a8(
         return p.run("quamba_linear_w4a8_gemm")
     weight = p.expand("quamba_expand_w4a8", torch.int8)
     p.linear.w, p.linear.w_multiplier, p.linear.S = weight.data_ptr(), None, p.linear.K
-    return p.run("quamba_linear_w8a8_gemm")
+    return p.run(W8A8_GEMM)
 
 
 def linear_w4a16(x: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
@@ -255,7 +268,7 @@ def norm_linear(
         if in_scale is not None and not per_token:
             whole.in_scale = check("in_scale", in_scale, p.device, (torch.float32,), (1,))
         return p.run("quamba_linear_w4a8_stream", whole)
-    u, scale = torch.ops.quamba.rms_norm.default(x, norm_weight, eps, in_scale, per_token, in_dtype)
+    u, scale = rms_norm(p.x, norm_weight, eps, in_scale, per_token, in_dtype, p.waits)
     epilogue = bias, residual, None, out_dtype
     if p.kind == "w4a16":
         return linear_w4a16(u, w, w_scale, *epilogue)

@@ -31,7 +31,8 @@ class QuambaRows(Arguments):
     """The struct of csrc/rowwise.h for rms_norm and quantize."""
 
     _fields_ = fields(
-        "x weight out_scale y_scale y", "rows x_stride", "D out_scale_count x_dtype weight_dtype y_dtype", "eps"
+        "x weight out_scale y_scale y", "rows x_stride", "D out_scale_count x_dtype weight_dtype y_dtype holds_next",
+        "eps",
     )
 
 
@@ -71,7 +72,7 @@ def _outputs(x: Tensor, codes: bool, per_token: bool, out_dtype: torch.dtype) ->
 
 def _run_rows(
     kernel: str, x: Tensor, weight: Tensor | None, eps: float, out_scale: Tensor | None, shapes: tuple[int, ...],
-    per_token: bool, out_dtype: torch.dtype,
+    per_token: bool, out_dtype: torch.dtype, holds_next: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     x = stream("x", x, x, FLOATS)
     D = x.shape[-1]
@@ -85,16 +86,18 @@ def _run_rows(
     a.weight_dtype = 0 if weight is None else DTYPES[weight.dtype]
     a.out_scale = constant("out_scale", out_scale, x, (torch.float32,), *((n,) for n in shapes))
     a.out_scale_count = 0 if out_scale is None else out_scale.numel()
-    a.y_scale = y_scale.data_ptr() if per_token else None
+    a.y_scale, a.holds_next = y_scale.data_ptr() if per_token else None, holds_next
     if len(rows):
         launch(kernel, a, x.device)
     return y, y_scale
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor | None, eps: float, out_scale: Tensor | None, per_token: bool, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    return _run_rows("quamba_rms_norm", x, weight, eps, out_scale, (1,), per_token, out_dtype)
+    x: Tensor, weight: Tensor | None, eps: float, out_scale: Tensor | None, per_token: bool, out_dtype: torch.dtype,
+    holds_next: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """holds_next: many rows let the kernel launched next start with their end, where it has nothing to do before."""
+    return _run_rows("quamba_rms_norm", x, weight, eps, out_scale, (1,), per_token, out_dtype, holds_next)
 
 
 def quantize(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -57,3 +57,15 @@ def quantize_state(
         codes.add_(noise.sub_(noise.floor())).floor_()
         rng[1] += 1
     state.copy_(codes.clamp_(-QMAX, QMAX))
+
+
+@op
+def quantize_states(
+    h: tuple[torch.Tensor, ...],
+    state: tuple[torch.Tensor, ...],
+    scale: tuple[torch.Tensor, ...] | None = None,
+    rng: tuple[torch.Tensor, ...] | None = None,
+) -> None:
+    """quantize_state of several layers, whose tensors are alike in shape and type."""
+    for i, one in enumerate(h):
+        quantize_state(one, state[i], None if scale is None else scale[i], None if rng is None else rng[i])

@@ -9,6 +9,9 @@ import triton.language as tl
 from quamba_kernels.triton.layout import in_place, packed
 from quamba_kernels.triton.rounding import ROUND, scale_of
 
+TOGETHER, ALIGNMENT = 16, 16
+"""Layers whose states a launch stores, and what their addresses are multiples of."""
+
 
 @triton.jit
 def mix(v):
@@ -63,6 +66,26 @@ def quantize_state_kernel(h_ptr, state_ptr, scale_ptr, rng_ptr, rows, N, BR: tl.
     store_rows(h, state_ptr, scale_ptr, rng_ptr, row, rows, N, row < rows, BN)
 
 
+@triton.jit
+def select(addresses, layer, kind: tl.constexpr):
+    """The pointer of a layer, of addresses that are multiples of 16."""
+    address = tl.full((), 0, tl.int64)
+    for i in tl.static_range(len(addresses)):
+        address = tl.where(layer == i, addresses[i], address)
+    return tl.multiple_of(address.to(tl.pointer_type(kind)), 16)
+
+
+@triton.jit
+def quantize_states_kernel(h, state, scale, rng, rows, N, NOISY: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):
+    """BR rows of a layer, whose tensors lie at these addresses."""
+    layer = tl.program_id(1)
+    row = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
+    values = load_rows(select(h, layer, tl.float32), None, row, N, row < rows, BN)
+    state_ptr, scale_ptr = select(state, layer, tl.int8), select(scale, layer, tl.float32)
+    rng_ptr = select(rng, layer, tl.int64) if NOISY else None
+    store_rows(values, state_ptr, scale_ptr, rng_ptr, row, rows, N, row < rows, BN)
+
+
 def check_rng(rng: torch.Tensor | None) -> None:
     """Raises ValueError for anything but seed and step, int64 [2]."""
     in_place("rng", rng)
@@ -94,3 +117,36 @@ def quantize_state(
             packed(h), state, scale, rng, rows, N, BR=BR, BN=BN, num_warps=4, enable_fp_fusion=False
         )
         advance(rng)
+
+
+def quantize_states(
+    h: tuple[torch.Tensor, ...],
+    state: tuple[torch.Tensor, ...],
+    scale: tuple[torch.Tensor, ...] | None,
+    rng: tuple[torch.Tensor, ...] | None,
+) -> None:
+    """As ``ops.quantize_states``. Raises ValueError when what it writes is not contiguous."""
+    if scale is None:
+        torch._foreach_copy_(list(state), list(h))
+        return
+    for i, stored in enumerate(state):
+        in_place("the state", stored)
+        in_place("the state's scale", scale[i])
+        check_rng(None if rng is None else rng[i])
+    read = [packed(one) for one in h]
+    parts = (read, state, scale, scale if rng is None else rng)
+    N, rows = h[0].shape[-1], scale[0].numel()
+    BN = triton.next_power_of_2(N)
+    BR = max(1, 2048 // BN)
+    with torch.cuda.device_of(h[0]):
+        for first in range(0, len(h), TOGETHER):
+            layers = min(TOGETHER, len(h) - first)
+            # always as many addresses, or each number of layers would be compiled anew
+            given = [[part[first + min(i, layers - 1)].data_ptr() for i in range(TOGETHER)] for part in parts]
+            if any(address % ALIGNMENT for addresses in given for address in addresses):
+                raise ValueError(f"states, their scales and seeds have to begin at multiples of {ALIGNMENT} bytes")
+            quantize_states_kernel[(triton.cdiv(rows, BR), layers)](
+                *map(tuple, given), rows, N, NOISY=rng is not None, BR=BR, BN=BN, num_warps=4, enable_fp_fusion=False
+            )
+        if rng is not None:
+            torch._foreach_add_([one[1:] for one in rng], 1)
