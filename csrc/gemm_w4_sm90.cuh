@@ -358,7 +358,7 @@ int launch(const QuambaLinear& a, int sms, cudaStream_t stream) {
                 CU_TENSOR_MAP_SWIZZLE_64B))
     return cudaErrorInvalidValue;
   Weights w{Op::kScaled ? a.w_multiplier : a.w_scale, a.M, a.O, a.K, a.K / a.S,
-            static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S)};
+            static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S), Op::kNatural};
   auto kernel = multiply<Element, TileM, Parts>;
   constexpr int kBytes = Buffers<Element, TileM>::kBytes;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);

@@ -15,6 +15,7 @@
 
 #include "cute/tensor.hpp"
 
+#include "column_order.cuh"
 #include "finish.cuh"
 #include "launch.cuh"
 #include "linear_few_plan.h"
@@ -44,7 +45,7 @@ constexpr int most_mail(int cells) {
 template <class Element, bool Packed, int TileM>
 struct Layout {
   static constexpr bool kOverlaid = TileM == 128;
-  static constexpr bool kOrdered = Packed && sizeof(Element) == 1 && TileM == 16;
+  static constexpr bool kOrdered = Packed && TileM == 16;
   static constexpr int kPiece = (sizeof(Element) == 1 ? TileM == 128 : TileM == 32) ? 32 : 64;
   static constexpr int kBlocks = TileM < 64 ? 3 : TileM == 64 || sizeof(Element) == 1 ? 2 : 1;
   static constexpr int kWBytes = kTileO * kTileK / (Packed ? 2 : 1), kScaleBytes = Packed ? 2 * kTileO * 4 : 0;
@@ -74,35 +75,6 @@ __device__ __forceinline__ unsigned load_word(unsigned from) {
   unsigned v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
   return v;
-}
-
-__device__ __forceinline__ void store_shared(unsigned to, const uint4& v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
-
-__device__ __forceinline__ uint4 every_other(const uint4& a, const uint4& b, unsigned select) {
-  return {__byte_perm(a.x, a.y, select), __byte_perm(a.z, a.w, select), __byte_perm(b.x, b.y, select),
-          __byte_perm(b.z, b.w, select)};
-}
-
-// Put columns of rows of 128 bytes, as TMA has laid them out by its 128-byte swizzle, in the order in which codes lie
-// in the weights: of every 32 the even ones, then the odd ones. By one warp: a lane takes 32 columns of every eighth
-// row.
-template <int Rows>
-__device__ __forceinline__ void order_columns(unsigned rows) {
-  const unsigned lane = threadIdx.x % 32, from = rows + lane / 4 * 128 + ((2 * (lane % 4) ^ lane / 4) << 4);
-  uint4 low[Rows / 8], high[Rows / 8];
-#pragma unroll
-  for (int i = 0; i < Rows / 8; ++i) {
-    low[i] = load_shared(from + i * 1024);
-    high[i] = load_shared((from ^ 16) + i * 1024);
-  }
-#pragma unroll
-  for (int i = 0; i < Rows / 8; ++i) {
-    store_shared(from + i * 1024, every_other(low[i], high[i], 0x6420));
-    store_shared((from ^ 16) + i * 1024, every_other(low[i], high[i], 0x7531));
-  }
 }
 
 // 16 bytes to the same place in a block of the cluster of at least two, counted by its barrier.
@@ -146,7 +118,7 @@ struct ScaleOf {
   __device__ __forceinline__ const void* word(int column) const { return scale + (byte(column) & ~3ll); }
   __device__ __forceinline__ Raw pick(unsigned word, int column) const {
     const unsigned at = static_cast<unsigned>(byte(column)) & 3;
-    return static_cast<Raw>(__byte_perm(word, 0, sizeof(Raw) == 1 ? 0x4440 | at : 0x4410 + at * 0x11));
+    return static_cast<Raw>(word >> at * 8);
   }
 };
 
@@ -247,7 +219,11 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
       unsigned phase = 0;
       for (int step = first_step; step < last_step; ++step) {
         wait(x_full + 8 * at, phase);
-        order_columns<TileM>(shared_address(x_tiles + at * L::kXBytes));
+        const unsigned tile = shared_address(x_tiles + at * L::kXBytes);
+        if (w.M - row <= 8)  // the others are zeros
+          order_columns<sizeof(Element), 8, TileM>(tile);
+        else
+          order_columns<sizeof(Element), TileM, TileM>(tile);
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncwarp();
         if (lane == 0) arrive(ordered + 8 * at);
@@ -356,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
         const unsigned from = words + stage * L::kWBytes;
         if constexpr (L::kOrdered) {  // the tth of every 32 columns
 #pragma unroll
-          for (int i = 0; i < kRegisters / 2; ++i)
+          for (int i = 0; i < kPiece / 16; ++i)
             held[piece][i] = load_word((from ^ (piece * 32 + i / 2 * 16)) + i % 2 * 512);
         } else if constexpr (Op::kScaled) {  // the (t / 2)th of every 16
 #pragma unroll
@@ -369,9 +345,12 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
         if (piece * kPiece == w4::kChunk && second)
           factor[0][0] = factor_at(0, step, 1), factor[0][1] = factor_at(1, step, 1);
         if constexpr (L::kOrdered) {
-#pragma unroll
-          for (int i = 0; i < kRegisters; ++i)
-            to[i] = Op::scaled(held[piece][i / 4 * 2 + i % 2] >> i / 2 % 2 * 4, factor[0][i % 2]);
+          constexpr int kOf = kRegisters * 32 / kPiece;  // registers of 32 columns, which are made of two words
+          for_each(make_int_sequence<kRegisters>{}, [&](auto i) {
+            constexpr int at = decltype(i)::value;
+            const unsigned word = held[piece][at / kOf * 2 + at % 2];
+            to[at] = Op::template in_order<at % kOf / 2>(word, factor[0][at % 2], w.constant);
+          });
         } else if constexpr (Op::kScaled) {
 #pragma unroll
           for (int i = 0; i < kRegisters; ++i) to[i] = Op::four(held[piece][i], select, factor[0][i % 2]);
@@ -384,7 +363,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
               uint4 v = load_shared(((words + stage * L::kWBytes) ^ (piece * kPiece / 2 + i * 16)) + h * 512);
               word[h][4 * i] = v.x, word[h][4 * i + 1] = v.y, word[h][4 * i + 2] = v.z, word[h][4 * i + 3] = v.w;
             }
-          Op::template fill<1>(to, word, factor, select);
+          Op::template fill<1>(to, word, factor, select, w.constant);
         }
       };
       if (kPieces == 2) fetch(0), fetch(1);
@@ -520,7 +499,8 @@ struct Launch {
                   Packed ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B))
       return cudaErrorInvalidValue;
     const Weights w{Op::kScaled ? a.w_multiplier : a.w_scale, a.M, a.O, a.K, Packed ? a.K / a.S : 1,
-                    Packed ? static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S) : 0u};
+                    Packed ? static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S) : 0u,
+                    L::kOrdered ? Op::kInOrder : Op::kNatural};
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attributes[2] = {};
     configure(config, attributes, dim3(plan.splits, (a.M + TileM - 1) / TileM, (a.O + kTileO - 1) / kTileO),

@@ -2,7 +2,8 @@
 //
 // A lane's piece of the operand is natural in K. Lane 4 g + t of a warp holds channels g and g + 8, and of every eight
 // columns 2 t and 2 t + 1 (16 bit), which is byte t of a word; of every sixteen 4 t to 4 t + 3 (int8), which is half t
-// of two words. So four lanes read the same words, and a byte permutation that depends on t picks from them.
+// of two words. So four lanes read the same words, and a byte permutation that depends on t picks from them. Where x is
+// put in the order of the codes instead (in_order), a lane has whole words: of every 32 columns 8 t to 8 t + 7.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,6 +23,7 @@ struct Weights {
   const void* scale;  // fp16 or, for int8 x, int8 multipliers
   int M, O, K, groups;
   unsigned inverse;  // 2^32 / S rounded up: k / S is the upper half of k * inverse, for K S below 2^32
+  unsigned constant;  // Operand::kInOrder or kNatural: known to the compiler, it would take an instruction at each use
 };
 
 // How each type of x has its weights made. Raw: a scale as stored. Factor: it, ready for use. kBox: columns of x that
@@ -40,10 +42,12 @@ struct HalfOperand {
 
   template <int Parts, int Words, class Factor>
   __device__ __forceinline__ static void fill(unsigned* a, const unsigned (&word)[2][Words],
-                                              const Factor (&factor)[Parts][2], unsigned select) {
+                                              const Factor (&factor)[Parts][2], unsigned select,
+                                              unsigned constant = Derived::kNatural) {
 #pragma unroll
     for (int i = 0; i < 2 * Words; ++i)  // of every 16 columns: channel g, g + 8, then the same eight columns on
-      a[i] = Derived::pair(word[i % 2][i / 4 * 2 + i % 4 / 2], select, factor[i * Parts / (2 * Words)][i % 2]);
+      a[i] = Derived::pair(word[i % 2][i / 4 * 2 + i % 4 / 2], select, factor[i * Parts / (2 * Words)][i % 2],
+                           constant);
   }
 };
 
@@ -52,11 +56,22 @@ struct Operand<half_t> : HalfOperand<Operand<half_t>, unsigned short> {
   using Factor = __half2;
   static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   __device__ __forceinline__ static Factor factor(Raw raw) { return __half2half2(__ushort_as_half(raw)); }
+  static constexpr unsigned kInOrder = 0x64006400u, kNatural = 0x2c003c00u;  // 1024 twice; 1/16 and 1
+  // Codes I and I + 4 of a word: 1024 + n or 1024 + 16 n made n - 8 exactly, then one rounding.
+  template <int I>
+  __device__ __forceinline__ static unsigned in_order(unsigned word, Factor scale, unsigned constant) {
+    unsigned biased = ((word >> I / 2 * 8) & (I % 2 ? 0x00f000f0u : 0x000f000fu)) | constant;
+    __half2 code = reinterpret_cast<__half2&>(biased);
+    code = I % 2 ? __hfma2(code, __float2half2_rn(0.0625f), __float2half2_rn(-72.f))
+                 : __hadd2(code, __float2half2_rn(-1032.f));
+    code = __hmul2(code, scale);
+    return reinterpret_cast<unsigned&>(code);
+  }
   // 1024 + n in the low half, 1024 + 16 n in the high, made n - 8 exactly by one fma, then one rounding
-  __device__ __forceinline__ static unsigned pair(unsigned word, unsigned select, Factor scale) {
-    const unsigned kFactor = 0x2c003c00u, kOffset = 0xd480e408u;  // (1/16, 1), (-72, -1032)
+  __device__ __forceinline__ static unsigned pair(unsigned word, unsigned select, Factor scale, unsigned constant) {
+    const unsigned kOffset = 0xd480e408u;  // (-72, -1032)
     unsigned biased = __byte_perm(word, 0x64646464u, select) & 0xfff0ff0fu;
-    __half2 code = __hfma2(reinterpret_cast<__half2&>(biased), reinterpret_cast<const __half2&>(kFactor),
+    __half2 code = __hfma2(reinterpret_cast<__half2&>(biased), reinterpret_cast<const __half2&>(constant),
                            reinterpret_cast<const __half2&>(kOffset));
     code = __hmul2(code, scale);
     return reinterpret_cast<unsigned&>(code);
@@ -76,9 +91,18 @@ struct Operand<bfloat16_t> : HalfOperand<Operand<bfloat16_t>, unsigned short> {
     return {__bfloat162bfloat162(high), __float2bfloat162_rn(scale - __bfloat162float(high))};
   }
   __device__ static unsigned selector(int t) { return 0x0400 + 0x0101 * t; }  // byte t of a word and of it >> 4
-  __device__ __forceinline__ static unsigned pair(unsigned word, unsigned select, Factor scale) {
+  static constexpr unsigned kInOrder = 0x43004300u, kNatural = kInOrder;  // 128 twice
+  template <int I>  // codes I and I + 4 of a word
+  __device__ __forceinline__ static unsigned in_order(unsigned word, Factor scale, unsigned constant) {
+    return scaled(word >> 4 * I, scale, constant);
+  }
+  __device__ __forceinline__ static unsigned pair(unsigned word, unsigned select, Factor scale, unsigned constant) {
+    return scaled(__byte_perm(word, word >> 4, select), scale, constant);
+  }
+  // The lowest four bits of each half.
+  __device__ __forceinline__ static unsigned scaled(unsigned codes, Factor scale, unsigned constant) {
     const unsigned kOffset = 0xc308c308u, kOne = 0x3f803f80u;  // -136, 1
-    unsigned biased = (__byte_perm(word, word >> 4, select) & 0x000f000fu) | 0x43004300u;  // 128 + n
+    unsigned biased = (codes & 0x000f000fu) | constant;  // 128 + n
     __nv_bfloat162 code = __hfma2(reinterpret_cast<__nv_bfloat162&>(biased),
                                   reinterpret_cast<const __nv_bfloat162&>(kOne),
                                   reinterpret_cast<const __nv_bfloat162&>(kOffset));
@@ -108,9 +132,10 @@ struct Operand<int8_t> {
     return (codes * f.multiplier + f.offset) ^ 0x80808080u;
   }
 
-  // Every other code of a word, from the first on.
-  __device__ __forceinline__ static unsigned scaled(unsigned word, const Factor& f) {
-    return ((word & 0x0f0f0f0fu) * f.multiplier + f.offset) ^ 0x80808080u;
+  static constexpr unsigned kInOrder = 0, kNatural = 0;
+  template <int I>  // every other code of a word, from code I on
+  __device__ __forceinline__ static unsigned in_order(unsigned word, const Factor& f, unsigned) {
+    return ((word >> 4 * I & 0x0f0f0f0fu) * f.multiplier + f.offset) ^ 0x80808080u;
   }
 
   template <int Parts>

@@ -326,14 +326,14 @@ cudaError_t launch_share(const QuambaDecode& q, int sms, void* stream) {
   const int group_pieces = (q.H / q.G * q.P - 1) / kPiece + 1;
   const auto each = [&](int waves) { return (q.batch * q.G * group_pieces - 1) / (slots * waves) + 1; };
   const int share = std::min(each((each(1) - 1) / kShare + 1), group_pieces), parts = (group_pieces - 1) / share + 1;
-  // at a pace at which all states would come in so many cycles (less is better beside int4 weights, more beside int8
-  // ones), up to two fifths of L2
+  // at a pace at which all states would come in so many cycles, fewer the more there are; up to two fifths of L2
   int l2 = 0;
   const cudaError_t error = device_attribute(cudaDevAttrL2CacheSize, l2);
   if (error != cudaSuccess) return error;
-  constexpr int kAll = 180000, kFastest = 5 * N / 2;
-  const int asks = l2 / 5 * 2 / (kAskers * kTile * N), tiles = q.batch * q.H * q.P / kTile;
-  const StreamParams params{q, share, asks, std::max(kFastest, kAll / ((tiles - 1) / kAskers + 1))};
+  constexpr int kTileBytes = kTile * N, kFastest = 5 * N / 2;
+  const int tiles = q.batch * q.H * q.P / kTile, asks = l2 / 5 * 2 / (kAskers * kTileBytes);
+  const int all = std::max(140000, 260000 - static_cast<int>(static_cast<long long>(tiles) * kTileBytes / 1024));
+  const StreamParams params{q, share, asks, std::max(kFastest, all / ((tiles - 1) / kAskers + 1))};
   return launch(ssd_stream<N, Codes, Noisy>, params, dim3(parts, q.G, q.batch), kStreamThreads,
                 kOthers + share * kRows, stream);
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -47,7 +49,7 @@ class Captured(Generic[Result]):
                 return self.run()
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
-            with torch.cuda.graph(graph):
+            with _uncollected(), torch.cuda.graph(graph):
                 self._result = self.run()
             self._graph = graph
         self._graph.replay()
@@ -57,6 +59,18 @@ class Captured(Generic[Result]):
     def replays(self) -> bool:
         """Whether the next call is a replay."""
         return self.capture and self._graph is not None
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Inside, no garbage is collected: with an older graph in it, the recording of a new one would fail."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def returned_cache(output: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from quamba.modules.likeliest import likeliest
 from quamba_kernels.ops.state import dither
 
 
@@ -39,20 +40,6 @@ class Sampler:
         kept = (total - share < self.top_p).sum(-1, keepdim=True)
         mass = total.gather(1, kept - 1)
         return order.gather(1, _invert(total, uniform * mass)).squeeze(1)
-
-
-def likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """Index int64 [B] of the largest of logits [B, V]; of several that are equal, the first.
-
-    In two steps where V has a divisor for them: a GPU takes one block for a row otherwise.
-    """
-    vocab = logits.shape[-1]
-    parts = next((n for n in range(512, 31, -1) if vocab % n == 0), 1)
-    if parts == 1:
-        return logits.argmax(-1)
-    largest, index = logits.unflatten(-1, (parts, -1)).max(-1)
-    part = largest.argmax(-1, keepdim=True)
-    return (part * (vocab // parts) + index.gather(-1, part)).squeeze(-1)
 
 
 def _invert(total: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from quamba_kernels import OPS
 from quamba_kernels.cuda import build as building
 from quamba_kernels.cuda import library as loading
-from quamba_kernels.cuda import linear, stream
+from quamba_kernels.cuda import linear
 from quamba_kernels.cuda.library import Library
 from quamba_kernels.cuda.toolchain import CannotBuild
 from quamba_kernels.testing import TOLERANCE, Case, cases, disagreement
@@ -19,7 +19,7 @@ from quamba_kernels.testing import TOLERANCE, Case, cases, disagreement
 KERNELS = r"""
 #include <stdint.h>
 #include <string.h>
-#include "linear_stream.h"
+#include "linear.h"
 #define TEXT(t) #t
 #define EXPANDED(m) TEXT(m)
 const char* quamba_identity(void) { return EXPANDED(QUAMBA_IDENTITY); }
@@ -69,12 +69,6 @@ LINEAR(quamba_linear_w4a8_skinny, 1)
 LINEAR(quamba_linear_w4a16_skinny, 1)
 LINEAR(quamba_linear_w4a8_gemm, 1)
 LINEAR(quamba_linear_w4a16_gemm, 1)
-#define STREAM(name, packed) \
-  int name(const QuambaStream* a, void* s) { \
-    last = #name; \
-    return a->prologue ? QUAMBA_UNSUPPORTED : run(&a->linear, packed); \
-  }
-STREAM(quamba_linear_w4a8_stream, 1)
 LINEAR(quamba_linear_w8a8_few, 0)
 LINEAR(quamba_linear_w4a8_few, 1)
 LINEAR(quamba_linear_w4a16_few, 1)
@@ -108,8 +102,7 @@ def kernels(fake_nvcc, monkeypatch: pytest.MonkeyPatch):
     """arch -> the library of the kernels above, which the ops then use for tensors on the CPU."""
     csrc = fake_nvcc / "csrc"
     csrc.mkdir()
-    for header in ("linear.h", "linear_stream.h"):
-        shutil.copy(building.CSRC / header, csrc)
+    shutil.copy(building.CSRC / "linear.h", csrc)
     others = [name for name in (*building.KERNELS, *building.HOPPER) if name not in KERNELS]
     stubs = [f"int {name}(const void* a, void* s) {{ return QUAMBA_UNSUPPORTED; }}" for name in others]
     (csrc / "kernels.cu").write_text("\n".join([KERNELS, *stubs]))
@@ -159,7 +152,6 @@ def test_arguments_reach_the_kernels(
     for constant in ("W8A8_SKINNY_ROWS", "W4A8_SKINNY_ROWS", "W4A16_SKINNY_ROWS"):
         monkeypatch.setattr(linear, constant, rows)
     monkeypatch.setattr(linear, "W4A8_GEMM_O", 0)
-    monkeypatch.setattr(stream, "ROWS", 0)
     monkeypatch.setattr(linear, "FEW_TILES", dict.fromkeys(linear.FEW_TILES, {}))
     assert served(name)
     for case in served(name):
@@ -169,24 +161,10 @@ def test_arguments_reach_the_kernels(
         assert last(library) == (f"quamba_{name}_skinny" if rows else gemm)
 
 
-def test_few_tokens_stream_on_hopper(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "linear_w4a8"
-    monkeypatch.setattr(linear, "STREAM_ROWS", stream.ROWS)
-    library = kernels("sm_90a")
-    chosen = []
-    for case in served(name):
-        want = OPS[name].reference(*case.args, **case.kwargs)
-        assert disagreement([call(name, case)], [want], TOLERANCE[name][case.dtype]) is None, case.label
-        chosen.append((case.args[0].numel() // case.args[0].shape[-1], last(library).endswith("_stream")))
-    assert any(streams for _, streams in chosen)
-    assert all(rows <= stream.ROWS for rows, streams in chosen if streams)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_hopper_splits_the_columns_of_few_rows(kernels, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For groups that it takes and as many rows as it is for; another architecture never asks for it."""
     few = f"quamba_{name}_few"
-    monkeypatch.setattr(stream, "ROWS", 0)
     for case in served(name):
         library = kernels("sm_90a")
         want = OPS[name].reference(*case.args, **case.kwargs)
@@ -220,7 +198,6 @@ def test_a_norm_holds_back_what_only_waits_for_it(
     library = kernels("sm_90a")
     monkeypatch.setattr(linear, "rms_norm", norm)
     monkeypatch.setattr(linear, "FEW_TILES", dict.fromkeys(linear.FEW_TILES, {}))
-    monkeypatch.setattr(linear, "STREAM_ROWS", 0)
     for constant in ("W8A8_SKINNY_ROWS", "W4A8_SKINNY_ROWS", "W4A16_SKINNY_ROWS"):
         monkeypatch.setattr(linear, constant, most)
     for case in served(name):

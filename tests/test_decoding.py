@@ -1,5 +1,7 @@
 """Decoding: what is captured equals what is not, token for token; sampling; the end of a text."""
 
+import gc
+
 import pytest
 import torch
 from transformers import AutoConfig
@@ -13,11 +15,12 @@ from quamba.decoding import Captured, Continuation, Decoder
 from quamba.errors import UserError
 from quamba.generation import Generator
 from quamba.models import ARCHITECTURES, describe
+from quamba.modules.likeliest import likeliest
 from quamba.modules.mixer import Mixer
 from quamba.modules.norm import LastNorm
 from quamba.modules.state import Deferred, RecurrentState
 from quamba.recipe import load_recipe
-from quamba.sampling import Sampler, likeliest
+from quamba.sampling import Sampler
 from quamba_kernels import Backend, ops
 
 
@@ -234,3 +237,24 @@ def test_the_likeliest_token_is_the_first_of_the_largest_logits(vocab: int) -> N
     logits[2, -1] = 100.0
     first = [int((row == row.max()).nonzero()[0]) for row in logits]
     assert likeliest(logits).tolist() == first
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU records graphs")
+def test_a_graph_is_recorded_while_an_older_one_is_garbage() -> None:
+    x = torch.ones(8, device="cuda")
+
+    def run() -> torch.Tensor:
+        gc.set_threshold(1, 1, 1)
+        kept = [[i] for i in range(1000)]  # collections, unless something prevents them
+        return x + len(kept)
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(0)
+    try:
+        older = Captured(lambda: x + 1, capture=True, eager=0)
+        older()
+        older.run = older.__call__  # a cycle, which only a collection frees
+        del older
+        assert Captured(run, capture=True, eager=0)().tolist() == [1001.0] * 8
+    finally:
+        gc.set_threshold(*threshold)

@@ -199,3 +199,10 @@ def test_convolution_and_selective_scan_at_many_lengths(tokens: int, batch: int)
 def test_rotations_of_models(channels: int) -> None:
     for groups in (0, 1, 8):
         agree("gate_output", gate(2, channels, channels, groups))
+
+
+def test_the_likeliest_of_rows_with_numbers_that_are_none() -> None:
+    inf, nan = float("inf"), float("nan")
+    logits = torch.tensor([[-inf, -inf, -inf], [-inf, -3.0, -2.0], [1.0, nan, nan], [inf, 5.0, inf], [-nan, inf, 0.0]])
+    (mine,) = (b for b in OPS["likeliest"].backends if b.name == "triton")
+    assert mine(logits.to(DEVICE)).tolist() == logits.argmax(-1).tolist() == [0, 2, 1, 0, 0]

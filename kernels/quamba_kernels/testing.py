@@ -26,6 +26,7 @@ TOLERANCE: dict[str, dict[torch.dtype, float]] = {
     "quantize_state": {F32: 0.0, BF16: 0.0},
     "quantize_states": {F32: 0.0, BF16: 0.0},
     "embedding": {F32: 0.0, BF16: 0.0},  # one product and one rounding
+    "likeliest": {F32: 0.0, F16: 0.0, BF16: 0.0},  # indices
     "rms_norm": {F32: 1e-6, BF16: 2e-3},
     "gate_output": {F32: 2e-6, BF16: 2e-3},
     "rotate_input": {F32: 2e-6, BF16: 2e-3},
@@ -226,6 +227,15 @@ def _embedding(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[
     for shape in ((1,), (2, 3), (3, 63)):
         ids = torch.randint(0, 96, shape, generator=rng)
         yield Case(f"{shape} {dtype}", (ids, _codes(rng, 96, 40), _scale(rng, 96)), {"out_dtype": dtype}, dtype=dtype)
+
+
+@_for("likeliest")
+def _likeliest(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[Case]:
+    for shape in ((1, 96), (3, 503), (2, 2, 20011)):
+        logits = _normal(rng, *shape, dtype=dtype).mul_(8).round_()  # so that many are the largest
+        yield Case(f"{shape} {dtype}", (logits,), dtype=dtype)
+    for row in ([0.0, -0.0, -1.0], [-0.0, 0.0, 0.0]):
+        yield Case(f"{row} {dtype}", (torch.tensor([row], dtype=dtype),), dtype=dtype)
 
 
 @_for("rms_norm")

@@ -132,7 +132,8 @@ def swap(model: Any, recipe: Recipe, dtype: torch.dtype, device: torch.device | 
     folded = folds(recipe, spec.final_norm_kind)
     if folded or not spec.hosted:
         put(model, spec.final_norm, LastNorm(spec.d_model, spec.eps, folded=folded, **made))
-    head = Linear(spec.d_model, spec.vocab, bias=False, spec=recipe.linear("lm_head"), **made)
+    out = torch.float32 if spec.logits_fp32 else None  # straight from the sums
+    head = Linear(spec.d_model, spec.vocab, bias=False, spec=recipe.linear("lm_head"), out_dtype=out, **made)
     put(model, spec.head, head)
     for module in model.modules():
         if isinstance(module, (LowBit, RecurrentBlock)):

@@ -21,7 +21,7 @@ def describe(config: Any) -> ModelSpec:
     )
     return ModelSpec(
         config.hidden_size, config.vocab_size, config.layer_norm_epsilon, "backbone.embeddings", blocks,
-        "backbone.norm_f", "lm_head", config.residual_in_fp32,
+        "backbone.norm_f", "lm_head", config.residual_in_fp32, logits_fp32=True,
     )  # fmt: skip
 
 

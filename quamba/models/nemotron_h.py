@@ -59,7 +59,7 @@ def describe(config: Any) -> ModelSpec:
     )
     return ModelSpec(
         config.hidden_size, config.vocab_size, config.layer_norm_epsilon, "model.embeddings", blocks, "model.norm_f",
-        "lm_head", residual_fp32=False,
+        "lm_head", residual_fp32=False, logits_fp32=True,
     )  # fmt: skip
 
 

@@ -240,7 +240,8 @@ class ModelSpec:
     returns: length of the tuple that a hosted layer returns, its hidden states first; 0 for the bare tensor.
     passes_embedding: hosted layers take what left the embedding as their first argument beside the hidden states.
     carry: the keyword by which hosted layers are passed a dict of tensors [B, ...] that each may add to for later ones.
-    params: tensors that belong neither to a block nor to one of the ends, left as they are.
+    params: tensors that belong neither to a block nor to one of the ends, left as they are. logits_fp32: transformers'
+    code takes what the head returns to fp32.
     """
 
     d_model: int
@@ -258,6 +259,7 @@ class ModelSpec:
     final_norm_bias: bool = True
     carry: str | None = None
     params: tuple[str, ...] = ()
+    logits_fp32: bool = False
 
     @property
     def hosted(self) -> bool:

@@ -71,7 +71,7 @@ def describe(config: Any) -> ModelSpec:
     blocks = tuple(BlockSpec(f"backbone.blocks.{i}", sublayers, hosted=True) for i in range(config.num_hidden_layers))
     return ModelSpec(
         config.hidden_size, config.vocab_size, config.norm_eps, "backbone.embeddings", blocks, "backbone.out_norm",
-        "lm_head", residual_fp32=False, returns=2,
+        "lm_head", residual_fp32=False, returns=2, logits_fp32=True,
     )  # fmt: skip
 
 

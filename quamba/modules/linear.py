@@ -21,7 +21,7 @@ SLAB = 2**21
 
 class Linear(LowBit):
     """y = x W^T + bias; the format owns the stored tensors. K in features, O out features. block: size of the Hadamard
-    blocks in which a float input is rotated, 0 for none.
+    blocks in which a float input is rotated, 0 for none. out_dtype: of y, None for the activations'.
 
     While quantising, ``hold`` keeps the float weight until ``quantise``, and ``capture`` is called with the input.
     """
@@ -38,11 +38,12 @@ class Linear(LowBit):
         bias: bool,
         spec: LinearSpec,
         block: int = 0,
+        out_dtype: torch.dtype | None = None,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(dtype)
-        self.features, self.outputs, self.spec = features, outputs, spec
+        self.features, self.outputs, self.spec, self.out_dtype = features, outputs, spec, out_dtype
         self.format = formats.get(spec.format)
         self.capture: Callable[[Activation], None] | None = None
         self.held: torch.Tensor | None = None
@@ -73,13 +74,13 @@ class Linear(LowBit):
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """x [..., K] floats, codes with their scale, or floats before their norm -> [..., O] in ``out_dtype`` (default:
-        the activations')."""
+        the linear's own)."""
+        out_dtype = out_dtype or self.out_dtype or self.dtype
         if isinstance(x, Pending):
-            return self._normalised(x, residual, out_dtype or self.dtype)
+            return self._normalised(x, residual, out_dtype)
         seen: Activation = x if isinstance(x, Activation) else self.input(x)
         if self.capture is not None:
             self.capture(seen)
-        out_dtype = out_dtype or self.dtype
         if self.held is not None:
             y = F.linear(dequantize(*seen), self.held, self.bias)
             return (y if residual is None else y + residual).to(out_dtype)

@@ -156,7 +156,7 @@ def norm_linear(
     x, norm_weight, eps, weights, bias=None, residual=None, *, linear, in_scale=None, per_token=False,
     in_dtype=torch.float32, out_dtype=torch.float32,
 ):  # fmt: skip
-    """A token or two: every block of the linear makes its input, so that no kernel stands between; else two kernels."""
+    """Two kernels, the second of which starts while the first runs."""
     w, multiplier, scale = weights if len(weights) == 3 else (weights[0], None, weights[1])
     return torch.ops.quamba.norm_linear.default(
         x, norm_weight, eps, w, multiplier, scale, bias, residual, in_scale, per_token, in_dtype, out_dtype

@@ -88,6 +88,14 @@ def embedding(ids, weight, scale, *, out_dtype=torch.float32):
     return rows(ids, weight, scale, out_dtype)
 
 
+@ops.likeliest.backend("triton", why_not=_why_not, rank=20)
+def likeliest(logits):
+    """One launch, a program a row."""
+    from quamba_kernels.triton import sampling
+
+    return sampling.likeliest(logits)
+
+
 @ops.quantize.backend("triton", why_not=_why_not, rank=20)
 def quantize(x, scale=None):
     """One launch, each row read once."""

@@ -39,11 +39,10 @@ KERNELS = (
 )  # fmt: skip
 HOPPER = (
     "quamba_linear_w4a8_gemm", "quamba_linear_w4a16_gemm", "quamba_linear_w8a8_few", "quamba_linear_w4a8_few",
-    "quamba_linear_w4a16_few", "quamba_linear_w4a8_stream", "quamba_ssd_stack_w8a8",
-    "quamba_ssd_stack_w4a8", "quamba_ssd_stack_w4a16", "quamba_ssd_stack_w8a8_serves", "quamba_ssd_stack_w4a8_serves",
-    "quamba_ssd_stack_w4a16_serves", "quamba_selective_stack_w8a8", "quamba_selective_stack_w4a8",
-    "quamba_selective_stack_w4a16", "quamba_selective_stack_w8a8_serves", "quamba_selective_stack_w4a8_serves",
-    "quamba_selective_stack_w4a16_serves",
+    "quamba_linear_w4a16_few", "quamba_ssd_stack_w8a8", "quamba_ssd_stack_w4a8", "quamba_ssd_stack_w4a16",
+    "quamba_ssd_stack_w8a8_serves", "quamba_ssd_stack_w4a8_serves", "quamba_ssd_stack_w4a16_serves",
+    "quamba_selective_stack_w8a8", "quamba_selective_stack_w4a8", "quamba_selective_stack_w4a16",
+    "quamba_selective_stack_w8a8_serves", "quamba_selective_stack_w4a8_serves", "quamba_selective_stack_w4a16_serves",
 )  # fmt: skip
 
 Progress = Callable[[str, int, int], None]

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quamba_kernels.cuda import stream
 from quamba_kernels.cuda.library import DTYPES, QuambaLinear, library
 from quamba_kernels.cuda.rowwise import rms_norm
-from quamba_kernels.cuda.stream import QuambaStream
 from quamba_kernels.ops.linear import NIBBLES, finish
 
 W8A8_GEMM = "quamba_linear_w8a8_gemm"
@@ -25,8 +23,6 @@ W4A16_SKINNY_ROWS = 48
 """Up to so many rows the bytes of the weights decide, which the skinny kernels read once and expand in registers."""
 WIDE, WIDE_SKINNY_ROWS = 8192, 16
 """From so many out features on, Hopper's GEMM over int4 weights fills the GPU and wins beyond so many rows."""
-STREAM_ROWS = 1
-"""Up to so many rows a kernel of its own is the fastest for W4A8 within a model, where it serves the problem."""
 FEW_GROUPS = (64, 128)
 FEW_TILES = {
     "w8a8": {32: 10**6, 64: 160, 128: 290, 192: 96, 256: 32, 512: 16},
@@ -78,11 +74,26 @@ def check(
     return tensor.data_ptr()
 
 
-class Problem:
-    """One call of a linear: its checked arguments as the struct that the kernels take.
+def on_hopper(device: torch.device) -> bool:
+    """Whether the object for this device has the GEMMs over int4 weights, and the kernels that split K."""
+    return library(device.index).arch == "sm_90a"
 
-    raw: x is the floats of which a kernel makes the linear's input itself.
-    """
+
+def few_tiles(kind: str, rows: int, out_features: int) -> bool:
+    """Whether the kernel that splits K is Hopper's fastest."""
+    tiles = -(-rows // 64) * -(-out_features // 128)
+    return tiles <= next((most for limit, most in FEW_TILES[kind].items() if limit >= rows), 0)
+
+
+def w8a8_kernel(rows: int, out_features: int, device: torch.device) -> str:
+    """The fastest over int8 weights."""
+    if on_hopper(device) and few_tiles("w8a8", rows, out_features):
+        return "quamba_linear_w8a8_few"
+    return "quamba_linear_w8a8_skinny" if rows <= W8A8_SKINNY_ROWS else W8A8_GEMM
+
+
+class Problem:
+    """One call of a linear: its checked arguments as the struct that the kernels take."""
 
     def __init__(
         self,
@@ -95,7 +106,6 @@ class Problem:
         residual: Tensor | None,
         out_scale: Tensor | None,
         out_dtype: torch.dtype,
-        raw: bool = False,
     ) -> None:
         K, O, device = x.shape[-1], w.shape[0], x.device
         M = x.numel() // max(K, 1)
@@ -119,7 +129,7 @@ class Problem:
 
         int8, fp32 = (torch.int8,), (torch.float32,)
         self.linear = a = QuambaLinear(M=M, O=O, K=K, S=S, y_dtype=DTYPES[self.dtype])
-        a.x = check("x", x, device, FLOATS if raw else int8 if integers else HALVES, x.shape)
+        a.x = check("x", x, device, int8 if integers else HALVES, x.shape)
         a.x_dtype = DTYPES[x.dtype]
         if x_scale is not None:
             if x_scale.device != device or x_scale.dtype != torch.float32 or x_scale.numel() not in (1, M):
@@ -149,22 +159,15 @@ class Problem:
 
     @property
     def hopper(self) -> bool:
-        """Whether the object for this device has the GEMMs over int4 weights."""
-        return library(self.device.index).arch == "sm_90a"
-
-    @property
-    def _other_groups(self) -> bool:
-        """Whether the kernel that splits K does not know the groups."""
-        return bool(self.int4 and self.linear.S not in FEW_GROUPS and self.linear.S % max(FEW_GROUPS))
+        return on_hopper(self.device)
 
     @property
     def splits(self) -> bool:
         """Whether Hopper's kernel that splits K over a cluster is the fastest."""
         a = self.linear
-        if self._other_groups or not self.hopper:
+        if not self.hopper or (self.int4 and a.S not in FEW_GROUPS and a.S % max(FEW_GROUPS)):
             return False
-        tiles = -(-a.M // 64) * -(-a.O // 128)
-        return tiles <= next((most for rows, most in FEW_TILES[self.kind].items() if rows >= a.M), 0)
+        return few_tiles(self.kind, a.M, a.O)
 
     def few_rows(self, limit: int) -> bool:
         """Whether int4 weights are better read by the skinny kernel; ``limit`` where no GEMM fits them better."""
@@ -173,33 +176,12 @@ class Problem:
         rows = self.linear.M
         return rows <= limit
 
-    @property
-    def streams(self) -> bool:
-        """Whether Hopper's kernel for the W4A8 linears of a decode step is the fastest."""
-        return (self.linear.M <= STREAM_ROWS or self._other_groups) and stream.serves(self.linear) and self.hopper
-
-    @property
-    def w8a8_kernel(self) -> str:
-        """The fastest over int8 weights."""
-        if self.splits:
-            return "quamba_linear_w8a8_few"
-        return "quamba_linear_w8a8_skinny" if self.linear.M <= W8A8_SKINNY_ROWS else W8A8_GEMM
-
-    @property
-    def waits(self) -> bool:
-        """Whether all there is to do waits for x, so that blocks that start early only take the room of those before:
-        the other kernels ask for weights meanwhile, or expand them."""
-        return self.kind == "w8a8" and self.w8a8_kernel == W8A8_GEMM
-
-    def run(self, kernel: str, whole: QuambaStream | None = None) -> Tensor:
-        """y, from a kernel that does the whole linear; ``whole``: the struct around the linear's that it takes."""
+    def run(self, kernel: str) -> Tensor:
+        """y, from a kernel that does the whole linear."""
         y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         if self.linear.M:
             self.linear.y = y.data_ptr()
-            if kernel.endswith("_stream"):
-                whole = whole or QuambaStream()
-                whole.linear = self.linear
-            self._call(kernel, whole or self.linear)
+            self._call(kernel, self.linear)
         return y
 
     def expand(self, kernel: str, dtype: torch.dtype) -> Tensor:
@@ -210,14 +192,14 @@ class Problem:
         self._call(kernel, a)
         return weight
 
-    def _call(self, kernel: str, linear: QuambaLinear | QuambaStream) -> None:
+    def _call(self, kernel: str, linear: QuambaLinear) -> None:
         with torch.cuda.device(self.device):
             library(self.device.index).call(kernel, linear, self.device)
 
 
 def linear_w8a8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
     p = Problem(x, x_scale, w, w_scale, None, *epilogue)
-    return p.run(p.w8a8_kernel)
+    return p.run(w8a8_kernel(p.linear.M, p.linear.O, p.device))
 
 
 def linear_w4a8(
@@ -226,8 +208,6 @@ def linear_w4a8(
     """Many rows: the weight is expanded to int8 once per call, and the rest is linear_w8a8; fewer, on sm_90a, kernels
     that unpack as they multiply."""
     p = Problem(x, x_scale, w, w_scale, w_multiplier, *epilogue)
-    if p.streams:
-        return p.run("quamba_linear_w4a8_stream")
     if p.splits:
         return p.run("quamba_linear_w4a8_few")
     if p.few_rows(W4A8_SKINNY_ROWS):
@@ -258,23 +238,17 @@ def norm_linear(
     bias: Tensor | None, residual: Tensor | None, in_scale: Tensor | None, per_token: bool, in_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """One kernel where the linear can make its own input, else the norm and the linear."""
-    p = Problem(x, None, w, w_scale, w_multiplier, bias, residual, None, out_dtype, raw=True)
-    if p.kind == "w4a8" and p.streams and stream.normalises(p.linear):
-        whole = QuambaStream(prologue=1, eps=eps)
-        if norm_weight is not None:
-            whole.norm_weight = check("norm_weight", norm_weight, p.device, FLOATS, (p.linear.K,))
-            whole.norm_weight_dtype = DTYPES[norm_weight.dtype]
-        if in_scale is not None and not per_token:
-            whole.in_scale = check("in_scale", in_scale, p.device, (torch.float32,), (1,))
-        return p.run("quamba_linear_w4a8_stream", whole)
-    u, scale = rms_norm(p.x, norm_weight, eps, in_scale, per_token, in_dtype, p.waits)
+    """The norm, and the linear, which has weights on their way while the norm runs, if it is not the int8 GEMM: all that
+    does waits for its input, so that its blocks, let go early, only took the room of the norm's."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    held = w.dtype == torch.int8 and w8a8_kernel(rows, w.shape[0], x.device) == W8A8_GEMM
+    u, scale = rms_norm(x, norm_weight, eps, in_scale, per_token, in_dtype, held)
     epilogue = bias, residual, None, out_dtype
-    if p.kind == "w4a16":
+    if w_multiplier is None and w.dtype != torch.int8:
         return linear_w4a16(u, w, w_scale, *epilogue)
     if not per_token:
         if in_scale is None:
-            raise ValueError(f"linear_{p.kind} takes codes: give in_scale or per_token")
+            raise ValueError("the linear takes codes: give in_scale or per_token")
         scale = in_scale
     if w_multiplier is None:
         return linear_w8a8(u, scale, w, w_scale, *epilogue)
