@@ -238,8 +238,8 @@ def norm_linear(
     bias: Tensor | None, residual: Tensor | None, in_scale: Tensor | None, per_token: bool, in_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The norm, and the linear, which has weights on their way while the norm runs. Not so the int8 GEMM: all that it does
-    waits for its input, and its blocks, let go early, would only take the room of the norm's."""
+    """The norm, and the linear, which has weights on their way while the norm runs. Not so the int8 GEMM: all that it
+    does waits for its input, and its blocks, let go early, would only take the room of the norm's."""
     rows = x.numel() // max(x.shape[-1], 1)
     held = w.dtype == torch.int8 and w8a8_kernel(rows, w.shape[0], x.device) == W8A8_GEMM
     u, scale = rms_norm(x, norm_weight, eps, in_scale, per_token, in_dtype, held)
