@@ -217,8 +217,8 @@ def _quantize_states(name: str, rng: torch.Generator, dtype: torch.dtype) -> Ite
         for alike in zip(*(_quantize_state(name, rng, dtype) for _ in range(layers)), strict=True):
             h, state, *rest = zip(*(case.args for case in alike), strict=True)
             scale, noise = rest or (None, None)
-            drawn = noise if noise is None or noise[0] is None else [n + i for i, n in enumerate(noise)]
-            args = (h, state, scale, None if noise is drawn else tuple(drawn))
+            drawn = None if noise is None or noise[0] is None else tuple(n + i for i, n in enumerate(noise))
+            args = (h, state, scale, drawn)
             yield Case(f"{layers} layers {alike[0].label}", args, dtype=dtype)
 
 

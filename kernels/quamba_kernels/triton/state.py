@@ -133,8 +133,7 @@ def quantize_states(
         in_place("the state", stored)
         in_place("the state's scale", scale[i])
         check_rng(None if rng is None else rng[i])
-    read = [packed(one) for one in h]
-    parts = (read, state, scale, scale if rng is None else rng)
+    parts = ([one.contiguous() for one in h], state, scale, scale if rng is None else rng)
     N, rows = h[0].shape[-1], scale[0].numel()
     BN = triton.next_power_of_2(N)
     BR = max(1, 2048 // BN)
