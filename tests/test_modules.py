@@ -7,10 +7,12 @@ import torch
 
 import quamba
 from architectures import OWN
+from quamba.models import describe
 from quamba.modules.block import RecurrentBlock
+from quamba.modules.embedding import Embedding
 from quamba.modules.lowbit import LowBit
 from quamba.modules.state import RecurrentState, reset
-from quamba.recipe import parse_recipe, stock_recipes
+from quamba.recipe import StorageSpec, parse_recipe, stock_recipes
 from quamba_kernels import OPS, Backend, ops
 from quamba_kernels.ops.state import load_state
 
@@ -227,3 +229,25 @@ def test_runs_with_one_seed_agree(name: str, stock) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
     assert all(s.rng is not None and s.rng[1] == 5 for s in states(out))
     assert len({int(s.rng[0]) for s in states(out)}) == len(states(out))  # layers draw apart
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_an_embedding_gives_the_residual_type_at_once(bits: int) -> None:
+    """Rows of int8 are not rounded to the activations' type in between, whatever that is changed to."""
+    table, ids = torch.randn(7, 32, generator=torch.Generator().manual_seed(1)), torch.tensor([[3, 0, 6]])
+    for out_dtype in (None, torch.float32):
+        module = Embedding(7, 32, StorageSpec(bits=bits), dtype=torch.float32, out_dtype=out_dtype)
+        module.fill(table)
+        whole = module(ids)
+        module.to(torch.bfloat16)
+        got = module(ids)
+        assert got.dtype == (out_dtype or torch.bfloat16)
+        assert torch.equal(got, whole) == (bits == 8 and out_dtype is not None)
+        assert torch.equal(got.to(torch.bfloat16), whole.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_an_embedding_is_of_the_type_that_the_first_block_adds_to(stock, name: str) -> None:
+    model = quamba.load(stock("w8a8", name), device="cpu", dtype=torch.bfloat16)[0]
+    embedded = model.get_submodule(describe(model.config).embedding)(IDS)
+    assert embedded.dtype == (torch.float32 if describe(model.config).residual_fp32 else torch.bfloat16)

@@ -120,7 +120,8 @@ def swap(model: Any, recipe: Recipe, dtype: torch.dtype, device: torch.device | 
     """Replace embedding, blocks, last norm and head of a transformers model by quamba's, with empty tensors."""
     spec = describe(model.config)
     made: dict[str, Any] = {"dtype": dtype, "device": device}
-    put(model, spec.embedding, Embedding(spec.vocab, spec.d_model, recipe.embedding, **made))
+    residual = torch.float32 if spec.residual_fp32 else None  # what the first block would turn it into
+    put(model, spec.embedding, Embedding(spec.vocab, spec.d_model, recipe.embedding, out_dtype=residual, **made))
     for layer, block in enumerate(spec.blocks):
         if block.hosted:
             fit(model.get_submodule(block.path), spec, block, recipe, layer, **made)

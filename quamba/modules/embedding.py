@@ -26,9 +26,10 @@ class Embedding(LowBit):
         *,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
+        out_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dtype)
-        self.spec = spec
+        self.spec, self.out_dtype = spec, out_dtype
         if spec.bits == 8:
             self.register_buffer("weight_packed", torch.zeros(vocab, size, dtype=torch.int8, device=device))
             self.register_buffer("weight_scale", torch.ones(vocab, dtype=torch.float32, device=device))
@@ -45,11 +46,12 @@ class Embedding(LowBit):
             self.weight[start : start + len(table)] = table
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids int [...] -> [..., D] in the activations' type."""
+        """ids int [...] -> [..., D] in ``out_dtype``, or else in the activations' type."""
         self.bind()
+        out_dtype = self.out_dtype or self.dtype
         if self.spec.bits == 8:
-            return self._embedding(ids, self.weight_packed, self.weight_scale, out_dtype=self.dtype)
-        return self.weight[ids]
+            return self._embedding(ids, self.weight_packed, self.weight_scale, out_dtype=out_dtype)
+        return self.weight[ids].to(out_dtype)
 
     def _bind(self) -> None:
         self._embedding = ops.embedding.bind(Setting(self._any_device().type, self.dtype))
