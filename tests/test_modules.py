@@ -9,6 +9,7 @@ import quamba
 from architectures import OWN
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.lowbit import LowBit
+from quamba.modules.selective import SelectiveMixer
 from quamba.modules.state import RecurrentState, reset
 from quamba.recipe import parse_recipe, stock_recipes
 from quamba_kernels import OPS, Backend, ops
@@ -227,3 +228,25 @@ def test_runs_with_one_seed_agree(name: str, stock) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
     assert all(s.rng is not None and s.rng[1] == 5 for s in states(out))
     assert len({int(s.rng[0]) for s in states(out)}) == len(states(out))  # layers draw apart
+
+
+@over_stock
+def test_a_fused_prompt_equals_the_chain_of_ops(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUAMBA_BACKEND", "torch")
+    chained, calls = run(model, IDS), []
+    again = run(model, IDS[:, :5], cache_params=chained.cache_params).logits
+    monkeypatch.delenv("QUAMBA_BACKEND")
+    for name, op in OPS.items():
+
+        def body(*args, op=op, **kwargs):
+            calls.append(op.name)
+            return op.reference(*args, **kwargs)
+
+        monkeypatch.setattr(op, "backends", [Backend("fused", body)] if name == "selective_prefill" else [])
+    for module in model.modules():
+        if isinstance(module, LowBit):
+            module.unbind()
+    fused = run(model, IDS)
+    assert torch.equal(fused.logits, chained.logits)
+    assert torch.equal(run(model, IDS[:, :5], cache_params=fused.cache_params).logits, again)
+    assert len(calls) == 2 * sum(isinstance(m, SelectiveMixer) and not m.norms for m in model.modules())
