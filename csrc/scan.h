@@ -25,8 +25,8 @@ enum { QUAMBA_SCAN_RANK = 160 };  // the most that these two take, in whole 32
 
 typedef struct {     // quamba_scan_codes
   const void* x;     // [B, T, rank + 2 N] contiguous, float
-  void* rank_codes;  // int8 [B, ceil(T / 16), rank / 32, 32, 16]: what a lane of mma_s8 takes of 16 tokens and 32 columns:
-                     // columns 8 (lane % 4) + 0..3 of tokens 2 (lane / 4) and the next, + 4..7 of both
+  void* rank_codes;  // int8 [B, ceil(T / 16), rank / 32, 32, 16]: what a lane of mma_s8 takes of 16 tokens and 32
+                     // columns: columns 8 (lane % 4) + 0..3 of tokens 2 (lane / 4) and the next, + 4..7 of both
   float* rank_scale;               // [B, ceil(T / 16), 16]
   void* columns;                   // int8 [B, T, 2 N], or null
   const float *b_scale, *c_scale;  // [1] beside columns

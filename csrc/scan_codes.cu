@@ -61,9 +61,10 @@ __global__ void __launch_bounds__(32 * kWarps) scan_codes(const __grid_constant_
 extern "C" int quamba_scan_codes(const QuambaScanCodes* args, void* stream) {
   const QuambaScanCodes& a = *args;
   auto octets_at = [](const void* data) { return reinterpret_cast<unsigned long long>(data) % 16 == 0; };
-  if (a.B < 1 || a.B > 65535 || a.T < 1 || a.T > 0x7fffffffLL || a.rank < 32 || a.rank % 32 || a.rank > QUAMBA_SCAN_RANK || a.N < kOctet ||
-      a.N % kOctet || a.rank + 2 * a.N > 32 * kOctet || !octets_at(a.x) || !octets_at(a.rank_codes) ||
-      !octets_at(a.rank_scale) || !octets_at(a.columns) || (a.columns && (!a.b_scale || !a.c_scale)))
+  if (a.B < 1 || a.B > 65535 || a.T < 1 || a.T > 0x7fffffffLL || a.rank < 32 || a.rank % 32 ||
+      a.rank > QUAMBA_SCAN_RANK || a.N < kOctet || a.N % kOctet || a.rank + 2 * a.N > 32 * kOctet || !octets_at(a.x) ||
+      !octets_at(a.rank_codes) || !octets_at(a.rank_scale) || !octets_at(a.columns) ||
+      (a.columns && (!a.b_scale || !a.c_scale)))
     return QUAMBA_UNSUPPORTED;
   const dim3 grid(static_cast<unsigned>((a.T - 1) / (2 * kWarps) + 1), a.B);
   switch (a.x_dtype) {

@@ -1,6 +1,6 @@
 // dt_proj of a prompt: y = x w^T of few columns, whose results are many times the bytes of x and w. So weights stay in
-// registers while tokens pass by, and nothing goes through shared memory: codes lie as operands (scan_codes.cu), and the
-// channels of a warp are dealt out to its tiles so that a lane ends up with eight neighbours.
+// registers while tokens pass by, and nothing goes through shared memory: codes lie as operands (scan_codes.cu), and
+// the channels of a warp are dealt out to its tiles so that a lane ends up with eight neighbours.
 #include <algorithm>
 
 #include "launch.cuh"

@@ -56,7 +56,8 @@ def _why_not_scan(setting: Setting) -> str | None:
 
 
 def _why_not_prefill(setting: Setting) -> str | None:
-    return _why_not(setting) or scan.prefill_why_not(setting.shape, setting.dtype)
+    reason = scan.prefill_why_not(setting.shape, setting.dtype)
+    return _why_not(setting) if setting.device != "cuda" else reason or _why_not(setting)
 
 
 def _why_not_ssd(setting: Setting) -> str | None:
