@@ -21,6 +21,30 @@ typedef struct {         // quamba_selective_scan
   int x_dtype, dt_dtype, b_dtype, c_dtype, D_dtype, dt_bias_dtype, y_dtype;
 } QuambaScan;
 
+enum { QUAMBA_SCAN_RANK = 160 };  // the most that these two take, in whole 32
+
+typedef struct {     // quamba_scan_codes
+  const void* x;     // [B, T, rank + 2 N] contiguous, float
+  void* rank_codes;  // int8 [B, ceil(T / 16), rank / 32, 32, 16]: what a lane of mma_s8 takes of 16 tokens and 32
+                     // columns: columns 8 (lane % 4) + 0..3 of tokens 2 (lane / 4) and the next, + 4..7 of both
+  float* rank_scale;               // [B, ceil(T / 16), 16]
+  void* columns;                   // int8 [B, T, 2 N], or null
+  const float *b_scale, *c_scale;  // [1] beside columns
+  long long T;
+  int B, rank, N, x_dtype;
+} QuambaScanCodes;
+
+typedef struct {           // quamba_scan_rates: dt_proj
+  const void* rank_codes;  // of quamba_scan_codes
+  const float* rank_scale;
+  const void* w;           // int8 [I, rank]
+  const float* w_scale;    // [I]
+  const void* bias;        // [I] float, or null
+  void* dt;                // [B, T, I] contiguous, fp16 or bf16
+  long long T;
+  int B, I, rank, bias_dtype, dt_dtype;
+} QuambaScanRates;
+
 typedef struct {         // quamba_ssd_scan, with quamba_ssd_scan_workspace
   const void *x, *dt;    // [B, T, H, P] int8, fp16 or bf16 in whole 16 bytes; [B, T, H] float; strides in elements below
   const void *b, *c;     // [B, T, G, N], as x

@@ -12,8 +12,12 @@ from quamba_kernels import OPS, Setting
 from quamba_kernels.cuda import arguments, conv, rowwise, scan, ssd, stack
 from quamba_kernels.cuda.build import CSRC
 
+BF16 = torch.bfloat16
+X, ONES = torch.randn(2, 3, 16), torch.ones(16)
+
 STRUCTS = [
-    rowwise.QuambaRows, rowwise.QuambaGate, conv.QuambaConv, scan.QuambaScan, ssd.QuambaSsdScan,
+    rowwise.QuambaRows, rowwise.QuambaGate, conv.QuambaConv, scan.QuambaScan, scan.QuambaScanCodes,
+    scan.QuambaScanRates, ssd.QuambaSsdScan,
     stack.QuambaStackLinear, stack.QuambaStackLayer, stack.QuambaStack,
 ]  # fmt: skip
 
@@ -91,6 +95,40 @@ def test_a_scan_without_tokens_still_returns_states(calls) -> None:
     assert y.shape == (1, 0, 8) and last.shape == (2, 8, 16) and a.last == last.data_ptr() and not a.state
 
 
+def prefill(x=None, projected=None, w=None, w_scale=None, bias=None, B_scale=None, C_scale=None, out_dtype=BF16, N=16):
+    """A call of the prefill with 16 channels, 32 rates and codes of B and C where these have scales."""
+    x = torch.ones(2, 19, 16, dtype=torch.int8) if x is None else x
+    projected = torch.ones(*x.shape[:2], 32 + 2 * N, dtype=BF16) if projected is None else projected
+    w = torch.ones(x.shape[2], 32, dtype=torch.int8) if w is None else w
+    w_scale, A = ONES if w_scale is None else w_scale, torch.ones(x.shape[2], N)
+    given = x, projected, w, w_scale, bias, A, torch.ones(x.shape[2]), None, torch.ones(1)
+    return scan.selective_prefill(*given, B_scale, C_scale, out_dtype)
+
+
+def test_a_prefill_is_three_kernels_that_hand_on(calls) -> None:
+    wide, one = torch.ones(2, 19, 80, dtype=BF16), torch.ones(1)
+    y, last = prefill(projected=wide[..., 8:72], bias=ONES, B_scale=one, C_scale=one.clone())
+    (first, codes), (second, rates), (third, a) = calls
+    assert (first, second, third) == ("quamba_scan_codes", "quamba_scan_rates", "quamba_selective_scan")
+    assert y.shape == (2, 19, 16) and y.dtype == BF16 and last.shape == (2, 16, 16)
+    assert (codes.T, codes.B, codes.rank, codes.N, codes.x_dtype) == (19, 2, 32, 16, 2)
+    assert codes.x != wide[..., 8:].data_ptr() and codes.columns and codes.b_scale == one.data_ptr() != codes.c_scale
+    assert (rates.T, rates.B, rates.I, rates.rank, rates.dt_dtype) == (19, 2, 16, 32, 2)
+    assert (rates.rank_codes, rates.rank_scale) == (codes.rank_codes, codes.rank_scale)
+    assert rates.bias == ONES.data_ptr()
+    assert a.dt == rates.dt and (a.b, a.c) == (codes.columns, codes.columns + 16) and (a.b_token, a.b_dtype) == (32, 3)
+
+
+def test_a_prefill_without_codes_of_columns_scans_them_where_they_lie(calls) -> None:
+    projected = torch.ones(2, 19, 64, dtype=BF16)
+    prefill(projected=projected)
+    (_, codes), (_, rates), (_, a) = calls
+    assert not codes.columns and not codes.b_scale and codes.x == projected.data_ptr() and not rates.bias
+    assert (a.b, a.c, a.b_token, a.b_dtype) == (projected.data_ptr() + 64, projected.data_ptr() + 96, 64, 2)
+    prefill(x=torch.ones(2, 0, 16, dtype=torch.int8))
+    assert [name for name, _ in calls[3:]] == ["quamba_selective_scan"]
+
+
 def ssd_scan(x=None, B=None, C=None, state=None, limit=(0.0, float("inf")), out_dtype=torch.bfloat16, **given):
     """A call of the SSD scan with 4 heads of 16 channels, 2 groups of 16 states."""
     x = torch.ones(2, 3, 4, 16, dtype=torch.int8) if x is None else x
@@ -122,7 +160,6 @@ def test_rows_that_an_ssd_scan_cannot_copy_by_16_bytes_are_copied(calls) -> None
     assert (b.x_batch, b.x_token, b.x_head) == (192, 64, 16) and b.T == 2
 
 
-X, ONES = torch.randn(2, 3, 16), torch.ones(16)
 REFUSED = {
     r"weight has to be \[16\], got \[8\]": lambda: rowwise.rms_norm(X, torch.ones(8), 1e-5, None, False, X.dtype),
     "x has to be torch.float32 or torch.float16 or torch.bfloat16, got torch.int8": lambda: rowwise.quantize(
@@ -161,6 +198,13 @@ REFUSED = {
     r"B has to be \[2, 3, 8\], got \[2, 3, 16\]": lambda: scan.selective_scan(
         X, X, torch.ones(16, 8), X, X, ONES, None, None, None, None, None, X.dtype, None
     ),
+    r"projected has to be \[2, 19, 64\], got \[2, 19, 72\]": lambda: prefill(projected=torch.ones(2, 19, 72)),
+    "takes activations of float16 or bfloat16, got float32": lambda: prefill(out_dtype=torch.float32),
+    "takes a multiple of 32 rates a token, up to 160, got 48": lambda: prefill(w=torch.ones(16, 48).char()),
+    "takes a multiple of 8 channels, got 12": lambda: prefill(x=torch.ones(2, 19, 12).char()),
+    "B_scale and C_scale come together": lambda: prefill(B_scale=torch.ones(1)),
+    r"w_scale has to be \[16\], got \[8\]": lambda: prefill(w_scale=torch.ones(8)),
+    "bias does not start at a multiple of 16 bytes": lambda: prefill(bias=torch.ones(17)[1:]),
 }
 
 
@@ -177,6 +221,7 @@ def test_shapes_that_no_kernel_serves_are_passed_over_in_a_sentence() -> None:
         ("gate_output", {"I": 10**6}, "holds a row in shared memory"),
         ("causal_conv1d", {"W": 8}, "width 2 to 4, got 8"),
         ("selective_scan", {"N": 64}, "8, 16, 32 states a channel, got 64"),
+        ("selective_prefill", {"N": 16, "R": 48, "I": 1536}, "multiple of 32 rates a token, up to 160, got 48"),
         ("ssd_scan", {"P": 24, "N": 64}, "heads of 16, 32, 64, 128 channels, got 24"),
         ("ssd_scan", {"P": 64, "N": 48}, "16, 32, 64, 128, 256 states a channel, got 48"),
     ):

@@ -11,6 +11,7 @@ from quamba.models import describe
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.embedding import Embedding
 from quamba.modules.lowbit import LowBit
+from quamba.modules.selective import SelectiveMixer
 from quamba.modules.state import RecurrentState, reset
 from quamba.recipe import StorageSpec, parse_recipe, stock_recipes
 from quamba_kernels import OPS, Backend, ops
@@ -251,3 +252,25 @@ def test_an_embedding_is_of_the_type_that_the_first_block_adds_to(stock, name: s
     model = quamba.load(stock("w8a8", name), device="cpu", dtype=torch.bfloat16)[0]
     embedded = model.get_submodule(describe(model.config).embedding)(IDS)
     assert embedded.dtype == (torch.float32 if describe(model.config).residual_fp32 else torch.bfloat16)
+
+
+@over_stock
+def test_a_fused_prompt_equals_the_chain_of_ops(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUAMBA_BACKEND", "torch")
+    chained, calls = run(model, IDS), []
+    again = run(model, IDS[:, :5], cache_params=chained.cache_params).logits
+    monkeypatch.delenv("QUAMBA_BACKEND")
+    for name, op in OPS.items():
+
+        def body(*args, op=op, **kwargs):
+            calls.append(op.name)
+            return op.reference(*args, **kwargs)
+
+        monkeypatch.setattr(op, "backends", [Backend("fused", body)] if name == "selective_prefill" else [])
+    for module in model.modules():
+        if isinstance(module, LowBit):
+            module.unbind()
+    fused = run(model, IDS)
+    assert torch.equal(fused.logits, chained.logits)
+    assert torch.equal(run(model, IDS[:, :5], cache_params=fused.cache_params).logits, again)
+    assert len(calls) == 2 * sum(isinstance(m, SelectiveMixer) and not m.norms for m in model.modules())

@@ -100,7 +100,7 @@ class Mixer(LowBit):
         self._conv_out_scale = torch.cat([p for p in parts if p is not None]) if fused else None
 
     def _fused(self, op: Op) -> Backend | None:
-        """The backend of an op that decodes a token of the whole mixer; None where only the torch body would.
+        """The backend of an op that stands for several of the mixer; None where only the torch body would.
 
         Then the mixer chains the ops that it has bound, as it does where a scale varies by token and so has no place
         in the op, and where a backend is forced that does not know the op.

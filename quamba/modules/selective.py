@@ -10,6 +10,7 @@ from quamba.errors import UserError
 from quamba.models.spec import MixerSpec
 from quamba.modules.mixer import Mixer
 from quamba.modules.norm import Norm, Pending
+from quamba.modules.state import RecurrentState
 from quamba.recipe import Recipe
 from quamba_kernels import Setting, ops
 from quamba_kernels.ops import Activation
@@ -67,14 +68,31 @@ class SelectiveMixer(Mixer):
         together = len(columns) == 2 and not self.norms
         self._column_scale = torch.cat([s.expand(self.mixer_spec.sizes["N"]) for s in columns]) if together else None
         self._quantize = ops.quantize.bind(setting)
+        self._prefill = self._fused(ops.selective_prefill) if self._has_prefill() else None
         self._decode = self._fused(ops.selective_decode) if self._has_decode() else None
         self._conv_decode = None if self._decode is None else ops.conv_decode.bind(setting)
 
     def _has_decode(self) -> bool:
         """Whether selective_decode can say what stands between this scan and out_proj: a gate, and B and C with a
         scale each."""
-        shared = all(scale is None or scale.numel() == 1 for name, scale in self._scales.items() if name != "x_scale")
-        return shared and not self.out.norm_groups and self.out.norm_weight is None
+        return self._has_shared_columns() and not self.out.norm_groups and self.out.norm_weight is None
+
+    def _has_shared_columns(self) -> bool:
+        """Whether B and C have a scale each, or none."""
+        return all(scale is None or scale.numel() == 1 for name, scale in self._scales.items() if name != "x_scale")
+
+    def _has_prefill(self) -> bool:
+        """Whether selective_prefill can say what stands between x_proj and the gate: nothing but codes, dt_proj with a
+        scale per token, and the scan."""
+        rates, together = self.linear("dt_proj"), (self._scales["B_scale"] is None) == (self._scales["C_scale"] is None)
+        dynamic = rates.format.int8_input and rates.format.op is ops.linear_w8a8 and rates.input.per_token
+        return dynamic and together and not self.norms and self._has_shared_columns()
+
+    def prefills(self, tokens: int) -> bool:
+        """Whether this call is a prompt, and nobody wants to see what lies in between."""
+        rates = self.linear("dt_proj")
+        sites = rates.input, self.sites["B"], self.sites["C"]
+        return tokens > 1 and rates.capture is None and rates.held is None and not any(site.watched for site in sites)
 
     def forward(
         self,
@@ -100,7 +118,17 @@ class SelectiveMixer(Mixer):
         else:
             x = self.quantise_part("x", self.convolve(x, state, attention_mask))
         x_in = Activation(x, self.sites["x"].shared_scale) if x.dtype == torch.int8 else x
-        rank, columns = self.x_proj(x_in).split([s["R"], 2 * s["N"]], -1)
+        projected = self.x_proj(x_in)
+        if self._prefill is not None and self.prefills(tokens):
+            rates, (A, D) = self.linear("dt_proj"), self._rates
+            rates.bind()
+            y, last = self._prefill(
+                x, projected, rates._weights, rates.bias, A, D, self.before(state), **self._scales,
+                out_dtype=self.dtype,
+            )  # fmt: skip
+            self.keep(last, state)
+            return self.leave(y, z, residual)
+        rank, columns = projected.split([s["R"], 2 * s["N"]], -1)
         B, C = columns.chunk(2, -1)
         if self.norms:
             rank, B, C = (self.norms[name](part) for name, part in (("dt", rank), ("B", B), ("C", C)))
@@ -118,11 +146,18 @@ class SelectiveMixer(Mixer):
                 state.recurrent, state.scale, state.rng, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, **self._scales
             ).unsqueeze(1)
         else:
-            before = state.value() if state is not None and state.filled else None
-            y, last = self._scan(x, dt, A, B, C, D, None, before, **self._scales, out_dtype=self.dtype)
-            if state is not None:
-                self.store(last, state)
+            y, last = self._scan(x, dt, A, B, C, D, None, self.before(state), **self._scales, out_dtype=self.dtype)
+            self.keep(last, state)
         return self.leave(y, z, residual)
+
+    def before(self, state: RecurrentState | None) -> torch.Tensor | None:
+        """What stands before the first token of a prompt, None for zeros."""
+        return state.value() if state is not None and state.filled else None
+
+    def keep(self, last: torch.Tensor, state: RecurrentState | None) -> None:
+        """Store what stands after the last token of a prompt."""
+        if state is not None:
+            self.store(last, state)
 
     def quantise_columns(
         self, columns: torch.Tensor, B: torch.Tensor, C: torch.Tensor

@@ -10,7 +10,7 @@ from quamba_kernels.cuda import scan
 from quamba_kernels.testing import TOLERANCE, change, disagreement, flat
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-NAMES = ["rms_norm", "quantize", "gate_output", "causal_conv1d", "selective_scan"]
+NAMES = ["rms_norm", "quantize", "gate_output", "causal_conv1d", "selective_scan", "selective_prefill"]
 LENGTHS = [1, 3, 63, 255, 257, 1000]
 RAGGED = (0, 1, 3, 63, 0, 255, 257, 1000, 2, 0)
 
@@ -204,6 +204,50 @@ def test_scan_of_sequences(d_state: int) -> None:
         check("selective_scan", (*args[:6], None, None), options, f"{lengths} N={d_state} from zeros")
 
 
+def prefill_arguments(
+    batch: int, tokens: int, inner: int, rank: int, coded: bool, dtype: torch.dtype = BF16, d_state: int = 16
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    x = part_of_wider(codes(batch, tokens, inner) if coded else normal(batch, tokens, inner, dtype=dtype))
+    projected = normal(batch, tokens, rank + 2 * d_state, dtype=dtype)
+    projected[:, 0] = 0
+    weights = codes(inner, rank), torch.rand(inner, device="cuda") * 2e-3
+    A = -torch.rand(inner, d_state, device="cuda") * 16 - 0.01
+    options = {"x_scale": scales(1), "B_scale": scales(1), "C_scale": scales(1)} if coded else {}
+    args = x, projected, weights, normal(inner) - 2, A, normal(inner), normal(batch, inner, d_state)
+    return args, {**options, "out_dtype": dtype}
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("coded", [True, False], ids=["int8", "float"])
+def test_selective_prefill(coded: bool) -> None:
+    for index, tokens in enumerate((*LENGTHS, 15, 16, 17, 33)):
+        for batch, inner, rank, d_state in (
+            (1, 1608, 160, 16), (index % 5 + 1, 88, 32, 8), (3, 168, 96, 32), (2, 512, 128, 16), (1, 264, 64, 16)
+        ):  # fmt: skip
+            args, options = prefill_arguments(batch, tokens, inner, rank, coded, d_state=d_state)
+            check("selective_prefill", args, options, f"{batch} x {tokens} x {inner}, rank {rank}")
+            if coded and index % 2:
+                args = args[0], args[1].float(), args[2], None, *args[4:6], None
+                options |= {"x_scale": scales(inner), "out_dtype": F16}
+                check("selective_prefill", args, options, f"{batch} x {tokens} x {inner}, rank {rank}, from zeros")
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("coded", [True, False], ids=["int8", "float"])
+def test_prefill_has_the_bits_of_its_parts(coded: bool, dtype: torch.dtype) -> None:
+    for tokens in (1, 47, 193, 2048):
+        args, options = prefill_arguments(2 if tokens < 2048 else 1, tokens, 5120, 160, coded, dtype)
+        x, projected, weights, bias, A, D, state = args
+        rank, B, C = projected.split([160, 16, 16], -1)
+        dt = OPS["linear_w8a8"].reference(*backend("quantize")(rank), weights, bias, out_dtype=dtype)
+        if coded:
+            B, C = (backend("quantize")(t, options[name]).data for t, name in ((B, "B_scale"), (C, "C_scale")))
+        want = backend("selective_scan")(x, dt, A, B, C, D, None, state, **options)
+        got = backend("selective_prefill")(*args, **options)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), f"{tokens} tokens"
+
+
 def test_tensors_of_more_than_two_to_the_31_elements() -> None:
     tokens, channels, tail = 131072, 16416, 200
     assert tokens * channels > 1 << 31
@@ -245,6 +289,8 @@ def small(name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (normal(70, 5120, dtype=BF16), normal(70, 5120, dtype=BF16), normal(5120), 1e-5), options
     if name == "causal_conv1d":
         return conv_arguments(2, 70, 640, 4, "rounds", 2)
+    if name == "selective_prefill":
+        return prefill_arguments(2, 70, 640, 160, True)
     return scan_arguments(2, 70, 640, 16, "int8", 2)
 
 
@@ -309,7 +355,7 @@ def test_norm_and_quantisation_follow_each_other() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_custom_op_is_registered_right(name: str) -> None:
-    x, w, b = normal(1, 8, 16), normal(16), None
+    x, w, b, one = normal(1, 8, 16), normal(16), None, scales(1)
     state, A, D = normal(1, 3, 16), -torch.rand(16, 16, device="cuda"), normal(16)
     given = {
         "rms_norm": (x, w, 1e-5, None, True, BF16),
@@ -317,6 +363,7 @@ def test_custom_op_is_registered_right(name: str) -> None:
         "gate_output": (x, x, w, 1e-5, None, 1, 16, scales(1), False, BF16),
         "causal_conv1d": (x, normal(16, 4), b, state, None, None, None, None, BF16, None),
         "selective_scan": (x, x, A, x, x, D, None, None, None, None, None, BF16, None),
+        "selective_prefill": (codes(1, 8, 16), normal(1, 8, 64), codes(16, 32), w, b, A, D, None, one, one, one, BF16),
     }[name]
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(getattr(torch.ops.quamba, name).default, given, test_utils=checks)

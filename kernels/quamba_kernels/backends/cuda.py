@@ -55,6 +55,11 @@ def _why_not_scan(setting: Setting) -> str | None:
     return _why_not(setting) if setting.device != "cuda" else reason or _why_not(setting)
 
 
+def _why_not_prefill(setting: Setting) -> str | None:
+    reason = scan.prefill_why_not(setting.shape, setting.dtype)
+    return _why_not(setting) if setting.device != "cuda" else reason or _why_not(setting)
+
+
 def _why_not_ssd(setting: Setting) -> str | None:
     reason = ssd.why_not(setting.shape.get("P"), setting.shape.get("N"), setting.dtype)
     return _why_not(setting) if setting.device != "cuda" else reason or _why_not(setting)
@@ -116,6 +121,16 @@ def selective_scan(
     """The states of a channel lie in the lanes of a warp, which walks through the tokens."""
     return torch.ops.quamba.selective_scan.default(
         x, dt, A, B, C, D, dt_bias, state, x_scale, B_scale, C_scale, out_dtype, cu_seqlens
+    )
+
+
+@ops.selective_prefill.backend("cuda", why_not=_why_not_prefill, rank=RANK)
+def selective_prefill(
+    x, projected, weights, bias, A, D, state=None, *, x_scale=None, B_scale=None, C_scale=None, out_dtype=torch.float32
+):  # fmt: skip
+    """One kernel rounds, one makes dt, and the scan follows."""
+    return torch.ops.quamba.selective_prefill.default(
+        x, projected, *weights, bias, A, D, state, x_scale, B_scale, C_scale, out_dtype
     )
 
 

@@ -35,7 +35,7 @@ KERNELS = (
     "quamba_rms_norm", "quamba_quantize", "quamba_gate_output", "quamba_causal_conv1d", "quamba_selective_scan",
     "quamba_linear_w8a8_skinny", "quamba_linear_w4a8_skinny", "quamba_linear_w4a16_skinny", "quamba_linear_w8a8_gemm",
     "quamba_expand_w4a8", "quamba_expand_w4a16", "quamba_ssd_decode", "quamba_selective_decode", "quamba_conv_decode",
-    "quamba_ssd_scan",
+    "quamba_scan_codes", "quamba_scan_rates", "quamba_ssd_scan",
 )  # fmt: skip
 HOPPER = (
     "quamba_linear_w4a8_gemm", "quamba_linear_w4a16_gemm", "quamba_linear_w8a8_few", "quamba_linear_w4a8_few",
