@@ -342,6 +342,26 @@ def test_chains_in_a_captured_graph(name: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+def test_a_prefill_in_a_captured_graph_sees_the_codes_before_it() -> None:
+    (x, projected, *rest), options = small("selective_prefill")
+    backend("selective_prefill")(x, projected, *rest, **options)
+    graph, start = torch.cuda.CUDAGraph(), projected.clone()
+    with torch.cuda.graph(graph):
+        outcomes = []
+        for _ in range(20):
+            projected.mul_(-0.9)
+            outcomes.append(flat(backend("selective_prefill")(x, projected, *rest, **options)))
+    for _ in range(3):
+        projected.copy_(start)
+        graph.replay()
+    torch.cuda.synchronize()
+    projected.copy_(start)
+    for got in outcomes:
+        projected.mul_(-0.9)
+        want = flat(backend("selective_prefill")(x, projected, *rest, **options))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_norm_and_quantisation_follow_each_other() -> None:
     """Two kernels of ours back to back, so that the second starts early."""
     x = normal(300, 2560, dtype=BF16)
