@@ -85,7 +85,7 @@ class SelectiveMixer(Mixer):
         """Whether selective_prefill can say what stands between x_proj and the gate: nothing but codes, dt_proj with a
         scale per token, and the scan."""
         rates, together = self.linear("dt_proj"), (self._scales["B_scale"] is None) == (self._scales["C_scale"] is None)
-        dynamic = rates.format.op is ops.linear_w8a8 and rates.input.per_token
+        dynamic = rates.input.per_token and rates.format.op is ops.linear_w8a8
         return dynamic and together and not self.norms and self._has_shared_columns()
 
     def prefills(self, tokens: int) -> bool:
