@@ -175,7 +175,7 @@ def tile(tokens: int, headdim: int, BN: int, exact: bool) -> tuple[int, int, int
     64 rows with narrower factors wrongly for Hopper (y of headdim 16 and d_state 8 or 16; chunks of 32 are right).
     """
     BP = max(16, min(triton.next_power_of_2(headdim), (8192 if exact else 16384) // BN, 64))
-    Q = max(16, min(triton.next_power_of_2(tokens), 16 if exact else 64 if min(BP, BN) == 64 or BN > 64 and BP == 64 else 32))
+    Q = max(16, min(triton.next_power_of_2(tokens), 16 if exact else 64 if min(BP, BN) >= 64 else 32))
     return Q, BP, 8 if exact or BN * BP > 8192 else 4, 1 if exact else 2
 
 
