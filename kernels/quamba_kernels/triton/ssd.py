@@ -171,8 +171,8 @@ def tile(tokens: int, headdim: int, BN: int, exact: bool) -> tuple[int, int, int
 
     A warp group multiplies 64 rows, and with d_state and headdim near 64 the work per token is least for chunks of 64.
     Four warps hold a state of 8192 elements and the factors of a chunk in their registers, two such programs share a
-    processor. fp32 factors are split in two and take four times the room of 16-bit ones. Triton 3.6 compiles products of
-    64 rows with narrower factors wrongly for Hopper (y of headdim 16 and d_state 8 or 16; chunks of 32 are right).
+    processor. fp32 factors are split in two and take four times the room of 16-bit ones. Triton 3.6 for Hopper gets the
+    products of 64 rows with narrower factors wrong (y of headdim 16 and d_state 8 or 16); those of 32 are right.
     """
     BP = max(16, min(triton.next_power_of_2(headdim), (8192 if exact else 16384) // BN, 64))
     Q = max(16, min(triton.next_power_of_2(tokens), 16 if exact else 64 if min(BP, BN) >= 64 else 32))
