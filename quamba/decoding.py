@@ -12,10 +12,9 @@ import torch
 from transformers import DynamicCache
 
 from quamba.errors import UserError
-from quamba.modules.mixer import Mixer, stored_together
-from quamba.modules.norm import LastNorm, narrowed
+from quamba.modules.norm import narrowed
 from quamba.modules.stack import Stack, joined, stacks_of
-from quamba.modules.state import reset
+from quamba.modules.state import reset, stored_together
 from quamba.placement import entry, together
 from quamba.sampling import Sampler
 
@@ -96,8 +95,6 @@ class Decoder:
         self._takes, self._owns = next((name for name in CACHE_NAMES if name in taken), None), False
         self._position: torch.Tensor | None = None
         self._stacks: list[Stack] | None = None
-        self._mixers = [module for module in model.modules() if isinstance(module, Mixer)]
-        self._last_norms = [module for module in model.modules() if isinstance(module, LastNorm)]
         self.captured = Captured(self._step, capture=capture and together(model) and model.device.type == "cuda")
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -115,7 +112,7 @@ class Decoder:
             self._own(ids)
         self._mask = mask
         positions = {} if mask is None else {"steps": (mask.cumsum(-1) - 1).clamp_min(0), "attention_mask": mask}
-        with narrowed(self._last_norms), stored_together(self._mixers):
+        with narrowed(), stored_together():
             return self.forward(ids, logits_to_keep=1, **positions)
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:

@@ -147,6 +147,8 @@ def test_linears_count_two_operations_for_every_weight_and_token():
     assert counted["linear_w8a8 64 -> 296"].int8 == 2 * 2 * 64 * 296 * 16
     assert counted["linear_w8a8 64 -> 96"].int8 == 2 * 64 * 96 * 2
     assert sum(work.float16 for name, work in counted.items() if name != "ssd_scan") == 0
+    # ids are 16; a row of int8 and its scale, read, and the residual stream's fp32, written
+    assert counted["embedding"].bytes == 16 * (64 + 4 + 64 * 4)
 
 
 # what is predicted

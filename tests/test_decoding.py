@@ -1,6 +1,7 @@
 """Decoding: what is captured equals what is not, token for token; sampling; the end of a text."""
 
 import gc
+from threading import Thread
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from quamba.models import ARCHITECTURES, describe
 from quamba.modules.likeliest import likeliest
 from quamba.modules.mixer import Mixer
 from quamba.modules.norm import LastNorm
-from quamba.modules.state import Deferred, RecurrentState
+from quamba.modules.state import Deferred, RecurrentState, deferred
 from quamba.recipe import load_recipe
 from quamba.sampling import Sampler
 from quamba_kernels import Backend, ops
@@ -122,6 +123,24 @@ def test_a_prompt_stores_the_states_of_several_layers_together(quantised, prompt
         with pytest.raises(IndexError):
             decoder.prefill(prompts + quantised.config.vocab_size)
         assert torch.equal(quantised(prompts, use_cache=True).logits[:, -1], wanted) and not stored
+
+
+def test_what_a_prompt_asks_of_modules_is_not_asked_by_other_threads(quantised, prompts):
+    """Of one model at the same time: all logits for whoever calls it, and its states at once."""
+    first = describe(quantised.config).blocks[0].path
+    found = []
+
+    def meanwhile(module, given):
+        handle.remove()  # once, in the middle of the prompt
+        thread = Thread(target=lambda: found.append((quantised(prompts).logits.shape[1], deferred())))
+        thread.start()
+        thread.join()
+        found.append(deferred() is not None)
+
+    handle = quantised.get_submodule(first).register_forward_pre_hook(meanwhile)
+    with torch.inference_mode():
+        Decoder(quantised).prefill(prompts)
+    assert found == [(prompts.shape[1], None), True] and deferred() is None
 
 
 def test_padded_prompts_of_a_batch_give_what_they_give_alone(quantised, prompts):

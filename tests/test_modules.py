@@ -273,4 +273,17 @@ def test_a_fused_prompt_equals_the_chain_of_ops(model, monkeypatch: pytest.Monke
     fused = run(model, IDS)
     assert torch.equal(fused.logits, chained.logits)
     assert torch.equal(run(model, IDS[:, :5], cache_params=fused.cache_params).logits, again)
-    assert len(calls) == 2 * sum(isinstance(m, SelectiveMixer) and not m.norms for m in model.modules())
+    mixers = [m for m in model.modules() if isinstance(m, SelectiveMixer) and not m.norms]
+    assert len(calls) == 2 * len(mixers)
+    seen = []
+    for hooked in (torch.nn.Module.register_forward_hook, torch.nn.Module.register_forward_pre_hook):
+        hooks = [hooked(m.linear("dt_proj"), lambda *given: seen.append(1)) for m in mixers]
+        run(model, IDS)
+        for hook in hooks:
+            hook.remove()
+    assert len(seen) == len(calls) == 2 * len(mixers)
+    for part in ("quantize", "linear_w8a8", "selective_scan"):
+        monkeypatch.setenv("QUAMBA_BACKEND", f"{part}=torch")
+        for module in mixers:
+            module.unbind()
+        assert torch.equal(run(model, IDS).logits, chained.logits) and len(calls) == 2 * len(mixers)

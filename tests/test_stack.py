@@ -31,7 +31,7 @@ def calls(monkeypatch):
         return Backend("counted", run)
 
     monkeypatch.setattr(stack, "_backend", backend)
-    monkeypatch.setattr(Mixer, "_fused", lambda self, op: op.candidates[-1])
+    monkeypatch.setattr(Mixer, "_fused", lambda self, op, *parts: op.candidates[-1])
     monkeypatch.setenv("QUAMBA_BACKEND", "torch")
     return seen
 
@@ -144,7 +144,7 @@ def test_a_backend_is_asked_about_the_sizes_of_the_blocks(recipe, family, module
     block = model.backbone.layers[0]
     op = stack._joint(block).op
     monkeypatch.setattr(op, "backends", [Backend("kernel", op.reference, why_not)])
-    monkeypatch.setattr(Mixer, "_fused", lambda self, op: op.candidates[-1])
+    monkeypatch.setattr(Mixer, "_fused", lambda self, op, *parts: op.candidates[-1])
     [found] = stack.stacks_of(model)
     assert found.backend.name == "kernel" and len(found.blocks) == model.config.num_hidden_layers
 
@@ -289,7 +289,7 @@ def test_mixers_in_floats_go_block_by_block(monkeypatch):
     from quamba.models import ARCHITECTURES
     from quamba.recipe import parse_recipe
 
-    monkeypatch.setattr(Mixer, "_fused", lambda self, op: op.candidates[-1])
+    monkeypatch.setattr(Mixer, "_fused", lambda self, op, *parts: op.candidates[-1])
     config = AutoConfig.for_model("mamba2", **ARCHITECTURES["mamba2"].tiny[0])
     recipe = parse_recipe({"linears": {"default": {"format": "float"}}}, "floats")
     model = materialise.build(config, recipe, torch.float32, torch.device("cpu"))

@@ -206,3 +206,18 @@ def test_the_likeliest_of_rows_with_numbers_that_are_none() -> None:
     logits = torch.tensor([[-inf, -inf, -inf], [-inf, -3.0, -2.0], [1.0, nan, nan], [inf, 5.0, inf], [-nan, inf, 0.0]])
     (mine,) = (b for b in OPS["likeliest"].backends if b.name == "triton")
     assert mine(logits.to(DEVICE)).tolist() == logits.argmax(-1).tolist() == [0, 2, 1, 0, 0]
+
+
+@pytest.mark.parametrize("wrong", ["h", "state", "rows"])
+def test_states_of_layers_that_are_not_alike_are_refused(wrong: str) -> None:
+    from quamba_kernels.triton import state as rows
+
+    h, codes, scale = [torch.zeros(2, 3, 8)] * 2, [torch.zeros(2, 3, 8, dtype=torch.int8)] * 2, [torch.ones(2, 3)] * 2
+    if wrong == "h":
+        h[1] = h[1].half()
+    elif wrong == "state":
+        codes[1] = codes[1].float()
+    else:
+        h[1], codes[1], scale[1] = h[1][:1], codes[1][:1], scale[1][:1]
+    with pytest.raises(ValueError, match="layers alike"):
+        rows.quantize_states(tuple(h), tuple(codes), tuple(scale), None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from quamba.modules.conv import Conv
 from quamba.modules.linear import Linear
 from quamba.modules.lowbit import LowBit
 from quamba.modules.site import Site
-from quamba.modules.state import Deferred, HybridState, RecurrentState
+from quamba.modules.state import HybridState, RecurrentState, deferred
 from quamba.recipe import Recipe
 from quamba.transforms.rotate import output_block
 from quamba_kernels import Backend, Op, Setting, ops
@@ -32,7 +30,6 @@ class Mixer(LowBit):
     # once bound: the op that decodes a token of the mixer, if any, and its rates, A first
     _decode: Backend | None
     _rates: tuple[torch.Tensor, ...]
-    deferred: Deferred | None = None
 
     def __init__(
         self,
@@ -99,16 +96,18 @@ class Mixer(LowBit):
         fused = all(p is not None for p in parts)
         self._conv_out_scale = torch.cat([p for p in parts if p is not None]) if fused else None
 
-    def _fused(self, op: Op) -> Backend | None:
-        """The backend of an op that stands for several of the mixer; None where only the torch body would.
+    def _fused(self, op: Op, *parts: str) -> Backend | None:
+        """The backend of an op that stands for several (parts) of the mixer; None where only the torch body would.
 
         Then the mixer chains the ops that it has bound, as it does where a scale varies by token and so has no place
-        in the op, and where a backend is forced that does not know the op.
+        in the op, and where a backend is forced that does not know the op, or another one for a part.
         """
         if forced_backend(op.name) not in (None, *(known.name for known in op.candidates)):
             return None
         shape = {**self.mixer_spec.sizes, "norm_groups": self.out.norm_groups, "block": self.block}
         backend = op.bind(Setting(self._any_device().type, self.dtype, shape))
+        if any(forced_backend(part) not in (None, backend.name) for part in parts):
+            return None
         static = all(site.ready or not site.quantised for site in (self.conv_input, self.gate, *self.sites.values()))
         return backend if backend.name != "torch" and static and self.out.gate is not None else None
 
@@ -179,10 +178,17 @@ class Mixer(LowBit):
             state = cache.layers[self.layer_idx] = self.new_state(batch, device, beside=state)
         return state
 
-    def store(self, h: torch.Tensor, state: RecurrentState) -> None:
-        """Keep the state h [B, ..., N] fp32 after a prompt: at once, or together with other layers'."""
-        if self.deferred is not None and self._quantize_states.name == self._quantize_state.name != "torch":
-            self.deferred.add(self._quantize_states, h, state)
+    def before(self, state: RecurrentState | None) -> torch.Tensor | None:
+        """What stands before the first token of a prompt, None for zeros."""
+        return state.value() if state is not None and state.filled else None
+
+    def store(self, h: torch.Tensor, state: RecurrentState | None) -> None:
+        """Keep the state h [B, ..., N] fp32 after a prompt, if anywhere: at once, or together with other layers'."""
+        if state is None:
+            return
+        waiting = deferred()
+        if waiting is not None and self._quantize_states.name == self._quantize_state.name != "torch":
+            waiting.add(self._quantize_states, h, state)
         else:
             self._quantize_state(h, state.recurrent, state.scale, state.rng)
         state.seen()
@@ -242,18 +248,3 @@ class Mixer(LowBit):
         out_proj = self.linear(self.out.role)
         out_proj.input.watch(u.data)
         return out_proj(u, residual, out_dtype=self.dtype if residual is None else residual.dtype)
-
-
-@contextmanager
-def stored_together(mixers: Sequence[Mixer]) -> Iterator[None]:
-    """Inside, a prompt's states are stored for several layers at a time, and all at the end: for callers that read none
-    before."""
-    deferred = Deferred()
-    try:
-        for mixer in mixers:
-            mixer.deferred = deferred
-        yield
-        deferred.flush()
-    finally:
-        for mixer in mixers:
-            mixer.deferred = None

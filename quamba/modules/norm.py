@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -72,23 +73,23 @@ class Norm(LowBit):
         self._rms_norm = ops.rms_norm.bind(Setting(self._any_device().type, self.dtype))
 
 
+_NARROWED = ContextVar("narrowed", default=False)
+
+
 class LastNorm(Norm):
     """The norm before the head."""
 
-    narrowed = False
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, D] -> [B, T, D] in the activations' type, or [B, 1, D] of the last token."""
-        return super().forward(x[:, -1:] if self.narrowed else x)
+        return super().forward(x[:, -1:] if _NARROWED.get() else x)
 
 
 @contextmanager
-def narrowed(norms: Sequence[LastNorm]) -> Iterator[None]:
-    """Inside, the head sees the last token of each sequence alone: for callers that read no other logits."""
+def narrowed() -> Iterator[None]:
+    """Inside, for this thread, heads see the last token of each sequence alone: for callers that read no other
+    logits."""
+    before = _NARROWED.set(True)
     try:
-        for norm in norms:
-            norm.narrowed = True
         yield
     finally:
-        for norm in norms:
-            norm.narrowed = False
+        _NARROWED.reset(before)

@@ -10,7 +10,6 @@ from quamba.errors import UserError
 from quamba.models.spec import MixerSpec
 from quamba.modules.mixer import Mixer
 from quamba.modules.norm import Norm, Pending
-from quamba.modules.state import RecurrentState
 from quamba.recipe import Recipe
 from quamba_kernels import Setting, ops
 from quamba_kernels.ops import Activation
@@ -68,8 +67,11 @@ class SelectiveMixer(Mixer):
         together = len(columns) == 2 and not self.norms
         self._column_scale = torch.cat([s.expand(self.mixer_spec.sizes["N"]) for s in columns]) if together else None
         self._quantize = ops.quantize.bind(setting)
-        self._prefill = self._fused(ops.selective_prefill) if self._has_prefill() else None
-        self._decode = self._fused(ops.selective_decode) if self._has_decode() else None
+        self._prefill = self._decode = None
+        if self._has_prefill():
+            self._prefill = self._fused(ops.selective_prefill, "quantize", "linear_w8a8", "selective_scan")
+        if self._has_decode():
+            self._decode = self._fused(ops.selective_decode, "selective_update", "gate_output")
         self._conv_decode = None if self._decode is None else ops.conv_decode.bind(setting)
 
     def _has_decode(self) -> bool:
@@ -91,8 +93,8 @@ class SelectiveMixer(Mixer):
     def prefills(self, tokens: int) -> bool:
         """Whether this call is a prompt, and nobody wants to see what lies in between."""
         rates = self.linear("dt_proj")
-        sites = rates.input, self.sites["B"], self.sites["C"]
-        return tokens > 1 and rates.capture is None and rates.held is None and not any(site.watched for site in sites)
+        seen = rates.capture or rates.held is not None or rates._forward_hooks or rates._forward_pre_hooks
+        return tokens > 1 and not seen and not any(s.watched for s in (rates.input, self.sites["B"], self.sites["C"]))
 
     def forward(
         self,
@@ -126,7 +128,7 @@ class SelectiveMixer(Mixer):
                 x, projected, rates._weights, rates.bias, A, D, self.before(state), **self._scales,
                 out_dtype=self.dtype,
             )  # fmt: skip
-            self.keep(last, state)
+            self.store(last, state)
             return self.leave(y, z, residual)
         rank, columns = projected.split([s["R"], 2 * s["N"]], -1)
         B, C = columns.chunk(2, -1)
@@ -147,17 +149,8 @@ class SelectiveMixer(Mixer):
             ).unsqueeze(1)
         else:
             y, last = self._scan(x, dt, A, B, C, D, None, self.before(state), **self._scales, out_dtype=self.dtype)
-            self.keep(last, state)
-        return self.leave(y, z, residual)
-
-    def before(self, state: RecurrentState | None) -> torch.Tensor | None:
-        """What stands before the first token of a prompt, None for zeros."""
-        return state.value() if state is not None and state.filled else None
-
-    def keep(self, last: torch.Tensor, state: RecurrentState | None) -> None:
-        """Store what stands after the last token of a prompt."""
-        if state is not None:
             self.store(last, state)
+        return self.leave(y, z, residual)
 
     def quantise_columns(
         self, columns: torch.Tensor, B: torch.Tensor, C: torch.Tensor

@@ -70,7 +70,10 @@ class SSDMixer(Mixer):
             "B_scale": self._group_scale("B"),
             "C_scale": self._group_scale("C"),
         }
-        self._decode = self._fused(ops.ssd_decode) if len({site.ready for site in self.sites.values()}) == 1 else None
+        self._decode = (
+            self._fused(ops.ssd_decode, "causal_conv1d", "ssd_update", "gate_output")
+            if len({site.ready for site in self.sites.values()}) == 1 else None
+        )  # fmt: skip
 
     def _group_scale(self, name: str) -> torch.Tensor | None:
         scale = self.sites[name].per_channel()
@@ -106,13 +109,11 @@ class SSDMixer(Mixer):
                 C.view(batch, s["G"], s["N"]), D, dt_bias, **options,
             )  # fmt: skip
         else:
-            before = state.value() if state is not None and state.filled else None
             y, last = self._scan(
                 x.unflatten(-1, (s["H"], s["P"])), dt, A, B.unflatten(-1, (s["G"], s["N"])),
-                C.unflatten(-1, (s["G"], s["N"])), D, dt_bias, before, **options,
+                C.unflatten(-1, (s["G"], s["N"])), D, dt_bias, self.before(state), **options,
             )  # fmt: skip
-            if state is not None:
-                self.store(last, state)
+            self.store(last, state)
         return self.leave(y.reshape(batch, tokens, s["I"]), z, residual)
 
     def decode(self, projected: torch.Tensor, state: RecurrentState) -> Activation:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -122,6 +124,27 @@ class Deferred:
             store = waiting[0][0]
             parts = zip(*((h, state.recurrent, state.scale, state.rng) for _, h, state in waiting), strict=True)
             store(*(None if part[0] is None else part for part in parts))
+
+
+_DEFERRED: ContextVar[Deferred | None] = ContextVar("deferred", default=None)
+
+
+def deferred() -> Deferred | None:
+    """Where states after a prompt wait; None where each is to be stored at once."""
+    return _DEFERRED.get()
+
+
+@contextmanager
+def stored_together() -> Iterator[None]:
+    """Inside, for this thread, a prompt's states are stored for several layers at a time, and all at the end: for
+    callers that read none before."""
+    waiting = Deferred()
+    before = _DEFERRED.set(waiting)
+    try:
+        yield
+        waiting.flush()
+    finally:
+        _DEFERRED.reset(before)
 
 
 def _alike(one: Waiting, other: Waiting) -> bool:

@@ -171,7 +171,7 @@ def norm_linear(
     x, norm_weight, eps, weights, bias=None, residual=None, *, linear, in_scale=None, per_token=False,
     in_dtype=torch.float32, out_dtype=torch.float32,
 ):  # fmt: skip
-    """Two kernels, the second of which starts while the first runs."""
+    """Two kernels, the second of which starts while the first runs, but for the int8 GEMM of many rows."""
     w, multiplier, scale = weights if len(weights) == 3 else (weights[0], None, weights[1])
     return torch.ops.quamba.norm_linear.default(
         x, norm_weight, eps, w, multiplier, scale, bias, residual, in_scale, per_token, in_dtype, out_dtype

@@ -22,8 +22,8 @@ from quamba_kernels.ops.sequences import check_cu_seqlens
 STATES = (8, 16, 32)
 LANES = 0
 """Lanes of a warp that share a channel of 16 states: 4, 8, or 24 for 8 of three; 0 leaves it to the problem."""
-PREFILL_RANK, RANK_MULTIPLE, CHANNEL_MULTIPLE, MOST_COLUMNS = 160, 32, 8, 256
-"""Rates a token that dt_proj of a prompt takes, channels, and columns of x_proj's outputs."""
+PREFILL_RANK, RANK_MULTIPLE, CHANNEL_MULTIPLE = 160, 32, 8
+"""The most rates a token that dt_proj of a prompt takes, and what they and channels are multiples of."""
 
 
 class QuambaScan(Arguments):
@@ -60,7 +60,7 @@ def prefill_why_not(shape: dict[str, int], dtype: torch.dtype) -> str | None:
         return f"takes activations of float16 or bfloat16, got {str(dtype).removeprefix('torch.')}"
     if reason := why_not(N):
         return reason
-    if R % RANK_MULTIPLE or not 0 < R <= PREFILL_RANK or R + 2 * N > MOST_COLUMNS:
+    if R % RANK_MULTIPLE or not 0 < R <= PREFILL_RANK:
         return f"takes a multiple of {RANK_MULTIPLE} rates a token, up to {PREFILL_RANK}, got {R}"
     return f"takes a multiple of {CHANNEL_MULTIPLE} channels, got {I}" if I % CHANNEL_MULTIPLE else None
 

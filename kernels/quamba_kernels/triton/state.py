@@ -125,10 +125,16 @@ def quantize_states(
     scale: tuple[torch.Tensor, ...] | None,
     rng: tuple[torch.Tensor, ...] | None,
 ) -> None:
-    """As ``ops.quantize_states``. Raises ValueError when what it writes is not contiguous."""
+    """As ``ops.quantize_states``. Raises ValueError when what it writes is not contiguous, when layers are not alike in
+    shape and type, and when a tensor does not begin at a multiple of 16 bytes."""
     if scale is None:
         torch._foreach_copy_(list(state), list(h))
         return
+    kinds = {(one.shape, one.dtype, to.shape, to.dtype, at.shape, at.dtype)
+             for one, to, at in zip(h, state, scale, strict=True)}  # fmt: skip
+    shape = h[0].shape
+    if kinds != {(shape, torch.float32, shape, torch.int8, shape[:-1], torch.float32)}:
+        raise ValueError(f"layers alike have states fp32 [..., N], int8 [..., N] and scales fp32 [...], got {kinds}")
     for i, stored in enumerate(state):
         in_place("the state", stored)
         in_place("the state's scale", scale[i])
