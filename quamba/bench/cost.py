@@ -150,7 +150,8 @@ class Counter:
             if isinstance(module, Embedding):
                 tables = [*module._parameters.values(), *module._buffers.values()]
                 row = sum(t[0].numel() * t.element_size() for t in tables if t is not None)
-                width = max(t.shape[-1] for t in tables if t is not None) * (module.out_dtype or module.dtype).itemsize
+                width = next(t.shape[1] for t in tables if t is not None and t.dim() == 2)
+                width *= (module.out_dtype or module.dtype).itemsize
                 self._trace["embedding"] = Work(1, batch * tokens * (row + width))
         return self._trace
 
