@@ -93,10 +93,8 @@ def selective_prefill(
     dt = linear_w8a8(*quantize(rank), weights, bias, out_dtype=out_dtype)
     if B_scale is not None and C_scale is not None:
         B, C = quantize(B, B_scale).data, quantize(C, C_scale).data
-    y, last = selective_scan(
-        x, dt, A, B, C, D, None, state, x_scale=x_scale, B_scale=B_scale, C_scale=C_scale, out_dtype=out_dtype
-    )
-    return y, last
+    scales = {"x_scale": x_scale, "B_scale": B_scale, "C_scale": C_scale}
+    return selective_scan(x, dt, A, B, C, D, None, state, **scales, out_dtype=out_dtype)
 
 
 @op

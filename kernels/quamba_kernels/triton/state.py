@@ -99,6 +99,12 @@ def advance(rng: torch.Tensor | None) -> None:
         rng[1].add_(1)
 
 
+def tile(N: int) -> tuple[int, int]:
+    """Rows of a program, and columns: a power of two."""
+    BN = triton.next_power_of_2(N)
+    return max(1, 2048 // BN), BN
+
+
 def quantize_state(
     h: torch.Tensor, state: torch.Tensor, scale: torch.Tensor | None, rng: torch.Tensor | None
 ) -> None:
@@ -110,8 +116,7 @@ def quantize_state(
     in_place("the state's scale", scale)
     check_rng(rng)
     N, rows = h.shape[-1], scale.numel()
-    BN = triton.next_power_of_2(N)
-    BR = max(1, 2048 // BN)
+    BR, BN = tile(N)
     with torch.cuda.device_of(h):
         quantize_state_kernel[(triton.cdiv(rows, BR),)](
             packed(h), state, scale, rng, rows, N, BR=BR, BN=BN, num_warps=4, enable_fp_fusion=False
@@ -135,14 +140,14 @@ def quantize_states(
     shape = h[0].shape
     if kinds != {(shape, torch.float32, shape, torch.int8, shape[:-1], torch.float32)}:
         raise ValueError(f"layers alike have states fp32 [..., N], int8 [..., N] and scales fp32 [...], got {kinds}")
-    for i, stored in enumerate(state):
+    for stored, at in zip(state, scale, strict=True):
         in_place("the state", stored)
-        in_place("the state's scale", scale[i])
-        check_rng(None if rng is None else rng[i])
+        in_place("the state's scale", at)
+    for drawn in rng or ():
+        check_rng(drawn)
     parts = ([one.contiguous() for one in h], state, scale, scale if rng is None else rng)
     N, rows = h[0].shape[-1], scale[0].numel()
-    BN = triton.next_power_of_2(N)
-    BR = max(1, 2048 // BN)
+    BR, BN = tile(N)
     with torch.cuda.device_of(h[0]):
         for first in range(0, len(h), TOGETHER):
             layers = min(TOGETHER, len(h) - first)
