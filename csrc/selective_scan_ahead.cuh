@@ -21,11 +21,9 @@ struct Scan {
 
 // y silu(z), z on the grid of its scales where it has any; int8 is on it already.
 __device__ __forceinline__ float4 gated(float4 y, float4 z, float4 scale, bool scaled, bool codes) {
-  auto gate = [&](float v, float g, float s) {
-    if (scaled) g = __fmul_rn(codes ? g : code_on(g, make_grid(s)), s);
-    return v * silu(g);
-  };
-  return each(gate, y, z, scale);
+  if (scaled && !codes) z = each([](float v, float s) { return code_on(v, make_grid(s)); }, z, scale);
+  if (scaled) z = each([](float v, float s) { return __fmul_rn(v, s); }, z, scale);
+  return each([](float v, float g) { return v * silu(g); }, y, z);
 }
 
 // Tokens and channels that one block of a sequence has.
@@ -247,17 +245,16 @@ __device__ __forceinline__ void stage_and_store(const Scan& p, const Part& s, Sh
   };
 
   // While a tile is computed, the one after it is staged, and what the one before the last became is stored.
-  const long long tiles = (s.tokens + kTile - 1) / kTile;
-  auto here = [&](long long tile) {
-    return static_cast<int>(max(min(s.tokens - tile * kTile, static_cast<long long>(kTile)), 0LL));
-  };
+  const int whole = static_cast<int>(s.tokens / kTile), rest = static_cast<int>(s.tokens - 1ll * whole * kTile);
+  const int tiles = whole + (rest > 0);
+  auto here = [&](int tile) { return tile < whole ? kTile : tile == whole ? rest : 0; };
   wait_for_previous_kernel();
   fetch(here(0));
   stage(here(0), 0, 0);
   fetch(here(1));
   tile_ends();
   int buffer = 1, third = 1;
-  for (long long tile = 0; tile <= tiles; ++tile) {
+  for (int tile = 0; tile <= tiles; ++tile) {
     if (tile >= 2) store(kTile, third);
     if (tile >= 1) fetch_gate(here(tile - 1));
     if (tile + 1 == tiles) launch_dependents();  // blocks that come sooner gather where no block of this kernel is
