@@ -238,8 +238,10 @@ def prefill_arguments(
 
 
 @pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("lanes", [4, 8, 24])
 @pytest.mark.parametrize("coded", [True, False], ids=["int8", "float"])
-def test_selective_prefill(coded: bool) -> None:
+def test_selective_prefill(coded: bool, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "LANES", lanes)
     for index, tokens in enumerate((*LENGTHS, 15, 16, 17, 33)):
         for batch, inner, rank, d_state in (
             (1, 1608, 160, 16), (index % 5 + 1, 88, 32, 8), (3, 168, 96, 32), (2, 512, 128, 16), (1, 264, 64, 16)
