@@ -1,6 +1,6 @@
-// What stands between a scan and its output projection, a row a block: u = y silu(z) (or y alone), RMS norm within groups,
-// gain, Hadamard rotation, quantisation. A row is read once and lies in shared memory as fp32 until it is written. This
-// kernel serves any types and sizes; the usual ones have a faster one.
+// What stands between a scan and its output projection, a row a block: u = y silu(z) (or y alone), RMS norm within
+// groups, gain, Hadamard rotation, quantisation. A row is read once and lies in shared memory as fp32 until it is
+// written. This kernel serves any types and sizes; the usual ones have a faster one.
 #include "gate_halves.cuh"
 #include "hadamard.cuh"
 #include "launch.cuh"

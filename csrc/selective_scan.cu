@@ -1,4 +1,4 @@
-// Mamba1's selective scan: h <- exp(dt A) h + dt x B, y = C h + D x, for every channel and state; y silu(z) if asked for.
+// Mamba1's selective scan: h <- exp(dt A) h + dt x B, y = C h + D x, for every channel and state; or y silu(z).
 //
 // What bounds it is the exponential: one for each token, channel and state, 16 a cycle and multiprocessor, where the rest
 // is four multiply-adds; the bytes are a quarter of that time. Cutting time into chunks that run at once, and joining
