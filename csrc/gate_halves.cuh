@@ -111,10 +111,11 @@ class TileRotation {
 #pragma unroll
       for (int i = 0; i < 4; ++i) signs_[k][i] = (k && g % 2 ? -one : one) * p.signs[i];
     at_ = place(8 * g + 64 * q);
+    flip_ = g % 2 ? 0x80008000u : 0u;
   }
 
   __device__ __forceinline__ void operator()(const float (&v)[kLane], float* tile) const {
-    float middle[2][4] = {}, out[2][4] = {};
+    float middle[2][4] = {};
 #pragma unroll
     for (int k = 0; k < 2; ++k)
 #pragma unroll
@@ -124,6 +125,35 @@ class TileRotation {
         mma_tf32(middle[t], h[0], h[1], h[2], h[3], a.high, b.high);
         mma_tf32(middle[t], h[0], h[1], h[2], h[3], a.low, b.low);
       }
+    float out[2][4] = {};
+    second(middle, out);
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+      *reinterpret_cast<float4*>(tile + (at_ ^ 4 * t)) = make_float4(out[t][0], out[t][1], out[t][2], out[t][3]);
+  }
+
+  // The same of channels as they lie in memory, whose types need no splitting: the first product sums over bits 0, 2, 3
+  // and 4, so that a word is an operand.
+  template <bool Half>
+  __device__ __forceinline__ void raw(const uint4& v, float* tile) const {
+    constexpr unsigned kBoth = 0x80008000u, kUpper = 0x80000000u, kOnes = Half ? 0x3c003c00u : 0x3f803f80u;
+    const unsigned low = kOnes | (__float_as_uint(signs_[0][0]) >> 31) * kBoth, high = low ^ flip_;
+    float middle[2][4] = {}, out[2][4] = {};
+    auto first = [&](float (&d)[4], unsigned a, unsigned b) {
+      if constexpr (Half)
+        mma_f16(d, low, low ^ kUpper, high, high ^ kUpper, a, b);
+      else
+        mma_bf16(d, low, low ^ kUpper, high, high ^ kUpper, a, b);
+    };
+    first(middle[0], v.x, v.z), first(middle[1], v.y, v.w);
+    second(middle, out);
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+      *reinterpret_cast<float4*>(tile + (at_ ^ 4 * t)) = make_float4(out[t][0], out[t][2], out[t][1], out[t][3]);
+  }
+
+ private:
+  __device__ __forceinline__ void second(const float (&middle)[2][4], float (&out)[2][4]) const {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       Split m[4];
@@ -135,15 +165,11 @@ class TileRotation {
         mma_tf32(out[t], m[0].low, m[2].low, m[1].low, m[3].low, signs_[k][2 * t], signs_[k][2 * t + 1]);
       }
     }
-#pragma unroll
-    for (int t = 0; t < 2; ++t)
-      *reinterpret_cast<float4*>(tile + (at_ ^ 4 * t)) = make_float4(out[t][0], out[t][1], out[t][2], out[t][3]);
   }
 
- private:
   float signs_[2][4];
   int at_;
-  unsigned upper_;
+  unsigned upper_, flip_;
 };
 
 template <bool Half>
@@ -166,17 +192,19 @@ __device__ __forceinline__ void constant_octet(const void* data, int type, int a
   v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
 }
 
-// What is known of a call: nothing; codes with one scale leave, z is rounded by channel, and there is no weight or one of
-// the type of y and z.
-enum Kind { kGeneral, kPlain, kWeighted };
+// What is known of a call: that there is z; that codes with one scale leave, z is rounded by channel, and there is no
+// weight or one of the type of y and z; that y is rotated as it is, to codes with one scale or to anything.
+enum Kind { kGeneral, kPlain, kWeighted, kRotated, kRotatedGeneral };
 
 // Half: fp16, else bf16. A block takes every gridDim.x-th row. The next one is on its way while columns are rotated, else
-// all blocks would wait for memory together and then compute together.
+// all blocks would wait for memory together and then compute together. Rows that are rotated alone come last first: L2
+// may still have what was written last.
 template <int Top, bool Half, Kind Known>
 __global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(const __grid_constant__ Halves p) {
   constexpr int kColumns = columns<Top>(), kWarps = threads<Top>() / 32, kTurns = Top / kWarps;
   constexpr int kType = Half ? QUAMBA_F16 : QUAMBA_BF16, kStep = kWarps * kTile;
-  constexpr bool kStatic = Known != kGeneral;
+  constexpr bool kStatic = Known != kGeneral && Known != kRotatedGeneral;
+  constexpr bool kGated = Known != kRotated && Known != kRotatedGeneral;
   static_assert(Top % kWarps == 0);
   extern __shared__ __align__(16) float rows[];  // two; of each tile: y and z, a lane's together, then floats
   __shared__ float sums[2][Top], factors[2][Top], peaks[2][32];
@@ -188,14 +216,15 @@ __global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(c
   launch_dependents();
   wait_for_previous_kernel();
 
+  auto row_at = [&](long long index) { return kGated ? index : a.rows - 1 - index; };
   auto fetch = [&](long long index, float* row) {
-    const unsigned short* y = static_cast<const unsigned short*>(a.y) + index * a.y_stride + begin;
-    const unsigned short* z = static_cast<const unsigned short*>(a.z) + index * a.z_stride + begin;
+    const unsigned short* y = static_cast<const unsigned short*>(a.y) + row_at(index) * a.y_stride + begin;
+    const unsigned short* z = static_cast<const unsigned short*>(a.z) + row_at(index) * a.z_stride + begin;
     uint4* const to = reinterpret_cast<uint4*>(row + kTile * warp) + lane;
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       copy_async(to + turn * kStep / 4, y + turn * kStep, true);
-      copy_async(to + turn * kStep / 4 + 32, z + turn * kStep, true);
+      if (kGated) copy_async(to + turn * kStep / 4 + 32, z + turn * kStep, true);
     }
     copy_async_commit();
   };
@@ -235,23 +264,34 @@ __global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(c
     float* const own = row + kTile * warp;
     float v[kTurns][kLane], sum[kTurns];
     copy_async_wait();
-    auto gate_tile = [&](int turn) {
-      sum[turn] = gate(reinterpret_cast<const uint4*>(own + turn * kStep), begin + turn * kStep, v[turn]);
-    };
-    gate_tile(0);
+    if constexpr (kGated) {
+      auto gate_tile = [&](int turn) {
+        sum[turn] = gate(reinterpret_cast<const uint4*>(own + turn * kStep), begin + turn * kStep, v[turn]);
+      };
+      gate_tile(0);
 #pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) {
-      __syncwarp();  // all have read y and z, in whose place the floats come
-      if (turn + 1 < kTurns) gate_tile(turn + 1);  // beside the products of this tile, each of which waits for the last
-      rotate(v[turn], own + turn * kStep);
+      for (int turn = 0; turn < kTurns; ++turn) {
+        __syncwarp();  // all have read y and z, in whose place the floats come
+        // beside the products of this tile, each of which waits for the last
+        if (turn + 1 < kTurns) gate_tile(turn + 1);
+        rotate(v[turn], own + turn * kStep);
+      }
+    } else {
+      uint4 raw[kTurns];
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) raw[turn] = reinterpret_cast<const uint4*>(own + turn * kStep)[lane];
+      __syncwarp();
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) rotate.raw<Half>(raw[turn], own + turn * kStep);
     }
-    if (a.norm_groups > 1) {
+    const int norm_groups = kGated ? a.norm_groups : 0;
+    if (norm_groups > 1) {
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
         sum[turn] = warp_sum(sum[turn]);
         if (lane == 0) sums[odd][turn * kWarps + warp] = sum[turn];
       }
-    } else if (a.norm_groups) {
+    } else if (norm_groups) {
 #pragma unroll
       for (int turn = 1; turn < kTurns; ++turn) sum[0] += sum[turn];
       sum[0] = warp_sum(sum[0]);
@@ -272,14 +312,14 @@ __global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(c
       }
     }
     float gain = p.gain;
-    if (a.norm_groups == 1) {
+    if (norm_groups == 1) {
       float total = 0.f;
 #pragma unroll
       for (int i = 0; i < kWarps; ++i) total += sums[odd][i];
       gain *= rsqrtf(total * (1.f / (Top * kTile)) + a.eps);
-    } else if (a.norm_groups > 1) {
+    } else if (norm_groups > 1) {
       if (thread < Top) {
-        const int tiles = Top / a.norm_groups, from = thread / tiles * tiles;  // of a group
+        const int tiles = Top / norm_groups, from = thread / tiles * tiles;  // of a group
         float total = 0.f;
         for (int i = 0; i < tiles; ++i) total += sums[odd][from + i];
         factors[odd][thread] = rsqrtf(total / static_cast<float>(tiles * kTile) + a.eps);
@@ -293,7 +333,7 @@ __global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(c
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) rotate_tiles(top[c]);
 
-    const long long out = index * a.I + channel_at(column);
+    const long long out = row_at(index) * a.I + channel_at(column);
     float step = gain * inverse;
     if (!kStatic && a.u_scale) {
       float peak = 0.f;
@@ -303,7 +343,7 @@ __global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(c
         for (int r = 0; r < Top; ++r) peak = fmaxf(peak, fabsf(top[c][r]));
       peak = gain * block_reduce(peak, peaks[odd], [](float x, float y) { return fmaxf(x, y); });
       const float u_scale = peak > 0.f ? __fdiv_rn(peak, 127.f) : 1.f;
-      if (thread == 0) a.u_scale[index] = u_scale;
+      if (thread == 0) a.u_scale[row_at(index)] = u_scale;
       step = __fdiv_rn(gain * (1.f / 254.f), u_scale);
     }
     if (kStatic || a.u_scale || a.out_scale) {
@@ -332,7 +372,9 @@ int launch_halves(const Halves& p, void* stream) {
   constexpr int kShared = 2 * Top * kTile * static_cast<int>(sizeof(float));
   auto pick = [&](auto half) {
     constexpr bool kHalf = decltype(half)::value;
-    if (!p.a.out_scale || p.a.u_scale || p.a.z_scale_count != p.a.I) return gate_halves<Top, kHalf, kGeneral>;
+    const bool one_scale = p.a.out_scale && !p.a.u_scale;
+    if (!p.a.z) return one_scale ? gate_halves<Top, kHalf, kRotated> : gate_halves<Top, kHalf, kRotatedGeneral>;
+    if (!one_scale || p.a.z_scale_count != p.a.I) return gate_halves<Top, kHalf, kGeneral>;
     if (!p.a.weight) return gate_halves<Top, kHalf, kPlain>;
     return p.a.weight_dtype == p.a.y_dtype ? gate_halves<Top, kHalf, kWeighted> : gate_halves<Top, kHalf, kGeneral>;
   };
@@ -354,9 +396,10 @@ inline bool of_halves(const QuambaGate& a) {
   auto whole = [](const void* data, long long stride) {
     return reinterpret_cast<unsigned long long>(data) % 16 == 0 && stride % 8 == 0;
   };
-  return a.block == a.I && a.I % kTile == 0 && size_of(a.y_dtype) == 2 && a.z_dtype == a.y_dtype &&
-         whole(a.y, a.y_stride) && whole(a.z, a.z_stride) && whole(a.u, 0) && whole(a.z_scale, 0) &&
-         whole(a.weight, 0) && (a.norm_groups <= 1 || a.I / kTile % a.norm_groups == 0);
+  const bool gate_fits = a.z ? a.z_dtype == a.y_dtype : !a.norm_groups && !a.weight;
+  return a.block == a.I && a.I % kTile == 0 && size_of(a.y_dtype) == 2 && gate_fits && whole(a.y, a.y_stride) &&
+         whole(a.z, a.z_stride) && whole(a.u, 0) && whole(a.z_scale, 0) && whole(a.weight, 0) &&
+         (a.norm_groups <= 1 || a.I / kTile % a.norm_groups == 0);
 }
 
 // QUAMBA_UNSUPPORTED where I is another than these.

@@ -1,6 +1,6 @@
-// What stands between a scan and its output projection, a row a block: u = y silu(z), RMS norm within groups, gain,
-// Hadamard rotation, quantisation. A row is read once and lies in shared memory as fp32 until it is written. This
-// kernel serves any types and sizes; the usual ones have a faster one.
+// What stands between a scan and its output projection, a row a block: u = y silu(z) (or y alone), RMS norm within
+// groups, gain, Hadamard rotation, quantisation. A row is read once and lies in shared memory as fp32 until it is
+// written. This kernel serves any types and sizes; the usual ones have a faster one.
 #include "gate_halves.cuh"
 #include "hadamard.cuh"
 #include "launch.cuh"
@@ -56,19 +56,22 @@ __global__ void __launch_bounds__(kThreads, 2) gate_rows(const __grid_constant__
     for (int k = 0; k < kAhead; ++k) {
       const int quad = from + k * step + thread, count = min(a.I - 4 * quad, 4);
       raw_y[k] = load_raw(a.y, a.y_dtype, y_start + 4LL * quad, count, p.whole_y);
-      raw_z[k] = load_raw(a.z, a.z_dtype, z_start + 4LL * quad, count, p.whole_z);
+      if (a.z) raw_z[k] = load_raw(a.z, a.z_dtype, z_start + 4LL * quad, count, p.whole_z);
     }
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       const int quad = from + k * step + thread, stretch = quad / kWarp;
       if (stretch >= p.stretches) continue;  // the same for a whole warp
-      float4 scale = make_float4(z_scale, z_scale, z_scale, z_scale);
-      if (by_channel) scale = load_quad(a.z_scale, QUAMBA_F32, 4LL * quad, a.I - 4 * quad, p.whole_scale);
-      float4 z = to_floats(raw_z[k], a.z_dtype);
-      if (a.z_scale && a.z_dtype != QUAMBA_I8)
-        z = each([](float v, float s) { return code_on(v, make_grid(s)); }, z, scale);
-      z = each(times, z, scale);
-      const float4 u = each([](float v, float g) { return v * silu(g); }, to_floats(raw_y[k], a.y_dtype), z);
+      float4 u = to_floats(raw_y[k], a.y_dtype);
+      if (a.z) {
+        float4 scale = make_float4(z_scale, z_scale, z_scale, z_scale);
+        if (by_channel) scale = load_quad(a.z_scale, QUAMBA_F32, 4LL * quad, a.I - 4 * quad, p.whole_scale);
+        float4 z = to_floats(raw_z[k], a.z_dtype);
+        if (a.z_scale && a.z_dtype != QUAMBA_I8)
+          z = each([](float v, float s) { return code_on(v, make_grid(s)); }, z, scale);
+        z = each(times, z, scale);
+        u = each([](float v, float g) { return v * silu(g); }, u, z);
+      }
       if (a.norm_groups) {
         float sum = (u.x * u.x + u.y * u.y) + (u.z * u.z + u.w * u.w);
 #pragma unroll

@@ -9,7 +9,8 @@ namespace quamba::w8a8 {
 
 struct Choice {
   int tile_m, tile_n, cluster;
-  char kind;    // 'c': two warp groups on one tile; 'p': each on its own, in turns; 's': stream-K, like 'c'
+  char kind;    // 'c': two warp groups on one tile; 'p': each on its own, in turns; 's': stream-K, like 'c';
+                // 'n': like 'p', for narrow problems of one tile a multiprocessor
   float rate;   // the share of the tensor cores' peak that the main loop reaches
   float extra;  // cycles a tile of 16-bit results costs besides; a pingpong hides most of its epilogue
   int (*launch)(const QuambaLinear&, int sms, cudaStream_t);

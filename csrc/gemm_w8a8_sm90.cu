@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <iterator>
+#include <limits>
 
 #include "finish.cuh"
 #include "gemm_w8a8_choice.h"
@@ -32,7 +33,8 @@ float cycles(const Choice& c, const QuambaLinear& a, int sms) {
     return tile * tiles / sms + more * c.extra * up(tiles, sms) + sum;
   }
   long long waves = up(tiles, sms / c.cluster * c.cluster);
-  if (c.kind == 'p') {
+  if (c.kind == 'n' && (waves > 1 || a.residual)) return std::numeric_limits<float>::infinity();
+  if (c.kind == 'p' || c.kind == 'n') {
     float finish = more * c.tile_m * c.tile_n / 4.f;
     return waves * std::max(tile + c.extra, (tile + finish) / 2.f) + finish;
   }

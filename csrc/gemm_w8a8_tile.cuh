@@ -280,6 +280,11 @@ constexpr Choice choice(float rate, float extra) {
   return {TileM, TileN, ClusterM, kind, rate, extra, C::launch, C::workspace};
 }
 
+constexpr Choice narrow(Choice c) {
+  c.kind = 'n';
+  return c;
+}
+
 template <int N>
 constexpr Choices choices(const Choice (&all)[N]) {
   return {all, all + N};

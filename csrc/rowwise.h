@@ -18,7 +18,7 @@ typedef struct {           // quamba_rms_norm, quamba_quantize
 
 typedef struct {           // quamba_gate_output
   const void* y;           // [rows, I] float, a row every y_stride elements
-  const void* z;           // [rows, I] float or int8, a row every z_stride elements
+  const void* z;           // [rows, I] float or int8, a row every z_stride elements; null leaves y as it is
   const float* z_scale;    // [1] or [I]: z is int8, or rounded to it on its way in; else null
   const void* weight;      // [I] float or null
   const float* out_scale;  // [1]: u is int8

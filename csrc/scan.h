@@ -10,15 +10,18 @@ typedef struct {         // quamba_selective_scan
   const float *b_scale, *c_scale;  // [1] beside int8; else null
   const float* A;                  // [I, N]
   const void *D, *dt_bias;         // [I] float; dt_bias may be null
+  const void* z;                   // [B, T, I] as x: y becomes y silu(z); or null
+  const float* z_scale;            // [1] or [I]: z is int8, or rounded to it on its way in; else null
   const float* state;              // [sequences, I, N] before the first token, or null
   float* last;                     // [sequences, I, N] after the last
   const int* cu_seqlens;           // [sequences + 1] where B is 1 and sequences lie one after the other; else null
   void* y;                         // [B, T, I] contiguous
   long long T;
-  long long x_batch, x_token, dt_batch, dt_token, b_batch, b_token, c_batch, c_token;
+  long long x_batch, x_token, dt_batch, dt_token, b_batch, b_token, c_batch, c_token, z_batch, z_token;
   int I, N, sequences;
-  int x_scale_count, lanes;  // lanes: of a channel, 8 or 4, or 24 of three; 0 for what fits the size
-  int x_dtype, dt_dtype, b_dtype, c_dtype, D_dtype, dt_bias_dtype, y_dtype;
+  int x_scale_count, z_scale_count;
+  int lanes;  // of a channel, 8 or 4, or 24 of three; 0 for what fits the size
+  int x_dtype, dt_dtype, b_dtype, c_dtype, D_dtype, dt_bias_dtype, z_dtype, y_dtype;
 } QuambaScan;
 
 enum { QUAMBA_SCAN_RANK = 160 };  // the most that these two take, in whole 32

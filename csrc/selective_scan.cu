@@ -1,4 +1,4 @@
-// Mamba1's selective scan: h <- exp(dt A) h + dt x B, y = C h + D x, for every channel and state.
+// Mamba1's selective scan: h <- exp(dt A) h + dt x B, y = C h + D x, for every channel and state; or y silu(z).
 //
 // What bounds it is the exponential: one for each token, channel and state, 16 a cycle and multiprocessor, where the rest
 // is four multiply-adds; the bytes are a quarter of that time. Cutting time into chunks that run at once, and joining
@@ -24,7 +24,7 @@ constexpr int kWide = 24;  // lanes: those of selective_scan_ahead.cuh, for thre
 // Lanes x States = N. Float: the type of dt and y, and of x, B and C unless these are Codes, all rows lying in whole quads;
 // or kAny, for any types.
 template <int Lanes, int States, int Float, bool Codes>
-__global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant__ Scan p) {
+__global__ void __launch_bounds__(kThreads, Float == kAny ? 3 : 5) selective_scan(const __grid_constant__ Scan p) {
   constexpr int N = Lanes * States, kChannels = kThreads / Lanes;
   constexpr int kType = Codes ? QUAMBA_I8 : Float;
   constexpr bool kWhole = Float != kAny;
@@ -70,8 +70,10 @@ __global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant
   const float4 x_factor = each([&](float v, float) { return v * b_scale; }, x_scale, x_scale);
   float4 bias = make_float4(0.f, 0.f, 0.f, 0.f);
   if (a.dt_bias) bias = load_quad(a.dt_bias, a.dt_bias_dtype, first, count, false);
+  long long z_at = batch * a.z_batch + (begin + row) * a.z_token + first;
+  const int z_type = kWhole ? Float : a.z_dtype;
 
-  uint4 raw_x[kItems], raw_dt[kItems], raw_b[kRowItems], raw_c[kRowItems];
+  uint4 raw_x[kItems], raw_dt[kItems], raw_b[kRowItems], raw_c[kRowItems], raw_z[kItems];
   auto fetch = [&](int left) {  // of the tokens that are left, the next tile
     constexpr int kApart = kThreads / kQuads, kColumnsApart = kThreads / kRows;  // rows between a thread's items
 #pragma unroll
@@ -89,6 +91,16 @@ __global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant
       raw_c[k] = load_raw_as<kType>(a.c, a.c_dtype, c_at + k * kColumnsApart * a.c_token, there, kWhole || p.whole_c);
     }
     x_at += x_step, dt_at += dt_step, b_at += b_step, c_at += c_step;
+  };
+  auto fetch_gate = [&](int here) {  // of a tile that is computed
+    if (!a.z) return;
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int apart = k * (kThreads / kQuads);
+      raw_z[k] = load_raw(a.z, z_type, z_at + apart * a.z_token, static_cast<int>(row) + apart < here ? count : 0,
+                          kWhole || p.whole_z);
+    }
+    z_at += kTokens * a.z_token;
   };
   float4 skipped[kItems];  // D x
   auto stage = [&](int left, int buffer) {
@@ -178,6 +190,7 @@ __global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant
 #pragma unroll
       for (int u = 0; u < Lanes; ++u) before[u] = sums[u];
     }
+    fetch_gate(here);  // as late as this to save registers
     add_up(group - Lanes);
     float4 added[kItems];
 #pragma unroll
@@ -188,8 +201,12 @@ __global__ void __launch_bounds__(kThreads) selective_scan(const __grid_constant
     for (int k = 0; k < kItems; ++k) {
       const int t = static_cast<int>(row) + k * (kThreads / kQuads);
       if (t >= here) continue;
-      const float4 y = each([&](float v, float w) { return __fmaf_rn(c_scale, w, v); }, added[k],
-                            *reinterpret_cast<const float4*>(&outputs[buffer][t][4 * quad]));
+      float4 y = each([&](float v, float w) { return __fmaf_rn(c_scale, w, v); }, added[k],
+                      *reinterpret_cast<const float4*>(&outputs[buffer][t][4 * quad]));
+      if (a.z) {
+        const float4 scale = load_scales(a.z_scale, a.z_scale_count > 1, first, count, 1.f);
+        y = gated(y, to_floats(raw_z[k], z_type), scale, a.z_scale, z_type == QUAMBA_I8);
+      }
       store_quad(a.y, kWhole ? Float : a.y_dtype, y_at + static_cast<long long>(k * (kThreads / kQuads)) * a.I, y, count, kWhole || p.whole_y);
     }
     y_at += static_cast<long long>(kTokens) * a.I;
@@ -219,9 +236,11 @@ int launch_scan(const QuambaScan& a, void* stream, bool wide = false) {
                dense && in_quads(a.dt, a.dt_dtype, a.dt_token, a.dt_batch),
                in_quads(a.b, a.b_dtype, a.b_token, a.b_batch),
                in_quads(a.c, a.c_dtype, a.c_token, a.c_batch),
+               dense && in_quads(a.z, a.z_dtype, a.z_token, a.z_batch),
                dense && in_quads(a.y, a.y_dtype)};
   if constexpr (Lanes * States == 16) {
     const bool whole = p.whole_x && p.whole_dt && p.whole_b && p.whole_c && p.whole_y, half = a.dt_dtype == QUAMBA_F16;
+    const bool gate_fits = !a.z || (p.whole_z && a.z_dtype == a.dt_dtype);
     auto all = [&](int type) { return a.x_dtype == type && a.b_dtype == type && a.c_dtype == type; };
     auto launch = [&](auto type, auto codes) {
       constexpr int kFloat = decltype(type)::value;
@@ -230,7 +249,7 @@ int launch_scan(const QuambaScan& a, void* stream, bool wide = false) {
     };
     constexpr std::integral_constant<int, QUAMBA_F16> kHalf;
     constexpr std::integral_constant<int, QUAMBA_BF16> kBrain;
-    if (whole && a.y_dtype == a.dt_dtype && a.dt_dtype != QUAMBA_F32) {
+    if (whole && gate_fits && a.y_dtype == a.dt_dtype && a.dt_dtype != QUAMBA_F32) {
       if (all(QUAMBA_I8)) return half ? launch(kHalf, std::true_type{}) : launch(kBrain, std::true_type{});
       if (all(a.dt_dtype)) return half ? launch(kHalf, std::false_type{}) : launch(kBrain, std::false_type{});
     }
@@ -245,7 +264,8 @@ extern "C" int quamba_selective_scan(const QuambaScan* args, void* stream) {
   const QuambaScan& a = *args;
   auto is_float = [](int type) { return type == QUAMBA_F32 || type == QUAMBA_F16 || type == QUAMBA_BF16; };
   if (a.I < 1 || a.T < 0 || a.sequences < 1 || (a.cu_seqlens && a.T > 0x7fffffffLL) || !is_float(a.dt_dtype) ||
-      !is_float(a.y_dtype) || !is_float(a.D_dtype) || (a.dt_bias && !is_float(a.dt_bias_dtype)))
+      !is_float(a.y_dtype) || !is_float(a.D_dtype) || (a.dt_bias && !is_float(a.dt_bias_dtype)) ||
+      (a.z && !is_float(a.z_dtype) && !(a.z_dtype == QUAMBA_I8 && a.z_scale)))
     return QUAMBA_UNSUPPORTED;
   if (a.N == 8) return launch_scan<4, 2>(a, stream);
   if (a.N == 32) return launch_scan<8, 4>(a, stream);

@@ -16,8 +16,15 @@ namespace quamba::selective {
 struct Scan {
   QuambaScan a;
   int blocks;  // of channels
-  bool whole_x, whole_dt, whole_b, whole_c, whole_y;
+  bool whole_x, whole_dt, whole_b, whole_c, whole_z, whole_y;
 };
+
+// y silu(z), z on the grid of its scales where it has any; int8 is on it already.
+__device__ __forceinline__ float4 gated(float4 y, float4 z, float4 scale, bool scaled, bool codes) {
+  if (scaled && !codes) z = each([](float v, float s) { return code_on(v, make_grid(s)); }, z, scale);
+  if (scaled) z = each([](float v, float s) { return __fmul_rn(v, s); }, z, scale);
+  return each([](float v, float g) { return v * silu(g); }, y, z);
+}
 
 // Tokens and channels that one block of a sequence has.
 struct Part {
@@ -66,12 +73,17 @@ __device__ __forceinline__ void keep(const Scan& p, const Part& s, Shared& share
     const bool exists = channel(c) < a.I;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      decay[c][i] = exists ? kLog2e * __ldg(a.A + static_cast<long long>(channel(c)) * kN + 2 * lane + i) : 0.f;
-      h[c][i] = exists && a.state ? __ldcg(a.state + state_at(c) + i) : 0.f;
+      const float* const rate = a.A + static_cast<long long>(channel(c)) * kN + 2 * lane + i;
+      decay[c][i] = exists ? kLog2e * __uint_as_float(constant_word(rate)) : 0.f;
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) before[c][i] = 0.f;
   }
+  wait_for_previous_kernel();
+#pragma unroll
+  for (int c = 0; c < Quads; ++c)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) h[c][i] = channel(c) < a.I && a.state ? __ldcg(a.state + state_at(c) + i) : 0.f;
   // Sums over the lanes for eight tokens are halved as they come, and finished while the next eight are computed.
   auto place = [&](int buffer, int group) { return &shared.outputs[buffer][group + lane][4 * first_quad + own]; };
   float* pending = place(2, 0);
@@ -177,7 +189,10 @@ __device__ __forceinline__ void stage_and_store(const Scan& p, const Part& s, Sh
   const long long b_tile = kTile * a.b_token * size_of(kType), c_tile = kTile * a.c_token * size_of(kType);
   unsigned short* y = static_cast<unsigned short*>(a.y) + (s.batch * a.T + s.begin + row) * a.I + first;
   const long long y_tile = static_cast<long long>(kTile) * a.I;
-  uint4 raw_x[2], raw_dt[2], raw_b, raw_c;
+  const unsigned char* z = bytes_at(a.z, Float, s.batch * a.z_batch + (s.begin + row) * a.z_token + first);
+  const long long z_token = a.z_token * size_of(Float);
+  const float4 z_scale = load_scales(a.z_scale, a.z_scale_count > 1, first, count, 1.f);
+  uint4 raw_x[2], raw_dt[2], raw_z[2], raw_b, raw_c;
   auto fetch = [&](int here) {  // a tile of so many tokens
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -212,27 +227,37 @@ __device__ __forceinline__ void stage_and_store(const Scan& p, const Part& s, Sh
       to[0] = make_float4(v.x, v.y, w.x, w.y), to[1] = make_float4(v.z, v.w, w.z, w.w);
     }
   };
+  auto fetch_gate = [&](int here) {
+    if (!a.z) return;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) raw_z[i] = load_raw(z + i * z_token, Float, 0, row + i < here ? count : 0, true);
+    z += kTile * z_token;
+  };
   auto store = [&](int here, int third) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (row + i < here)
-        store_quad(y + i * a.I, Float, 0, *reinterpret_cast<const float4*>(&shared.outputs[third][row + i][4 * quad]),
-                   count, true);
+    for (int i = 0; i < 2; ++i) {
+      if (row + i >= here) continue;
+      float4 v = *reinterpret_cast<const float4*>(&shared.outputs[third][row + i][4 * quad]);
+      if (a.z) v = gated(v, to_floats(raw_z[i], Float), z_scale, a.z_scale, false);
+      store_quad(y + i * a.I, Float, 0, v, count, true);
+    }
     y += y_tile;
   };
 
   // While a tile is computed, the one after it is staged, and what the one before the last became is stored.
-  const long long tiles = (s.tokens + kTile - 1) / kTile;
-  auto here = [&](long long tile) {
-    return static_cast<int>(max(min(s.tokens - tile * kTile, static_cast<long long>(kTile)), 0LL));
-  };
+  const int whole = static_cast<int>(s.tokens / kTile), rest = static_cast<int>(s.tokens - 1ll * whole * kTile);
+  const int tiles = whole + (rest > 0);
+  auto here = [&](int tile) { return tile < whole ? kTile : tile == whole ? rest : 0; };
+  wait_for_previous_kernel();
   fetch(here(0));
   stage(here(0), 0, 0);
   fetch(here(1));
   tile_ends();
   int buffer = 1, third = 1;
-  for (long long tile = 0; tile <= tiles; ++tile) {
+  for (int tile = 0; tile <= tiles; ++tile) {
     if (tile >= 2) store(kTile, third);
+    if (tile >= 1) fetch_gate(here(tile - 1));
+    if (tile + 1 == tiles) launch_dependents();  // blocks that come sooner gather where no block of this kernel is
     if (tile + 1 < tiles) {
       stage(here(tile + 1), buffer, third);
       fetch(here(tile + 2));
@@ -247,8 +272,7 @@ template <int Float, bool Codes>
 __global__ void __launch_bounds__(kThreads, 1) selective_scan_ahead(const __grid_constant__ Scan p) {
   extern __shared__ __align__(16) unsigned char bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(bytes);
-  launch_dependents();
-  wait_for_previous_kernel();
+  if (p.a.cu_seqlens) wait_for_previous_kernel();
   const Part s = part_of(p, kChannels);
   const int warp = threadIdx.x / 32, scheduler = warp % 4;
   if (warp >= kStates) {
@@ -272,7 +296,8 @@ int launch_as(const Scan& p, void* stream) {
   if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
       error != cudaSuccess)
     return error;
-  return launch(kernel, p, dim3(static_cast<unsigned>(grid)), kThreads, stream, kShared, false);
+  // a multiprocessor has room for one block, so that those which start early are shared out evenly
+  return launch(kernel, p, dim3(static_cast<unsigned>(grid)), kThreads, stream, kShared);
 }
 
 }  // namespace ahead

@@ -91,23 +91,30 @@ def test_a_scan_without_tokens_still_returns_states(calls) -> None:
         torch.float16, bounds,
     )  # fmt: skip
     (name, a), = calls  # fmt: skip
-    assert name == "quamba_selective_scan" and (a.T, a.sequences, a.N, a.I) == (0, 2, 16, 8)
+    assert name == "quamba_selective_scan" and (a.T, a.sequences, a.N, a.I) == (0, 2, 16, 8) and not a.z
     assert y.shape == (1, 0, 8) and last.shape == (2, 8, 16) and a.last == last.data_ptr() and not a.state
 
 
-def prefill(x=None, projected=None, w=None, w_scale=None, bias=None, B_scale=None, C_scale=None, out_dtype=BF16, N=16):
+def prefill(
+    x=None, projected=None, w=None, w_scale=None, bias=None, z=None, B_scale=None, C_scale=None, z_scale=None,
+    out_dtype=BF16, N=16,
+):  # fmt: skip
     """A call of the prefill with 16 channels, 32 rates and codes of B and C where these have scales."""
     x = torch.ones(2, 19, 16, dtype=torch.int8) if x is None else x
     projected = torch.ones(*x.shape[:2], 32 + 2 * N, dtype=BF16) if projected is None else projected
     w = torch.ones(x.shape[2], 32, dtype=torch.int8) if w is None else w
     w_scale, A = ONES if w_scale is None else w_scale, torch.ones(x.shape[2], N)
-    given = x, projected, w, w_scale, bias, A, torch.ones(x.shape[2]), None, torch.ones(1)
-    return scan.selective_prefill(*given, B_scale, C_scale, out_dtype)
+    z = torch.ones(x.shape, dtype=BF16) if z is None else z
+    given = x, projected, w, w_scale, bias, A, torch.ones(x.shape[2]), z, None, torch.ones(1)
+    return scan.selective_prefill(*given, B_scale, C_scale, z_scale, out_dtype)
 
 
 def test_a_prefill_is_three_kernels_that_hand_on(calls) -> None:
     wide, one = torch.ones(2, 19, 80, dtype=BF16), torch.ones(1)
-    y, last = prefill(projected=wide[..., 8:72], bias=ONES, B_scale=one, C_scale=one.clone())
+    scale = ONES.clone()
+    y, last = prefill(
+        projected=wide[..., 8:72], bias=ONES, z=wide[..., 24:40], B_scale=one, C_scale=one.clone(), z_scale=scale
+    )
     (first, codes), (second, rates), (third, a) = calls
     assert (first, second, third) == ("quamba_scan_codes", "quamba_scan_rates", "quamba_selective_scan")
     assert y.shape == (2, 19, 16) and y.dtype == BF16 and last.shape == (2, 16, 16)
@@ -117,6 +124,8 @@ def test_a_prefill_is_three_kernels_that_hand_on(calls) -> None:
     assert (rates.rank_codes, rates.rank_scale) == (codes.rank_codes, codes.rank_scale)
     assert rates.bias == ONES.data_ptr()
     assert a.dt == rates.dt and (a.b, a.c) == (codes.columns, codes.columns + 16) and (a.b_token, a.b_dtype) == (32, 3)
+    assert (a.z, a.z_batch, a.z_token, a.z_dtype) == (wide[..., 24:].data_ptr(), 19 * 80, 80, 2)
+    assert (a.z_scale, a.z_scale_count) == (scale.data_ptr(), 16)
 
 
 def test_a_prefill_without_codes_of_columns_scans_them_where_they_lie(calls) -> None:
@@ -203,6 +212,10 @@ REFUSED = {
     "takes a multiple of 32 rates a token, up to 160, got 48": lambda: prefill(w=torch.ones(16, 48).char()),
     "takes a multiple of 8 channels, got 12": lambda: prefill(x=torch.ones(2, 19, 12).char()),
     "B_scale and C_scale come together": lambda: prefill(B_scale=torch.ones(1)),
+    r"z has to be \[2, 19, 16\], got \[2, 19, 8\]": lambda: prefill(z=torch.ones(2, 19, 8)),
+    "the CUDA rotate_input takes Hadamard blocks that divide the 16 channels, got 12": lambda: rowwise.rotate_input(
+        X, 12, None, False, X.dtype
+    ),
     r"w_scale has to be \[16\], got \[8\]": lambda: prefill(w_scale=torch.ones(8)),
     "bias does not start at a multiple of 16 bytes": lambda: prefill(bias=torch.ones(17)[1:]),
 }
@@ -219,6 +232,7 @@ def test_shapes_that_no_kernel_serves_are_passed_over_in_a_sentence() -> None:
     for name, shape, sentence in (
         ("gate_output", {"I": 88, "block": 88}, "orders 2^k times 1, 12, 20, 28, 36, got blocks of 88"),
         ("gate_output", {"I": 10**6}, "holds a row in shared memory"),
+        ("rotate_input", {"I": 88, "block": 88}, "orders 2^k times 1, 12, 20, 28, 36, got blocks of 88"),
         ("causal_conv1d", {"W": 8}, "width 2 to 4, got 8"),
         ("selective_scan", {"N": 64}, "8, 16, 32 states a channel, got 64"),
         ("selective_prefill", {"N": 16, "R": 48, "I": 1536}, "multiple of 32 rates a token, up to 160, got 48"),

@@ -27,7 +27,12 @@ def _selective_prefill(name: str, rng: torch.Generator, dtype: torch.dtype) -> I
             weights = _codes(rng, inner, rank), torch.rand(inner, generator=rng) * 2e-3
             bias = _normal(rng, inner, dtype=dtype) - 2 if i % 2 else None
             state = _normal(rng, batch, inner, N) if coded else None
-            given = (x, projected, weights, bias, A, D, state)
+            z = _normal(rng, batch, tokens, inner, dtype=dtype)
+            if coded:
+                scales["z_scale"] = _scale(rng, 1 if i % 2 else inner)
+            if i == 2:
+                z = _codes(rng, batch, tokens, inner) if coded else z.float()
+            given = (x, projected, weights, bias, A, D, z, state)
             shape = {"I": inner, "N": N, "R": rank}
             yield Case(f"{batch}x{tokens} I={inner} R={rank} int8={coded} {dtype}", given,
                        {**scales, "out_dtype": dtype}, shape, dtype)  # fmt: skip

@@ -69,7 +69,10 @@ class SelectiveMixer(Mixer):
         self._quantize = ops.quantize.bind(setting)
         self._prefill = self._decode = None
         if self._has_prefill():
-            self._prefill = self._fused(ops.selective_prefill, "quantize", "linear_w8a8", "selective_scan")
+            parts = "quantize", "linear_w8a8", "selective_scan", "gate_output"
+            self._prefill = self._fused(ops.selective_prefill, *parts)
+        shape = {**self.mixer_spec.sizes, "block": self.block}
+        self._rotate = ops.rotate_input.bind(Setting(setting.device, self.dtype, shape))
         if self._has_decode():
             self._decode = self._fused(ops.selective_decode, "selective_update", "gate_output")
         self._conv_decode = None if self._decode is None else ops.conv_decode.bind(setting)
@@ -77,24 +80,29 @@ class SelectiveMixer(Mixer):
     def _has_decode(self) -> bool:
         """Whether selective_decode can say what stands between this scan and out_proj: a gate, and B and C with a
         scale each."""
-        return self._has_shared_columns() and not self.out.norm_groups and self.out.norm_weight is None
+        return self._has_shared_columns() and self._has_bare_gate()
+
+    def _has_bare_gate(self) -> bool:
+        """Whether nothing stands between the gate and the rotation."""
+        return not self.out.norm_groups and self.out.norm_weight is None
 
     def _has_shared_columns(self) -> bool:
         """Whether B and C have a scale each, or none."""
         return all(scale is None or scale.numel() == 1 for name, scale in self._scales.items() if name != "x_scale")
 
     def _has_prefill(self) -> bool:
-        """Whether selective_prefill can say what stands between x_proj and the gate: nothing but codes, dt_proj with a
-        scale per token, and the scan."""
+        """Whether selective_prefill can say what stands between x_proj and the rotation: nothing but codes, dt_proj
+        with a scale per token, the scan and the gate."""
         rates, together = self.linear("dt_proj"), (self._scales["B_scale"] is None) == (self._scales["C_scale"] is None)
         dynamic = rates.format.int8_input and rates.format.op is ops.linear_w8a8 and rates.input.per_token
-        return dynamic and together and not self.norms and self._has_shared_columns()
+        return dynamic and together and not self.norms and self._has_shared_columns() and self._has_bare_gate()
 
     def prefills(self, tokens: int) -> bool:
         """Whether this call is a prompt, and nobody wants to see what lies in between."""
         rates = self.linear("dt_proj")
         seen = rates.capture or rates.held is not None or rates._forward_hooks or rates._forward_pre_hooks
-        return tokens > 1 and not seen and not any(s.watched for s in (rates.input, self.sites["B"], self.sites["C"]))
+        sites = rates.input, self.sites["B"], self.sites["C"], self.gate
+        return tokens > 1 and not seen and not any(site.watched for site in sites)
 
     def forward(
         self,
@@ -124,12 +132,12 @@ class SelectiveMixer(Mixer):
         if self._prefill is not None and self.prefills(tokens):
             rates, (A, D) = self.linear("dt_proj"), self._rates
             rates.bind()
-            y, last = self._prefill(
-                x, projected, rates._weights, rates.bias, A, D, self.before(state), **self._scales,
-                out_dtype=self.dtype,
+            u, last = self._prefill(
+                x, projected, rates._weights, rates.bias, A, D, z, self.before(state), **self._scales,
+                z_scale=self._z_scale, out_dtype=self.dtype,
             )  # fmt: skip
             self.store(last, state)
-            return self.leave(y, z, residual)
+            return self.project(self._rotate(u, **self.output_options()), residual)
         rank, columns = projected.split([s["R"], 2 * s["N"]], -1)
         B, C = columns.chunk(2, -1)
         if self.norms:

@@ -145,7 +145,8 @@ class Site(LowBit):
         return self._quantize(x, None if self.per_token else self._scale)
 
     def _bind(self) -> None:
-        setting = Setting(self._any_device().type, self.dtype)
+        shape = {"I": self.channels, "block": self.block}
+        setting = Setting(self._any_device().type, self.dtype, shape)
         self._quantize, self._rotate = ops.quantize.bind(setting), ops.rotate_input.bind(setting)
         scale = self.per_channel()
         self._scale = self.scale if scale is not None and self.scale.numel() == 1 else scale

@@ -124,7 +124,9 @@ def test_shapes_of_models(name: str) -> None:
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("shape", [(2560, 10576, 128), (5120, 2560, 128), (2560, 2568, 128), (512, 2560, 128)])
+@pytest.mark.parametrize(
+    "shape", [(2560, 10576, 128), (5120, 2560, 128), (2560, 2568, 128), (512, 2560, 128), (5120, 184, 128)]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_prompts(name: str, shape: tuple[int, int, int]) -> None:
     """The tiles of many rows, with ends that they do not divide and every epilogue."""

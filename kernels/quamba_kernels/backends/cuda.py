@@ -102,6 +102,13 @@ def gate_output(
     return _activation(done, out_scale, per_token)
 
 
+@ops.rotate_input.backend("cuda", why_not=_why_not_gate_output, rank=RANK)
+def rotate_input(x, block, *, out_scale=None, per_token=False, out_dtype=torch.float32):
+    """The kernel of gate_output without a gate."""
+    done = torch.ops.quamba.rotate_input.default(x, block, out_scale, per_token, out_dtype)
+    return _activation(done, out_scale, per_token)
+
+
 @ops.causal_conv1d.backend("cuda", why_not=_why_not_conv, rank=RANK)
 def causal_conv1d(
     x, weight, bias=None, state=None, *, in_scale=None, x_scale=None, weight_scale=None, out_scale=None,
@@ -126,11 +133,12 @@ def selective_scan(
 
 @ops.selective_prefill.backend("cuda", why_not=_why_not_prefill, rank=RANK)
 def selective_prefill(
-    x, projected, weights, bias, A, D, state=None, *, x_scale=None, B_scale=None, C_scale=None, out_dtype=torch.float32
+    x, projected, weights, bias, A, D, z, state=None, *, x_scale=None, B_scale=None, C_scale=None, z_scale=None,
+    out_dtype=torch.float32,
 ):  # fmt: skip
-    """One kernel rounds, one makes dt, and the scan follows."""
+    """One kernel rounds, one makes dt, and the scan, which waits for exponentials, gates as it stores."""
     return torch.ops.quamba.selective_prefill.default(
-        x, projected, *weights, bias, A, D, state, x_scale, B_scale, C_scale, out_dtype
+        x, projected, *weights, bias, A, D, z, state, x_scale, B_scale, C_scale, z_scale, out_dtype
     )
 
 

@@ -1,4 +1,4 @@
-"""The token-wise ops as custom ops quamba::rms_norm, quamba::quantize and quamba::gate_output, of csrc/rowwise.h.
+"""The token-wise ops as custom ops quamba::rms_norm, quamba::quantize and others, of csrc/rowwise.h.
 
 Each returns the data and the scales of its rows, which are empty where there are none.
 """
@@ -46,7 +46,7 @@ class QuambaGate(Arguments):
 
 
 def gate_why_not(I: int, block: int) -> str | None:
-    """Why gate_output does not take rows of I channels with Hadamard blocks of this size, in a sentence."""
+    """Why the gate and the rotation do not take rows of I channels with Hadamard blocks of this size, in a sentence."""
     if I > LONGEST:
         return f"holds a row in shared memory: up to {LONGEST} channels, got {I}"
     if block > 1 and I % block:
@@ -104,33 +104,47 @@ def quantize(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return _run_rows("quamba_quantize", x, None, 0.0, scale, (1, x.shape[-1]), scale is None, x.dtype)
 
 
+def _run_gate(
+    op: str, a: QuambaGate, y: Tensor, block: int, out_scale: Tensor | None, per_token: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The kernel of gate_output over y, where ``a`` says all that concerns a gate and a norm."""
+    I, rows = y.shape[-1], _rows(y)
+    if reason := gate_why_not(I, block):
+        raise ValueError(f"the CUDA {op} {reason}")
+    if per_token:
+        out_scale = None
+    u, u_scale = _outputs(y, per_token or out_scale is not None, per_token, out_dtype)
+    a.rows, a.y_stride, a.I, a.block = len(rows), rows.stride(0), I, block
+    a.y, a.u, a.y_dtype, a.u_dtype = rows.data_ptr(), u.data_ptr(), DTYPES[y.dtype], DTYPES[u.dtype]
+    a.out_scale = constant("out_scale", out_scale, y, (torch.float32,), (1,))
+    a.u_scale = u_scale.data_ptr() if per_token else None
+    if len(rows):
+        launch("quamba_gate_output", a, y.device)
+    return u, u_scale
+
+
 def gate_output(
     y: Tensor, z: Tensor, weight: Tensor | None, eps: float, z_scale: Tensor | None, norm_groups: int, block: int,
     out_scale: Tensor | None, per_token: bool, out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     y = stream("y", y, y, FLOATS)
     z = stream("z", z, y, (*FLOATS, *CODES), tuple(y.shape))
-    I = y.shape[-1]
-    if reason := gate_why_not(I, block):
-        raise ValueError(f"the CUDA gate_output {reason}")
+    I, z_rows = y.shape[-1], _rows(z)
     if norm_groups and I % norm_groups:
         raise ValueError(f"norm_groups has to divide the {I} channels, got {norm_groups}")
-    if per_token:
-        out_scale = None
-    u, u_scale = _outputs(y, per_token or out_scale is not None, per_token, out_dtype)
-    y_rows, z_rows = _rows(y), _rows(z)
-    a = QuambaGate(rows=len(y_rows), y_stride=y_rows.stride(0), z_stride=z_rows.stride(0), I=I, eps=eps)
-    a.norm_groups, a.block, a.y, a.z, a.u = norm_groups, block, y_rows.data_ptr(), z_rows.data_ptr(), u.data_ptr()
-    a.y_dtype, a.z_dtype, a.u_dtype = DTYPES[y.dtype], DTYPES[z.dtype], DTYPES[u.dtype]
+    a = QuambaGate(z=z_rows.data_ptr(), z_stride=z_rows.stride(0), z_dtype=DTYPES[z.dtype])
+    a.norm_groups, a.eps = norm_groups, eps
     a.z_scale = constant("z_scale", z_scale, y, (torch.float32,), (1,), (I,))
     a.z_scale_count = 0 if z_scale is None else z_scale.numel()
     a.weight = constant("weight", weight, y, FLOATS, (I,))
     a.weight_dtype = 0 if weight is None else DTYPES[weight.dtype]
-    a.out_scale = constant("out_scale", out_scale, y, (torch.float32,), (1,))
-    a.u_scale = u_scale.data_ptr() if per_token else None
-    if len(y_rows):
-        launch("quamba_gate_output", a, y.device)
-    return u, u_scale
+    return _run_gate("gate_output", a, y, block, out_scale, per_token, out_dtype)
+
+
+def rotate_input(
+    x: Tensor, block: int, out_scale: Tensor | None, per_token: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return _run_gate("rotate_input", QuambaGate(), stream("x", x, x, FLOATS), block, out_scale, per_token, out_dtype)
 
 
 def _fake(x: Tensor, codes: bool, per_token: bool, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -156,6 +170,12 @@ def _fake_gate_output(
     return _fake(y, per_token or out_scale is not None, per_token, out_dtype)
 
 
+def _fake_rotate_input(
+    x: Tensor, block: int, out_scale: Tensor | None, per_token: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return _fake(x, per_token or out_scale is not None, per_token, out_dtype)
+
+
 _OUT = "Tensor? out_scale, bool per_token, ScalarType out_dtype) -> (Tensor, Tensor)"
 _LIBRARY = torch.library.Library("quamba", "FRAGMENT")
 for _op, _without_data, _schema in (
@@ -163,6 +183,7 @@ for _op, _without_data, _schema in (
     (quantize, _fake_quantize, "(Tensor x, Tensor? scale) -> (Tensor, Tensor)"),
     (gate_output, _fake_gate_output, "(Tensor y, Tensor z, Tensor? weight, float eps, Tensor? z_scale, "
                                      f"int norm_groups, int block, {_OUT}"),
+    (rotate_input, _fake_rotate_input, f"(Tensor x, int block, {_OUT}"),
 ):  # fmt: skip
     _LIBRARY.define(f"{_op.__name__}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(_op.__name__, _op, "CUDA")

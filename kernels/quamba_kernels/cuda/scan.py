@@ -30,9 +30,10 @@ class QuambaScan(Arguments):
     """The struct of csrc/scan.h."""
 
     _fields_ = fields(
-        "x dt b c x_scale b_scale c_scale A D dt_bias state last cu_seqlens y",
-        "T x_batch x_token dt_batch dt_token b_batch b_token c_batch c_token",
-        "I N sequences x_scale_count lanes x_dtype dt_dtype b_dtype c_dtype D_dtype dt_bias_dtype y_dtype",
+        "x dt b c x_scale b_scale c_scale A D dt_bias z z_scale state last cu_seqlens y",
+        "T x_batch x_token dt_batch dt_token b_batch b_token c_batch c_token z_batch z_token",
+        "I N sequences x_scale_count z_scale_count lanes x_dtype dt_dtype b_dtype c_dtype D_dtype dt_bias_dtype "
+        "z_dtype y_dtype",
     )
 
 
@@ -70,6 +71,15 @@ def selective_scan(
     x_scale: Tensor | None, B_scale: Tensor | None, C_scale: Tensor | None, out_dtype: torch.dtype,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _scan(x, dt, A, B, C, D, dt_bias, None, state, x_scale, B_scale, C_scale, None, out_dtype, cu_seqlens)
+
+
+def _scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None, z: Tensor | None,
+    state: Tensor | None, x_scale: Tensor | None, B_scale: Tensor | None, C_scale: Tensor | None,
+    z_scale: Tensor | None, out_dtype: torch.dtype, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """selective_scan, gated where there is z."""
     if x.dim() != 3:
         raise ValueError(f"x has to be [B, T, I], got {list(x.shape)}")
     batch, T, I = x.shape
@@ -88,7 +98,10 @@ def selective_scan(
     before = None if state is None else state.float().contiguous()
 
     a = QuambaScan(T=T, I=I, N=N, sequences=sequences, lanes=LANES)
-    for name, tensor in (("x", x), ("dt", dt), ("b", B), ("c", C)):
+    streams = {"x": x, "dt": dt, "b": B, "c": C}
+    if z is not None:
+        streams["z"] = stream("z", z, x, (*FLOATS, *CODES), (batch, T, I))
+    for name, tensor in streams.items():
         setattr(a, name, tensor.data_ptr())
         setattr(a, f"{name}_batch", tensor.stride(0))
         setattr(a, f"{name}_token", tensor.stride(1))
@@ -98,6 +111,8 @@ def selective_scan(
     a.x_scale = constant("x_scale", x_scale, x, fp32, (1,), (I,))
     a.x_scale_count = 0 if x_scale is None else x_scale.numel()
     a.b_scale, a.c_scale = constant("B_scale", B_scale, x, fp32, (1,)), constant("C_scale", C_scale, x, fp32, (1,))
+    a.z_scale = constant("z_scale", z_scale, x, fp32, (1,), (I,))
+    a.z_scale_count = 0 if z_scale is None else z_scale.numel()
     a.A = constant("A", A, x, fp32, (I, N))
     a.D, a.D_dtype = constant("D", D, x, FLOATS, (I,)), DTYPES[D.dtype]
     a.dt_bias = constant("dt_bias", dt_bias, x, FLOATS, (I,))
@@ -119,9 +134,9 @@ def _fake(
 
 
 def selective_prefill(
-    x: Tensor, projected: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, A: Tensor, D: Tensor,
+    x: Tensor, projected: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, A: Tensor, D: Tensor, z: Tensor,
     state: Tensor | None, x_scale: Tensor | None, B_scale: Tensor | None, C_scale: Tensor | None,
-    out_dtype: torch.dtype,
+    z_scale: Tensor | None, out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if x.dim() != 3:
         raise ValueError(f"x has to be [B, T, I], got {list(x.shape)}")
@@ -131,6 +146,7 @@ def selective_prefill(
         raise ValueError(f"the CUDA selective_prefill {reason}")
     if (B_scale is None) != (C_scale is None):
         raise ValueError("B_scale and C_scale come together: B and C are both codes or both floats")
+    z = stream("z", z, x, (*FLOATS, *CODES), (batch, T, I))
     projected = tidy(stream("projected", projected, x, FLOATS, (batch, T, R + 2 * N)))
     fp32, blocks = (torch.float32,), -(-T // 16)
     codes = torch.empty((batch, blocks, R, 16), dtype=torch.int8, device=x.device)
@@ -153,13 +169,13 @@ def selective_prefill(
         launch("quamba_scan_codes", rounding, x.device)
         launch("quamba_scan_rates", rates, x.device)
     B, C = columns.chunk(2, -1)
-    return selective_scan(x, dt, A, B, C, D, None, state, x_scale, B_scale, C_scale, out_dtype, None)
+    return _scan(x, dt, A, B, C, D, None, z, state, x_scale, B_scale, C_scale, z_scale, out_dtype, None)
 
 
 def _fake_prefill(
-    x: Tensor, projected: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, A: Tensor, D: Tensor,
+    x: Tensor, projected: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, A: Tensor, D: Tensor, z: Tensor,
     state: Tensor | None, x_scale: Tensor | None, B_scale: Tensor | None, C_scale: Tensor | None,
-    out_dtype: torch.dtype,
+    z_scale: Tensor | None, out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape, dtype=out_dtype), x.new_empty((x.shape[0], *A.shape), dtype=torch.float32)
 
@@ -174,7 +190,8 @@ _LIBRARY.impl("selective_scan", selective_scan, "CUDA")
 torch.library.register_fake("quamba::selective_scan", _fake, lib=_LIBRARY)
 _LIBRARY.define(
     "selective_prefill(Tensor x, Tensor projected, Tensor w, Tensor w_scale, Tensor? bias, Tensor A, Tensor D, "
-    "Tensor? state, Tensor? x_scale, Tensor? B_scale, Tensor? C_scale, ScalarType out_dtype) -> (Tensor, Tensor)",
+    "Tensor z, Tensor? state, Tensor? x_scale, Tensor? B_scale, Tensor? C_scale, Tensor? z_scale, "
+    "ScalarType out_dtype) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.impl("selective_prefill", selective_prefill, "CUDA")

@@ -100,9 +100,9 @@ def rotate_input(
 ) -> Activation:
     """y = x H in blocks of ``block`` channels, quantised on the way out if asked for (Quamba, section 4.2).
 
-    x [..., C] float; out_scale fp32 [1].
+    x [..., C] float; block 0 leaves x as it is; out_scale fp32 [1].
     """
-    return emit(rotate(x.float(), block), out_scale, per_token, out_dtype)
+    return emit(rotate(x.float(), block) if block else x.float(), out_scale, per_token, out_dtype)
 
 
 @op

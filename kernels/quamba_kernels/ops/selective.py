@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import softplus
+from torch.nn.functional import silu, softplus
 
 from quamba_kernels.ops.linear import linear_w8a8
-from quamba_kernels.ops.rowwise import dequantize, quantize
+from quamba_kernels.ops.rowwise import codes, dequantize, quantize
 from quamba_kernels.ops.sequences import scan_each
 from quamba_kernels.ops.state import load_state, quantize_state
 from quamba_kernels.registry import op
@@ -76,25 +76,28 @@ def selective_prefill(
     bias: torch.Tensor | None,
     A: torch.Tensor,
     D: torch.Tensor,
+    z: torch.Tensor,
     state: torch.Tensor | None = None,
     *,
     x_scale: torch.Tensor | None = None,
     B_scale: torch.Tensor | None = None,
     C_scale: torch.Tensor | None = None,
+    z_scale: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What follows x_proj in a prompt: linear_w8a8 of the rates, in codes with a scale per token, and selective_scan.
+    """What follows x_proj in a prompt: linear_w8a8 of the rates, in codes with a scale per token, selective_scan, gate.
 
     x [B, T, I]; projected [B, T, R + 2 N] float, the columns dt, B and C; weights [I, R] and bias [I] as linear_w8a8
-    takes them; B_scale and C_scale [1] make B and C codes; x, x_scale and the rest as in selective_scan.
-    Returns y [B, T, I] and the last state [B, I, N] fp32.
+    takes them; B_scale and C_scale [1] make B and C codes; z and z_scale as in gate_output; x, x_scale and the rest as
+    in selective_scan. Returns y silu(z) [B, T, I], of a y in fp32, and the last state [B, I, N] fp32.
     """
     rank, B, C = projected.split([weights[0].shape[1], A.shape[1], A.shape[1]], -1)
     dt = linear_w8a8(*quantize(rank), weights, bias, out_dtype=out_dtype)
     if B_scale is not None and C_scale is not None:
         B, C = quantize(B, B_scale).data, quantize(C, C_scale).data
     scales = {"x_scale": x_scale, "B_scale": B_scale, "C_scale": C_scale}
-    return selective_scan(x, dt, A, B, C, D, None, state, **scales, out_dtype=out_dtype)
+    y, last = selective_scan(x, dt, A, B, C, D, None, state, **scales)
+    return (y * silu(dequantize(codes(z, z_scale), z_scale))).to(out_dtype), last
 
 
 @op
