@@ -45,7 +45,7 @@ constexpr int most_mail(int tokens) {
 
 // How a launch is cut. inverse: 2^16 / splits rounded up. halves: those of a step may lie in two groups.
 struct Cut {
-  int stages, mail, inverse;  // mail in bytes
+  int stages, mail, scales, inverse;  // mail, scales: bytes of a block and of a stage
   bool halves;
 
   __device__ __forceinline__ int split(int n) const { return n * inverse >> 16; }  // n / splits, n below 2^13
@@ -63,15 +63,17 @@ struct Layout {
   static constexpr bool kOrdered = Packed && (TileM == 16 || TileM == 8 && !kGrouped);
   static constexpr int kPiece = (sizeof(Element) == 1 ? TileM == 128 : TileM == 32) ? 32 : 64;
   static constexpr int kBlocks = TileM < 64 ? 3 : TileM == 64 || sizeof(Element) == 1 ? 2 : 1;
-  static constexpr int kWBytes = kTileO * kTileK / (Packed ? 2 : 1), kScaleBytes = Packed ? 2 * kTileO * 4 : 0;
+  static constexpr int kWBytes = kTileO * kTileK / (Packed ? 2 : 1);
   static constexpr int kXBytes = TileM * kTileK * static_cast<int>(sizeof(Element));
-  static constexpr int kStageBytes = kWBytes + kScaleBytes + kXBytes, kMaxStages = 10;
-  static constexpr int kBarrierBytes = 8 * (1 + (kOrdered ? 3 : 2) * kMaxStages);
-  static_assert(!kOverlaid || 3 * kStageBytes >= most_mail(TileM), "a plan has three stages or more");
+  static constexpr int kMaxStages = 10;
+  static constexpr int kBarrierBytes = 8 * (1 + (kOrdered ? 4 : 2) * kMaxStages);
+  static_assert(!kOverlaid || 3 * (kWBytes + kXBytes) >= most_mail(TileM), "a plan has three stages or more");
 
   static constexpr int shared_bytes(int blocks) { return (228 / blocks - 1) * 1024; }  // the system takes 1 KB of each
-  static constexpr int stages(int blocks, int mail) {  // 1 KB to align what TMA writes
-    return std::min((shared_bytes(blocks) - (kOverlaid ? 0 : mail) - kBarrierBytes - 1024) / kStageBytes, kMaxStages);
+  static constexpr int scale_bytes(bool halves) { return Packed ? (halves ? 2 : 1) * kTileO * 4 : 0; }
+  static constexpr int stages(int blocks, int mail, bool halves) {  // 1 KB to align what TMA writes
+    const int room = shared_bytes(blocks) - (kOverlaid ? 0 : mail) - kBarrierBytes - 1024;
+    return std::min(room / (kWBytes + kXBytes + scale_bytes(halves)), kMaxStages);
   }
 };
 
@@ -136,8 +138,8 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
   char *x_tiles = smem, *w_tiles = smem + stages * L::kXBytes;
   const unsigned rest = shared_address(w_tiles + stages * L::kWBytes);
   const unsigned mail = L::kOverlaid ? shared_address(smem) : rest, scales = L::kOverlaid ? rest : mail + cut.mail;
-  const unsigned mailbox = scales + stages * L::kScaleBytes, full = mailbox + 8, empty = full + 8 * stages;
-  const unsigned x_full = L::kOrdered ? empty + 8 * stages : full;
+  const unsigned mailbox = scales + stages * cut.scales, full = mailbox + 8, empty = full + 8 * stages;
+  const unsigned x_full = L::kOrdered ? empty + 8 * stages : full, ordered = x_full + 8 * stages;
   launch_dependents();
 
   const int splits = gridDim.x, rank = blockIdx.x, lane = threadIdx.x % 32;
@@ -163,9 +165,12 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
   if (warp == kMathWarps && lane == 0) {
     init_barrier(mailbox, splits > 1 ? 1 : 32 * kMathWarps);
     for (int s = 0; s < stages; ++s) {
-      init_barrier(full + 8 * s, 1 + (Packed ? 32 : 0) + (L::kOrdered ? 1 : 0));
+      init_barrier(full + 8 * s, Packed ? 1 + 32 : 1);
       init_barrier(empty + 8 * s, kMathWarps);
-      if (L::kOrdered) init_barrier(x_full + 8 * s, 1);
+      if (L::kOrdered) {
+        init_barrier(x_full + 8 * s, 1);
+        init_barrier(ordered + 8 * s, 1);
+      }
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     if (splits > 1) arrive_expecting(mailbox, own * splits * kCellBytes);
@@ -186,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
                                 {w, column + 96 + lane}};
     auto copy_scales = [&](int stage, int step) {
       if constexpr (Packed) {
-        const unsigned to = scales + stage * L::kScaleBytes + lane * 4;
+        const unsigned to = scales + stage * cut.scales + lane * 4;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           copy_word(to + j * 128, of[j].word(w, step * kTileK));
@@ -223,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
           order_columns<sizeof(Element), TileM, TileM>(tile);
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncwarp();
-        if (lane == 0) arrive(full + 8 * at);
+        if (lane == 0) arrive(ordered + 8 * at);
         if (++at == stages) at = 0, phase ^= 1;
         const int next = step - 1 + stages;  // into the stage that was multiplied while this one was put in order
         if (step > first_step && next < last_step) load(next);
@@ -276,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
   };
 
   if constexpr (L::kGrouped) {
-    const Grouped<Element> grouped(w, shared_address(x_tiles), shared_address(w_tiles), scales, column, cut.halves);
+    const Grouped<Element> grouped(w, shared_address(x_tiles), shared_address(w_tiles), scales, cut.scales, column);
     float total[4] = {};
     for (int step = first_step; step < last_step; ++step) {
       wait(full + 8 * stage, parity);
@@ -316,7 +321,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     const unsigned first_scale = static_cast<unsigned>(column + channel) * w.groups;
     Factor factor[1][2];
     auto load_factors = [&](int step, int chunk) {
-      const unsigned from = scales + stage * L::kScaleBytes + (chunk & second) * kTileO * 4 + channel * 4;
+      const unsigned from = scales + stage * cut.scales + (chunk & second) * kTileO * 4 + channel * 4;
       const int group = w.group(step * kTileK + chunk * w4::kChunk);
       const unsigned shift = w4::shift_in_word<typename Op::Raw>(first_scale + group);
 #pragma unroll
@@ -340,6 +345,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
 
     for (int step = first_step; step < last_step; ++step) {
       wait(full + 8 * stage, parity);
+      if constexpr (L::kOrdered) wait(ordered + 8 * stage, parity);
       load_factors(step, 0);
       unsigned held[kPieces][kRegisters];
       auto fetch = [&](int piece) {  // a lane reads the words of its own codes
@@ -489,15 +495,16 @@ struct Launch {
     if (error == cudaSuccess)
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                    cudaSharedmemCarveoutMaxShared);
-    constexpr int kMail = most_mail(TileM);
-    for (int blocks = 1; blocks <= L::kBlocks; ++blocks)
-      for (int splits = 1; splits <= kMaxSplits && L::stages(blocks, kMail) >= 3 && error == cudaSuccess; ++splits) {
+    for (int blocks = 1; blocks <= L::kBlocks; ++blocks) {
+      const int most = L::stages(blocks, most_mail(TileM), true) >= 3 ? kMaxSplits : 0;
+      for (int splits = 1; splits <= most && error == cudaSuccess; ++splits) {
         cudaLaunchConfig_t config = {};
         cudaLaunchAttribute attributes[2] = {};
         configure(config, attributes, dim3(splits), blocks);
         config.numAttrs = 1;
         error = cudaOccupancyMaxActiveClusters(&found.clusters[blocks][splits], kernel, &config);
       }
+    }
     return error;
   }
 
@@ -516,7 +523,11 @@ struct Launch {
                     Packed ? static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S) : 0u,
                     L::kOrdered || L::kGrouped ? Op::kInOrder : Op::kNatural};
     const int mail = mail_bytes(std::min(a.M, TileM), plan.splits);
-    const Cut cut{L::stages(plan.blocks, mail), mail, (65535 + plan.splits) / plan.splits, Packed && a.S % kTileK != 0};
+    const bool halves = Packed && a.S % kTileK != 0;
+    int stages = L::stages(plan.blocks, mail, halves);
+    // a long share lives from memory, and weights that are asked for far ahead keep x waiting, which must be ordered
+    if (L::kOrdered && sizeof(Element) == 2 && a.K > 3 * stages * kTileK * plan.splits) stages = std::min(stages, 4);
+    const Cut cut{stages, mail, L::scale_bytes(halves), (65535 + plan.splits) / plan.splits, halves};
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attributes[2] = {};
     configure(config, attributes, dim3(plan.splits, (a.M + TileM - 1) / TileM, (a.O + kTileO - 1) / kTileO),
