@@ -8,7 +8,7 @@
 
 namespace quamba::few {
 
-constexpr int kTileO = 128, kTileK = 128, kMaxSplits = 8, kMaxBlocks = 3, kTiles = 4;
+constexpr int kTileO = 128, kTileK = 128, kMaxSplits = 8, kMaxBlocks = 3, kTiles = 5;
 
 struct Plan {
   int tokens, splits, blocks;  // tokens 0: none fits
@@ -32,6 +32,7 @@ inline bool may_be_wide(const QuambaLinear& a) { return a.M > (a.x_dtype == QUAM
 
 // Fitted to the times of all plans on an H100.
 inline Rates rates(const QuambaLinear& a, bool packed) {
+  if (packed && a.M <= 16) return {0.f, 17.f, 0.85f, 0.f, 0.08f, 0.65f};
   if (!may_be_wide(a)) return {0.f, 4.f, 0.15f, 0.f, 0.8f, 0.25f};
   if (!packed) return {1.72f, 27.f, 1.39f, 1.f, 0.63f, 11.1f};
   return a.x_dtype == QUAMBA_I8 ? Rates{1.7f, 8.f, 0.6f, 0.2f, 0.8f, 0.3f} : Rates{1.3f, 4.4f, 0.67f, 1.f, 0.93f, 0.4f};
@@ -50,15 +51,15 @@ inline float cost(const QuambaLinear& a, const Plan& plan, const Rates& r, int c
 }
 
 inline Plan choose(const QuambaLinear& a, bool packed, const Limits (&limits)[kTiles]) {
-  const int steps = (a.K + kTileK - 1) / kTileK, first = a.M <= 16 ? 0 : a.M <= 32 ? 1 : 2;
+  const int steps = (a.K + kTileK - 1) / kTileK, first = a.M <= 8 ? 0 : a.M <= 16 ? 1 : a.M <= 32 ? 2 : 3;
   const Rates r = rates(a, packed);
   Plan best{0, 0, 0};
   float least = 0;
-  for (int i = first; i <= (may_be_wide(a) ? 3 : first); ++i)
+  for (int i = first; i <= (may_be_wide(a) ? 4 : first); ++i)
     for (int blocks = 1; blocks <= kMaxBlocks; ++blocks)
       for (int splits = 1; splits <= kMaxSplits && splits <= steps; ++splits) {
         if (!limits[i].clusters[blocks][splits]) continue;
-        const Plan plan{16 << i, splits, blocks};
+        const Plan plan{8 << i, splits, blocks};
         const float taken = cost(a, plan, r, limits[i].clusters[blocks][splits], limits[i].clusters[1][1]);
         if (!best.tokens || taken < least) best = plan, least = taken;
       }

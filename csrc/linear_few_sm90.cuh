@@ -1,7 +1,7 @@
 // y = x w^T for few tokens on Hopper, where the bytes of the weights decide: packed int4 weights of all types
 // of x (operand_w4.cuh), or int8 weights and x.
 //
-// A block takes 128 channels by 16, 32, 64 or 128 tokens and a share of the columns; the blocks of a cluster share a
+// A block takes 128 channels by 8, 16, 32, 64 or 128 tokens and a share of the columns; the blocks of a cluster share a
 // tile along K. Two or three blocks fit a multiprocessor, of one kernel or of two that follow each other: weights are
 // constants of the model, so the next kernel has its first tiles of them on the way before the previous one is done.
 //
@@ -18,6 +18,7 @@
 #include "column_order.cuh"
 #include "finish.cuh"
 #include "launch.cuh"
+#include "linear_few_grouped.cuh"
 #include "linear_few_plan.h"
 #include "mma.cuh"
 #include "operand_w4.cuh"
@@ -31,34 +32,48 @@ using w4::Weights;
 constexpr int kThreads = 288, kMathWarps = 8;
 constexpr int kCellBytes = 1024;  // 32 channels by 8 tokens
 
-// Cells that a block receives at most, from itself too: its share, rounded up, of each of the splits.
-constexpr int most_mail(int cells) {
+// What a block has room for, of the cells that it receives, from itself too: its share of each of the splits.
+constexpr int mail_bytes(int tokens, int splits) {
+  return ((tokens + 7) / 8 * (kTileO / 32) + splits - 1) / splits * splits * kCellBytes;
+}
+
+constexpr int most_mail(int tokens) {
   int most = 0;
-  for (int splits = 1; splits <= kMaxSplits; ++splits) most = std::max(most, (cells + splits - 1) / splits * splits);
+  for (int splits = 1; splits <= kMaxSplits; ++splits) most = std::max(most, mail_bytes(tokens, splits));
   return most;
 }
+
+// How a launch is cut. inverse: 2^16 / splits rounded up. halves: those of a step may lie in two groups.
+struct Cut {
+  int stages, mail, scales, inverse;  // mail, scales: bytes of a block and of a stage
+  bool halves;
+
+  __device__ __forceinline__ int split(int n) const { return n * inverse >> 16; }  // n / splits, n below 2^13
+};
 
 // kBlocks: at most so many on a multiprocessor, for their registers; how many there are is a matter of their memory.
 // kOverlaid: cells arrive where the stages were, once all blocks of the cluster are done with theirs.
 // kOrdered: the loading warp puts x in the order in which codes lie in a word, which spares half the unpacking; with
-// more tokens it comes too late. kPiece: columns that are unpacked at a time, as registers allow.
+// more tokens it comes too late. kGrouped: products of codes, which groups scale (linear_few_grouped.cuh). kPiece:
+// columns that are unpacked at a time, as registers allow.
 template <class Element, bool Packed, int TileM>
 struct Layout {
   static constexpr bool kOverlaid = TileM == 128;
-  static constexpr bool kOrdered = Packed && TileM == 16;
+  static constexpr bool kGrouped = Packed && sizeof(Element) == 2 && TileM == 8;
+  static constexpr bool kOrdered = Packed && (TileM == 16 || TileM == 8 && !kGrouped);
   static constexpr int kPiece = (sizeof(Element) == 1 ? TileM == 128 : TileM == 32) ? 32 : 64;
   static constexpr int kBlocks = TileM < 64 ? 3 : TileM == 64 || sizeof(Element) == 1 ? 2 : 1;
-  static constexpr int kWBytes = kTileO * kTileK / (Packed ? 2 : 1), kScaleBytes = Packed ? 2 * kTileO * 4 : 0;
+  static constexpr int kWBytes = kTileO * kTileK / (Packed ? 2 : 1);
   static constexpr int kXBytes = TileM * kTileK * static_cast<int>(sizeof(Element));
-  static constexpr int kStageBytes = kWBytes + kScaleBytes + kXBytes, kMaxStages = 10;
-  static constexpr int kMailBytes = most_mail(TileM / 8 * (kTileO / 32)) * kCellBytes;
+  static constexpr int kMaxStages = 10;
   static constexpr int kBarrierBytes = 8 * (1 + (kOrdered ? 4 : 2) * kMaxStages);
-  static constexpr int kOtherBytes = (kOverlaid ? 0 : kMailBytes) + kBarrierBytes + 1024;  // to align what TMA writes
-  static_assert(!kOverlaid || 3 * kStageBytes >= kMailBytes, "a plan has three stages or more");
+  static_assert(!kOverlaid || 3 * (kWBytes + kXBytes) >= most_mail(TileM), "a plan has three stages or more");
 
   static constexpr int shared_bytes(int blocks) { return (228 / blocks - 1) * 1024; }  // the system takes 1 KB of each
-  static constexpr int stages(int blocks) {
-    return std::min((shared_bytes(blocks) - kOtherBytes) / kStageBytes, kMaxStages);
+  static constexpr int scale_bytes(bool halves) { return Packed ? (halves ? 2 : 1) * kTileO * 4 : 0; }
+  static constexpr int stages(int blocks, int mail, bool halves) {  // 1 KB to align what TMA writes
+    const int room = shared_bytes(blocks) - (kOverlaid ? 0 : mail) - kBarrierBytes - 1024;
+    return std::min(room / (kWBytes + kXBytes + scale_bytes(halves)), kMaxStages);
   }
 };
 
@@ -69,12 +84,6 @@ __device__ __forceinline__ void copy_word(unsigned to, const void* p) {
 
 __device__ __forceinline__ void arrive_copied(unsigned barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ unsigned load_word(unsigned from) {
-  unsigned v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
-  return v;
 }
 
 // 16 bytes to the same place in a block of the cluster of at least two, counted by its barrier.
@@ -101,50 +110,44 @@ __device__ __forceinline__ T value_of(unsigned bits) {
 // half a warp that reads 8 bytes of one token each, meet all banks.
 __device__ __forceinline__ int slot(int g, int t) { return g / 2 * 128 + ((g ^ g / 2) & 1) * 64 + (t ^ g / 2) * 16; }
 
-// Where the scale of a channel and a column lies, and which of the bytes of its word it is.
+// Where the word that holds the scale of a channel and a column lies.
 template <class Raw>
 struct ScaleOf {
   const char* scale;
-  int row, groups;  // row: of the first scale of the channel, in elements
-  unsigned inverse;
+  int row;  // of the first scale of the channel, in elements
 
   __device__ ScaleOf(const Weights& w, int channel)
-      : scale(static_cast<const char*>(w.scale)), row(min(channel, w.O - 1) * w.groups), groups(w.groups),
-        inverse(w.inverse) {}
-  __device__ __forceinline__ long long byte(int column) const {
-    const int group = min(static_cast<int>(__umulhi(column, inverse)), groups - 1);
-    return static_cast<long long>(row + group) * static_cast<int>(sizeof(Raw));
-  }
-  __device__ __forceinline__ const void* word(int column) const { return scale + (byte(column) & ~3ll); }
-  __device__ __forceinline__ Raw pick(unsigned word, int column) const {
-    const unsigned at = static_cast<unsigned>(byte(column)) & 3;
-    return static_cast<Raw>(word >> at * 8);
+      : scale(static_cast<const char*>(w.scale)), row(min(channel, w.O - 1) * w.groups) {}
+  __device__ __forceinline__ const void* word(const Weights& w, int column) const {
+    return scale + ((row + w.group(column)) * static_cast<long long>(sizeof(Raw)) & ~3ll);
   }
 };
 
 template <class Element, bool Packed, int TileM>
 __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlocks)
     linear_few(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
-               const __grid_constant__ Weights w, const __grid_constant__ Finish finish, int stages) {
+               const __grid_constant__ Weights w, const __grid_constant__ Finish finish,
+               const __grid_constant__ Cut cut) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<Element, Packed, TileM>;
   using Op = Operand<Element>;
   using Sum = typename Op::Accumulator;
   extern __shared__ char raw[];
+  const int stages = cut.stages;
   char* smem = raw + (-shared_address(raw) & 1023);
   char *x_tiles = smem, *w_tiles = smem + stages * L::kXBytes;
   const unsigned rest = shared_address(w_tiles + stages * L::kWBytes);
-  const unsigned mail = L::kOverlaid ? shared_address(smem) : rest, scales = L::kOverlaid ? rest : mail + L::kMailBytes;
-  const unsigned mailbox = scales + stages * L::kScaleBytes, full = mailbox + 8, empty = full + 8 * stages;
+  const unsigned mail = L::kOverlaid ? shared_address(smem) : rest, scales = L::kOverlaid ? rest : mail + cut.mail;
+  const unsigned mailbox = scales + stages * cut.scales, full = mailbox + 8, empty = full + 8 * stages;
   const unsigned x_full = L::kOrdered ? empty + 8 * stages : full, ordered = x_full + 8 * stages;
   launch_dependents();
 
   const int splits = gridDim.x, rank = blockIdx.x, lane = threadIdx.x % 32;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), steps = (w.K + kTileK - 1) / kTileK;
-  const int first_step = rank * steps / splits, last_step = (rank + 1) * steps / splits;
+  const int first_step = cut.split(rank * steps), last_step = cut.split((rank + 1) * steps);
   const int column = blockIdx.z * kTileO, row = blockIdx.y * TileM;
   // cells of tokens that exist, and those of this block
-  const int cells = min((w.M - row + 7) / 8, TileM / 8) * 4, own = (cells - rank + splits - 1) / splits;
+  const int cells = min((w.M - row + 7) / 8, TileM / 8) * 4, own = cut.split(cells - rank + splits - 1);
 
   auto load_w = [&](int stage, int step) {
     arrive_expecting(full + 8 * stage, L::kWBytes + (L::kOrdered ? 0 : L::kXBytes));
@@ -186,14 +189,13 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     using Raw = typename Op::Raw;
     const ScaleOf<Raw> of[4] = {{w, column + lane}, {w, column + 32 + lane}, {w, column + 64 + lane},
                                 {w, column + 96 + lane}};
-    const bool halves = w.K / w.groups % kTileK != 0;  // the halves of a step may lie in two groups
     auto copy_scales = [&](int stage, int step) {
       if constexpr (Packed) {
-        const unsigned to = scales + stage * L::kScaleBytes + lane * 4;
+        const unsigned to = scales + stage * cut.scales + lane * 4;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          copy_word(to + j * 128, of[j].word(step * kTileK));
-          if (halves) copy_word(to + kTileO * 4 + j * 128, of[j].word(step * kTileK + w4::kChunk));
+          copy_word(to + j * 128, of[j].word(w, step * kTileK));
+          if (cut.halves) copy_word(to + kTileO * 4 + j * 128, of[j].word(w, step * kTileK + w4::kChunk));
         }
         arrive_copied(full + 8 * stage);
       }
@@ -220,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
       for (int step = first_step; step < last_step; ++step) {
         wait(x_full + 8 * at, phase);
         const unsigned tile = shared_address(x_tiles + at * L::kXBytes);
-        if (w.M - row <= 8)  // the others are zeros
+        if (TileM == 8 || w.M - row <= 8)  // the others are zeros
           order_columns<sizeof(Element), 8, TileM>(tile);
         else
           order_columns<sizeof(Element), TileM, TileM>(tile);
@@ -254,20 +256,20 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
   using XTile = decltype(tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<Element>{},
                                        Shape<Int<TileM>, Int<kTileK>, Int<L::kMaxStages>>{}));
   Tensor sx = make_tensor(make_smem_ptr(reinterpret_cast<Element*>(x_tiles)), XTile{});
-  auto scatter = [&](const auto& acc) {  // ((2, 2, TileM / 8), 1, 1): tokens 2 t, 2 t + 1; channels g, g + 8
-    const unsigned to = mail + warp % 2 * 512 + slot(lane / 4, lane % 4);
+  // value(b, i): of tokens 8 b + 2 t and the next channel g, then g + 8
+  auto scatter = [&](auto value, int g = threadIdx.x % 32 / 4) {
+    const unsigned to = mail + warp % 2 * 512 + slot(g, lane % 4);
     cluster_wait();
     if constexpr (L::kOverlaid) {
       cluster_arrive();
       cluster_wait();
     }
-    int to_rank = warp / 2 % splits, turn = warp / 2 / splits;
-    const int more = 4 % splits, turns = 4 / splits;
+    int turn = cut.split(warp / 2), to_rank = warp / 2 - turn * splits;
+    const int turns = cut.split(4), more = 4 - turns * splits;
 #pragma unroll
     for (int b = 0; b < TileM / 8; ++b) {
       if (4 * b + warp / 2 >= cells) break;
-      const unsigned v[4] = {bits(acc(make_coord(0, 0, b), 0, 0)), bits(acc(make_coord(0, 1, b), 0, 0)),
-                             bits(acc(make_coord(1, 0, b), 0, 0)), bits(acc(make_coord(1, 1, b), 0, 0))};
+      const unsigned v[4] = {bits(value(b, 0)), bits(value(b, 2)), bits(value(b, 1)), bits(value(b, 3))};
       if (splits > 1)
         send_quad(to + (turn * splits + rank) * kCellBytes, mailbox, to_rank, v);
       else
@@ -278,7 +280,18 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     if (splits == 1) arrive(mailbox);
   };
 
-  if constexpr (Packed) {
+  if constexpr (L::kGrouped) {
+    const Grouped<Element> grouped(w, shared_address(x_tiles), shared_address(w_tiles), scales, cut.scales, column);
+    float total[4] = {};
+    for (int step = first_step; step < last_step; ++step) {
+      wait(full + 8 * stage, parity);
+      grouped.add_step(total, stage, step);
+      __syncwarp();
+      if (lane == 0) arrive(empty + 8 * stage);
+      advance();
+    }
+    scatter([&](int b, int i) { return total[i]; }, grouped.channel % 8);
+  } else if constexpr (Packed) {
     using Atom = decltype(SM90::GMMA::rs_op_selector<Element, Element, Sum, Shape<_64, Int<TileM>, Int<w4::kChunk>>>());
     auto mma = make_tiled_mma(Atom{});
     auto mine = mma.get_slice(thread);
@@ -301,12 +314,19 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     // a row is 64 bytes, its four 16-byte pieces exchanged by row: the 64-byte swizzle of TMA
     const unsigned words = shared_address(w_tiles) + channel * 64 + ((channel / 2 & 3) << 4) +
                            (L::kOrdered ? t * 4 : Op::kScaled ? t / 2 * 4 : 0);
-    const ScaleOf<typename Op::Raw> of[2] = {{w, column + channel}, {w, column + channel + 8}};
-    const int second = w.K / w.groups % kTileK ? 1 : 0;  // whether the latter half of a step has words of its own
+    const int second = cut.halves;  // whether the latter half of a step has words of its own
+    unsigned bias[2] = {w.constant, Op::second_bias(w.constant)};
+    asm("" : "+r"(bias[1]));  // or it is made anew at each use
     using Factor = typename Op::Factor;
-    auto factor_at = [&](int h, int step, int chunk) {
-      const unsigned from = scales + stage * L::kScaleBytes + (chunk & second) * kTileO * 4 + (channel + 8 * h) * 4;
-      return Op::factor(of[h].pick(load_word(from), step * kTileK + chunk * w4::kChunk));
+    const unsigned first_scale = static_cast<unsigned>(column + channel) * w.groups;
+    Factor factor[1][2];
+    auto load_factors = [&](int step, int chunk) {
+      const unsigned from = scales + stage * cut.scales + (chunk & second) * kTileO * 4 + channel * 4;
+      const int group = w.group(step * kTileK + chunk * w4::kChunk);
+      const unsigned shift = w4::shift_in_word<typename Op::Raw>(first_scale + group);
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        factor[0][h] = Op::factor(static_cast<typename Op::Raw>(load_word(from + h * 32) >> shift));
     };
     auto product = [&](auto& a, int piece) {
       warpgroup_arrive();
@@ -326,7 +346,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     for (int step = first_step; step < last_step; ++step) {
       wait(full + 8 * stage, parity);
       if constexpr (L::kOrdered) wait(ordered + 8 * stage, parity);
-      Factor factor[1][2] = {{factor_at(0, step, 0), factor_at(1, step, 0)}};
+      load_factors(step, 0);
       unsigned held[kPieces][kRegisters];
       auto fetch = [&](int piece) {  // a lane reads the words of its own codes
         const unsigned from = words + stage * L::kWBytes;
@@ -342,14 +362,13 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
       };
       auto unpack = [&](auto& a, int piece) {
         unsigned* const to = reinterpret_cast<unsigned*>(raw_pointer_cast(a.data()));
-        if (piece * kPiece == w4::kChunk && second)
-          factor[0][0] = factor_at(0, step, 1), factor[0][1] = factor_at(1, step, 1);
+        if (piece * kPiece == w4::kChunk && second) load_factors(step, 1);
         if constexpr (L::kOrdered) {
           constexpr int kOf = kRegisters * 32 / kPiece;  // registers of 32 columns, which are made of two words
           for_each(make_int_sequence<kRegisters>{}, [&](auto i) {
             constexpr int at = decltype(i)::value;
             const unsigned word = held[piece][at / kOf * 2 + at % 2];
-            to[at] = Op::template in_order<at % kOf / 2>(word, factor[0][at % 2], w.constant);
+            to[at] = Op::template in_order<at % kOf / 2>(word, factor[0][at % 2], bias);
           });
         } else if constexpr (Op::kScaled) {
 #pragma unroll
@@ -381,7 +400,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     }
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc);  // or sums are copied before they are complete
-    scatter(acc);
+    scatter([&](int b, int i) { return acc(make_coord(i % 2, i / 2, b), 0, 0); });
   } else {
     using Atom = decltype(SM90::GMMA::ss_op_selector<Element, Element, Sum, Shape<_128, Int<TileM>, Int<kTileK>>>());
     using WTile = decltype(tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<Element>{},
@@ -410,7 +429,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     }
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc);  // or sums are copied before they are complete
-    scatter(acc);
+    scatter([&](int b, int i) { return acc(make_coord(i % 2, i / 2, b), 0, 0); });
   }
 
   wait_for_previous_kernel();
@@ -476,14 +495,16 @@ struct Launch {
     if (error == cudaSuccess)
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                    cudaSharedmemCarveoutMaxShared);
-    for (int blocks = 1; blocks <= L::kBlocks; ++blocks)
-      for (int splits = 1; splits <= kMaxSplits && L::stages(blocks) >= 3 && error == cudaSuccess; ++splits) {
+    for (int blocks = 1; blocks <= L::kBlocks; ++blocks) {
+      const int most = L::stages(blocks, most_mail(TileM), true) >= 3 ? kMaxSplits : 0;
+      for (int splits = 1; splits <= most && error == cudaSuccess; ++splits) {
         cudaLaunchConfig_t config = {};
         cudaLaunchAttribute attributes[2] = {};
         configure(config, attributes, dim3(splits), blocks);
         config.numAttrs = 1;
         error = cudaOccupancyMaxActiveClusters(&found.clusters[blocks][splits], kernel, &config);
       }
+    }
     return error;
   }
 
@@ -500,7 +521,13 @@ struct Launch {
       return cudaErrorInvalidValue;
     const Weights w{Op::kScaled ? a.w_multiplier : a.w_scale, a.M, a.O, a.K, Packed ? a.K / a.S : 1,
                     Packed ? static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S) : 0u,
-                    L::kOrdered ? Op::kInOrder : Op::kNatural};
+                    L::kOrdered || L::kGrouped ? Op::kInOrder : Op::kNatural};
+    const int mail = mail_bytes(std::min(a.M, TileM), plan.splits);
+    const bool halves = Packed && a.S % kTileK != 0;
+    int stages = L::stages(plan.blocks, mail, halves);
+    // a long share lives from memory, and weights that are asked for far ahead keep x waiting, which must be ordered
+    if (L::kOrdered && sizeof(Element) == 2 && a.K > 3 * stages * kTileK * plan.splits) stages = std::min(stages, 4);
+    const Cut cut{stages, mail, L::scale_bytes(halves), (65535 + plan.splits) / plan.splits, halves};
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attributes[2] = {};
     configure(config, attributes, dim3(plan.splits, (a.M + TileM - 1) / TileM, (a.O + kTileO - 1) / kTileO),
@@ -508,7 +535,7 @@ struct Launch {
     config.stream = stream;
     const cudaError_t error = cudaLaunchKernelEx(
         &config, linear_few<Element, Packed, TileM>, x_map, w_map, w,
-        make_finish(a, Op::kScaled ? static_cast<const float*>(a.w_scale) : nullptr), L::stages(plan.blocks));
+        make_finish(a, Op::kScaled ? static_cast<const float*>(a.w_scale) : nullptr), cut);
     return error != cudaSuccess ? error : cudaGetLastError();
   }
 };
@@ -523,10 +550,11 @@ cudaError_t limits_here(const Limits (*&limits)[kTiles]) {
   if (error != cudaSuccess) return error;
   Limits(&here)[kTiles] = known[ordinal % kDevices];
   if (!here[kTiles - 1].clusters[1][1]) {
-    error = Launch<Element, Packed, 16>::limits(here[0]);
-    if (error == cudaSuccess) error = Launch<Element, Packed, 32>::limits(here[1]);
-    if (error == cudaSuccess) error = Launch<Element, Packed, 64>::limits(here[2]);
-    if (error == cudaSuccess) error = Launch<Element, Packed, 128>::limits(here[3]);
+    error = Launch<Element, Packed, 8>::limits(here[0]);
+    if (error == cudaSuccess) error = Launch<Element, Packed, 16>::limits(here[1]);
+    if (error == cudaSuccess) error = Launch<Element, Packed, 32>::limits(here[2]);
+    if (error == cudaSuccess) error = Launch<Element, Packed, 64>::limits(here[3]);
+    if (error == cudaSuccess) error = Launch<Element, Packed, 128>::limits(here[4]);
   }
   limits = &here;
   return error;
@@ -534,7 +562,7 @@ cudaError_t limits_here(const Limits (*&limits)[kTiles]) {
 
 template <class Element, bool Packed>
 int run(const QuambaLinear& a, cudaStream_t stream) {
-  if (a.K <= 0 || a.K % 32 || !quamba::can_finish(a)) return QUAMBA_UNSUPPORTED;
+  if (a.K <= 0 || a.K % 32 || a.K >= 1 << 17 || !quamba::can_finish(a)) return QUAMBA_UNSUPPORTED;
   if (Packed && (a.S <= 0 || a.S % w4::kChunk || a.K % a.S || static_cast<long long>(a.K) * a.S >> 32))
     return QUAMBA_UNSUPPORTED;
   const Limits(*limits)[kTiles];
@@ -544,6 +572,7 @@ int run(const QuambaLinear& a, cudaStream_t stream) {
   plan = {tuned("QUAMBA_TOKENS", plan.tokens), tuned("QUAMBA_SPLITS", plan.splits),
           tuned("QUAMBA_BLOCKS", plan.blocks)};
   switch (plan.tokens) {
+    case 8: return Launch<Element, Packed, 8>::run(a, plan, stream);
     case 16: return Launch<Element, Packed, 16>::run(a, plan, stream);
     case 32: return Launch<Element, Packed, 32>::run(a, plan, stream);
     case 64: return Launch<Element, Packed, 64>::run(a, plan, stream);

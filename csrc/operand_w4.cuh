@@ -24,7 +24,17 @@ struct Weights {
   int M, O, K, groups;
   unsigned inverse;  // 2^32 / S rounded up: k / S is the upper half of k * inverse, for K S below 2^32
   unsigned constant;  // Operand::kInOrder or kNatural: known to the compiler, it would take an instruction at each use
+
+  __device__ __forceinline__ int group(int column) const {
+    return min(static_cast<int>(__umulhi(column, inverse)), groups - 1);
+  }
 };
+
+// Where in its word a scale lies, by its place among all; those of channels g and g + 8 lie alike.
+template <class Raw>
+__device__ __forceinline__ unsigned shift_in_word(unsigned at) {
+  return at * static_cast<unsigned>(sizeof(Raw)) % 4 * 8;
+}
 
 // How each type of x has its weights made. Raw: a scale as stored. Factor: it, ready for use. kBox: columns of x that
 // are 128 bytes. fill<Parts>: the registers of 64 columns from eight words of each of two channels, Parts scales each.
@@ -57,15 +67,20 @@ struct Operand<half_t> : HalfOperand<Operand<half_t>, unsigned short> {
   static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   __device__ __forceinline__ static Factor factor(Raw raw) { return __half2half2(__ushort_as_half(raw)); }
   static constexpr unsigned kInOrder = 0x64006400u, kNatural = 0x2c003c00u;  // 1024 twice; 1/16 and 1
-  // Codes I and I + 4 of a word: 1024 + n or 1024 + 16 n made n - 8 exactly, then one rounding.
+  // Codes I and I + 4 of a word, less 8: made of 1024 + n or 64 + n by the exponents in bias[I % 2].
+  __device__ static unsigned second_bias(unsigned constant) { return constant - 0x10001000u; }
   template <int I>
-  __device__ __forceinline__ static unsigned in_order(unsigned word, Factor scale, unsigned constant) {
-    unsigned biased = ((word >> I / 2 * 8) & (I % 2 ? 0x00f000f0u : 0x000f000fu)) | constant;
-    __half2 code = reinterpret_cast<__half2&>(biased);
-    code = I % 2 ? __hfma2(code, __float2half2_rn(0.0625f), __float2half2_rn(-72.f))
-                 : __hadd2(code, __float2half2_rn(-1032.f));
-    code = __hmul2(code, scale);
+  __device__ __forceinline__ static unsigned codes(unsigned word, const unsigned (&bias)[2]) {
+    unsigned biased = ((word >> I / 2 * 8) & (I % 2 ? 0x00f000f0u : 0x000f000fu)) | bias[I % 2];
+    __half2 code = __hadd2(reinterpret_cast<__half2&>(biased), __float2half2_rn(I % 2 ? -72.f : -1032.f));
     return reinterpret_cast<unsigned&>(code);
+  }
+  // The same, then one rounding.
+  template <int I>
+  __device__ __forceinline__ static unsigned in_order(unsigned word, Factor scale, const unsigned (&bias)[2]) {
+    unsigned code = codes<I>(word, bias);
+    __half2 scaled = __hmul2(reinterpret_cast<__half2&>(code), scale);
+    return reinterpret_cast<unsigned&>(scaled);
   }
   // 1024 + n in the low half, 1024 + 16 n in the high, made n - 8 exactly by one fma, then one rounding
   __device__ __forceinline__ static unsigned pair(unsigned word, unsigned select, Factor scale, unsigned constant) {
@@ -92,22 +107,29 @@ struct Operand<bfloat16_t> : HalfOperand<Operand<bfloat16_t>, unsigned short> {
   }
   __device__ static unsigned selector(int t) { return 0x0400 + 0x0101 * t; }  // byte t of a word and of it >> 4
   static constexpr unsigned kInOrder = 0x43004300u, kNatural = kInOrder;  // 128 twice
-  template <int I>  // codes I and I + 4 of a word
-  __device__ __forceinline__ static unsigned in_order(unsigned word, Factor scale, unsigned constant) {
-    return scaled(word >> 4 * I, scale, constant);
+  __device__ static unsigned second_bias(unsigned constant) { return constant; }
+  template <int I>  // codes I and I + 4 of a word, less 8
+  __device__ __forceinline__ static unsigned codes(unsigned word, const unsigned (&bias)[2]) {
+    __nv_bfloat162 code = less_8(word >> 4 * I, bias[0]);
+    return reinterpret_cast<unsigned&>(code);
   }
-  __device__ __forceinline__ static unsigned pair(unsigned word, unsigned select, Factor scale, unsigned constant) {
-    return scaled(__byte_perm(word, word >> 4, select), scale, constant);
-  }
-  // The lowest four bits of each half.
-  __device__ __forceinline__ static unsigned scaled(unsigned codes, Factor scale, unsigned constant) {
-    const unsigned kOffset = 0xc308c308u, kOne = 0x3f803f80u;  // -136, 1
-    unsigned biased = (codes & 0x000f000fu) | constant;  // 128 + n
-    __nv_bfloat162 code = __hfma2(reinterpret_cast<__nv_bfloat162&>(biased),
-                                  reinterpret_cast<const __nv_bfloat162&>(kOne),
-                                  reinterpret_cast<const __nv_bfloat162&>(kOffset));
+  template <int I>
+  __device__ __forceinline__ static unsigned in_order(unsigned word, Factor scale, const unsigned (&bias)[2]) {
+    __nv_bfloat162 code = less_8(word >> 4 * I, bias[0]);
     code = __hfma2(code, scale.high, __hmul2(code, scale.low));
     return reinterpret_cast<unsigned&>(code);
+  }
+  __device__ __forceinline__ static unsigned pair(unsigned word, unsigned select, Factor scale, unsigned constant) {
+    __nv_bfloat162 code = less_8(__byte_perm(word, word >> 4, select), constant);
+    code = __hfma2(code, scale.high, __hmul2(code, scale.low));
+    return reinterpret_cast<unsigned&>(code);
+  }
+  // The lowest four bits of each half, less 8.
+  __device__ __forceinline__ static __nv_bfloat162 less_8(unsigned codes, unsigned constant) {
+    const unsigned kOffset = 0xc308c308u, kOne = 0x3f803f80u;  // -136, 1
+    unsigned biased = (codes & 0x000f000fu) | constant;  // 128 + n
+    return __hfma2(reinterpret_cast<__nv_bfloat162&>(biased), reinterpret_cast<const __nv_bfloat162&>(kOne),
+                   reinterpret_cast<const __nv_bfloat162&>(kOffset));
   }
 };
 
@@ -133,8 +155,9 @@ struct Operand<int8_t> {
   }
 
   static constexpr unsigned kInOrder = 0, kNatural = 0;
+  __device__ static unsigned second_bias(unsigned) { return 0; }
   template <int I>  // every other code of a word, from code I on
-  __device__ __forceinline__ static unsigned in_order(unsigned word, const Factor& f, unsigned) {
+  __device__ __forceinline__ static unsigned in_order(unsigned word, const Factor& f, const unsigned (&)[2]) {
     return ((word >> 4 * I & 0x0f0f0f0fu) * f.multiplier + f.offset) ^ 0x80808080u;
   }
 

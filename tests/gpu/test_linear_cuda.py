@@ -154,6 +154,20 @@ def test_the_kernel_that_splits_columns_serves_every_shape(name: str, monkeypatc
             assert all(torch.equal(backend(name)(*given, **options), first) for _ in range(3))
 
 
+@pytest.mark.parametrize("dtype", linear.HALVES)
+def test_what_is_not_finite_reaches_the_result_as_defined(dtype: torch.dtype) -> None:
+    """An infinity times the code 0 is no number, times another an infinity, of the sign that the scale gives it."""
+    name, rest = "linear_w4a16", {"out_dtype": torch.float32}
+    for rows in (1, 9, 20, 40, 300):
+        x, weights = draw(name, rows, (640, 264, 64), dtype)
+        x[0, 5] = torch.inf
+        x[rows // 2, 130] = -torch.inf
+        x[-1, 639] = torch.nan if rows > 9 else x[-1, 639]
+        want, got = OPS[name].reference(x, weights, **rest), backend(name)(x, weights, **rest)
+        assert want.isinf().any() and want.isnan().any() and torch.equal(got.isnan(), want.isnan()), f"{rows} rows"
+        assert torch.equal(got.nan_to_num(0).sign() * got.isinf(), want.nan_to_num(0).sign() * want.isinf())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_both_paths_agree_on_every_row_count(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "FEW_TILES", dict.fromkeys(linear.FEW_TILES, {}))
