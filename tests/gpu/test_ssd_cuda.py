@@ -120,7 +120,7 @@ def test_sequences(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) ->
     for index, (sizes, cuts) in enumerate(((MODEL, 0), (Sizes(4, 32, 2, 64), 3), (Sizes(2, 64, 1, 256), 5))):
         monkeypatch.setattr(ssd, "CUTS", cuts)
         args, options = arguments(1, sum(lengths), sizes, (INT8, F16, BF16)[index], len(lengths))
-        options["cu_seqlens"] = bounds
+        options |= {"cu_seqlens": bounds, "out_dtype": F16}  # over one token a bf16 y's rounding does not even out
         check(args, options, f"{sizes} {lengths}")
         check((*args[:6], None, None), options, f"{sizes} {lengths} from zeros")
 
