@@ -282,7 +282,13 @@ def test_a_fused_prompt_equals_the_chain_of_ops(model, monkeypatch: pytest.Monke
         for hook in hooks:
             hook.remove()
     assert len(seen) == len(calls) == 2 * len(mixers)
-    for part in ("quantize", "linear_w8a8", "selective_scan"):
+    for module in mixers:
+        module.gate.peek = seen.append
+    run(model, IDS)
+    for module in mixers:
+        module.gate.peek = None
+    assert len(seen) == 3 * len(mixers) and len(calls) == 2 * len(mixers)
+    for part in ("quantize", "linear_w8a8", "selective_scan", "gate_output"):
         monkeypatch.setenv("QUAMBA_BACKEND", f"{part}=torch")
         for module in mixers:
             module.unbind()

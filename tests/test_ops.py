@@ -231,4 +231,5 @@ def test_scales_stand_for_the_values(name: str, backend: Backend, device: str) -
             assert error(a, b) < TOLERANCE[name][torch.float32], case.label
         seen += 1
     if not seen:
+        assert backend.name != "torch"
         pytest.skip(f"{backend.name} serves no case in fp32 that has scales")

@@ -67,12 +67,13 @@ class SelectiveMixer(Mixer):
         together = len(columns) == 2 and not self.norms
         self._column_scale = torch.cat([s.expand(self.mixer_spec.sizes["N"]) for s in columns]) if together else None
         self._quantize = ops.quantize.bind(setting)
-        self._prefill = self._decode = None
+        self._prefill = self._rotate = self._decode = None
         if self._has_prefill():
             parts = "quantize", "linear_w8a8", "selective_scan", "gate_output"
             self._prefill = self._fused(ops.selective_prefill, *parts)
-        shape = {**self.mixer_spec.sizes, "block": self.block}
-        self._rotate = ops.rotate_input.bind(Setting(setting.device, self.dtype, shape))
+        if self._prefill is not None:
+            shape = {**self.mixer_spec.sizes, "block": self.block}
+            self._rotate = ops.rotate_input.bind(Setting(setting.device, self.dtype, shape))
         if self._has_decode():
             self._decode = self._fused(ops.selective_decode, "selective_update", "gate_output")
         self._conv_decode = None if self._decode is None else ops.conv_decode.bind(setting)
@@ -129,7 +130,7 @@ class SelectiveMixer(Mixer):
             x = self.quantise_part("x", self.convolve(x, state, attention_mask))
         x_in = Activation(x, self.sites["x"].shared_scale) if x.dtype == torch.int8 else x
         projected = self.x_proj(x_in)
-        if self._prefill is not None and self.prefills(tokens):
+        if self._prefill is not None and self._rotate is not None and self.prefills(tokens):
             rates, (A, D) = self.linear("dt_proj"), self._rates
             rates.bind()
             u, last = self._prefill(

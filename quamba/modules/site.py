@@ -147,6 +147,8 @@ class Site(LowBit):
     def _bind(self) -> None:
         shape = {"I": self.channels, "block": self.block}
         setting = Setting(self._any_device().type, self.dtype, shape)
-        self._quantize, self._rotate = ops.quantize.bind(setting), ops.rotate_input.bind(setting)
+        self._quantize = ops.quantize.bind(setting)
+        if self.block:
+            self._rotate = ops.rotate_input.bind(setting)
         scale = self.per_channel()
         self._scale = self.scale if scale is not None and self.scale.numel() == 1 else scale

@@ -89,7 +89,8 @@ def selective_prefill(
 
     x [B, T, I]; projected [B, T, R + 2 N] float, the columns dt, B and C; weights [I, R] and bias [I] as linear_w8a8
     takes them; B_scale and C_scale [1] make B and C codes; z and z_scale as in gate_output; x, x_scale and the rest as
-    in selective_scan. Returns y silu(z) [B, T, I], of a y in fp32, and the last state [B, I, N] fp32.
+    in selective_scan. Returns y silu(z) [B, T, I], of a y in fp32, and the last state [B, I, N] fp32; in fp16 a product
+    beyond 65504 is infinite, which gate_output's, in fp32 until it is rotated, is not.
     """
     rank, B, C = projected.split([weights[0].shape[1], A.shape[1], A.shape[1]], -1)
     dt = linear_w8a8(*quantize(rank), weights, bias, out_dtype=out_dtype)
