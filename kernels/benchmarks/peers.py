@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +28,7 @@ Packed = tuple[torch.Tensor, ...]
 Call = Callable[[Packed, Inputs], torch.Tensor]
 
 
-class Peer:
+class Peer(ABC):
     """A linear of another library; ``tolerance`` is the relative Frobenius error that its own roundings may cause."""
 
     name: ClassVar[str]
@@ -41,14 +42,15 @@ class Peer:
 
     def prepare(self, jobs: Sequence[tuple[Shape, str, int]]) -> None:
         """Compile ahead for (shape, op, rows), where that saves time."""
+        return
 
     def pack(self, given: Problem) -> Packed:
         """One copy of the weights in the peer's layout, all of whose tensors may be cloned."""
         return given.weights
 
+    @abstractmethod
     def call(self, given: Problem, rows: int) -> Call:
         """A function of packed weights and activations [rows, K] that gives [rows, O]."""
-        raise NotImplementedError
 
     def finish(self, y: torch.Tensor, given: Problem, x: Inputs) -> torch.Tensor:
         """The output as the op defines it, for the gate alone."""

@@ -27,7 +27,7 @@ STYLE: dict[Any, Any] = {
 def require() -> None:
     """Raises UserError where matplotlib is missing."""
     try:
-        import matplotlib.figure  # noqa: F401
+        import matplotlib.figure  # noqa: F401 (whether it is there)
     except ImportError:
         raise UserError("plots need matplotlib; install it with: pip install quamba[plot]") from None
 

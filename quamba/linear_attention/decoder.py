@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -29,17 +30,18 @@ def mixer_of(config: LinearAttentionConfig, layer: int, recurrent: type[Mixer]) 
     return recurrent(config, layer) if spec is None else Attention(config.hidden_size, spec, layer)
 
 
-class DecoderBlock(nn.Module):
+class DecoderBlock(nn.Module, ABC):
     """One block; ``attn`` holds either kind of mixer, as in fla."""
 
     def __init__(self, config: Any, layer: int, recurrent: type[Mixer]) -> None:
         super().__init__()
 
     @staticmethod
+    @abstractmethod
     def norm(config: Any) -> nn.Module:
         """A norm over the residual stream."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -51,7 +53,6 @@ class DecoderBlock(nn.Module):
 
         carry: what crosses layers within one pass, by name.
         """
-        raise NotImplementedError
 
 
 class Block(DecoderBlock):

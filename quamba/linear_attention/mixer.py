@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ FEATURE_MAPS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
 }  # fmt: skip
 
 
-class Mixer(ScanInputs):
+class Mixer(ScanInputs, ABC):
     """Subclasses define ``mix``; projections are modules that are called, so that they can be replaced in place.
     Those that ``project`` have the parts named below, the convolutions only with use_short_conv."""
 
@@ -63,6 +64,7 @@ class Mixer(ScanInputs):
             state.advance(tokens)
         return out
 
+    @abstractmethod
     def mix(
         self,
         x: torch.Tensor,
@@ -71,7 +73,6 @@ class Mixer(ScanInputs):
         carry: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         """x [B, T, D] -> the same; mask [B, T, 1] of x's type."""
-        raise NotImplementedError
 
     def project(
         self, x: torch.Tensor, mask: torch.Tensor | None, state: LayerState | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class LoRA(nn.Module):
         return y
 
 
-class FeedForward(nn.Module):
+class FeedForward(nn.Module, ABC):
     """The MLP of an RWKV block, which looks at the token before. Subclasses define ``mix``."""
 
     def __init__(self, config: Any, layer: int) -> None:
@@ -57,9 +58,9 @@ class FeedForward(nn.Module):
             x = masked(x, attention_mask[:, -x.shape[1] :].unsqueeze(-1).to(x.dtype))
         return self.mix(x, step_back(x, state_of(past_key_values, self.layer_idx), "ffn"))
 
+    @abstractmethod
     def mix(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         """x and delta [B, T, D] -> the same."""
-        raise NotImplementedError
 
 
 class RWKVBlock(DecoderBlock):

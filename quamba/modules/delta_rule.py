@@ -26,14 +26,14 @@ class DeltaRule(ScanInputs):
 
     conv1d: nn.Conv1d
 
-    def __init__(self, old: nn.Module, spec: MixerSpec) -> None:
+    def __init__(self, old: Any, spec: MixerSpec) -> None:
         """old: transformers' module, whose parts are taken over."""
         super().__init__()
         for name, module in old.named_children():
             self.add_module(name, module)
         for name, parameter in old._parameters.items():
             self.register_parameter(name, parameter)
-        self.layer_idx, self.mixer_spec = int(old.layer_idx), spec  # type: ignore[arg-type]
+        self.layer_idx, self.mixer_spec = int(old.layer_idx), spec
         self.beta_range = 2.0 if getattr(old, "allow_neg_eigval", False) else 1.0
         segments = {i.name: i.axes for i in spec.inputs}
         self.key, self.value = (spec.axes[segments[name][-1]].size for name in ("k", "v"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -50,7 +50,7 @@ class Experts(nn.Module):
 
     def linears(self, role: str) -> list[Linear]:
         """The linears of one role, by expert."""
-        return list(self.get_submodule(role).children())  # type: ignore[arg-type]
+        return cast(list[Linear], list(self.get_submodule(role).children()))
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, **kwargs: Any
