@@ -284,23 +284,36 @@ __global__ void __launch_bounds__(kThreads, 1)
     int channel = group * 64 + thread / 32 * 16 + lane / 4;
     unsigned select = Op::selector(lane % 4);
     // a row is 64 bytes, its four 16-byte pieces exchanged by row: the 64-byte swizzle of TMA
-    unsigned words = shared_address(w_tiles) + channel * 64, turn = (channel / 2 & 3) << 4;
+    unsigned words = shared_address(w_tiles) + channel * 64 + (Op::kScaled ? lane % 4 / 2 * 4 : 0),
+             turn = (channel / 2 & 3) << 4;
 
     auto unpack = [&](auto& a, int chunk, const Scales<Element, Parts>& scales) {
-      unsigned word[2][8];
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          uint4 v = load_shared(words + stage * L::kWBytes + h * 512 + ((chunk * 32 + i * 16) ^ turn));
-          word[h][4 * i] = v.x, word[h][4 * i + 1] = v.y, word[h][4 * i + 2] = v.z, word[h][4 * i + 3] = v.w;
-        }
       typename Op::Factor factor[Parts][2];
 #pragma unroll
       for (int p = 0; p < Parts; ++p)
 #pragma unroll
         for (int h = 0; h < 2; ++h) factor[p][h] = Op::factor(scales.raw[chunk * Parts + p][h]);
-      Op::template fill<Parts>(reinterpret_cast<unsigned*>(raw_pointer_cast(a.data())), word, factor, select);
+      unsigned* to = reinterpret_cast<unsigned*>(raw_pointer_cast(a.data()));
+      const unsigned from = words + stage * L::kWBytes;
+      if constexpr (Op::kScaled) {  // of every 16 columns the (t / 2)th word, of which a lane takes half
+        unsigned word[Op::kRegisters];
+#pragma unroll
+        for (int i = 0; i < Op::kRegisters; ++i)
+          word[i] = load_word(from + i % 2 * 512 + ((chunk * 32 + i / 4 * 16) ^ turn) + i % 4 / 2 * 8);
+#pragma unroll
+        for (int i = 0; i < Op::kRegisters; ++i)
+          to[i] = Op::four(word[i], select, factor[i * Parts / Op::kRegisters][i % 2]);
+      } else {
+        unsigned word[2][8];
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            uint4 v = load_shared(from + h * 512 + ((chunk * 32 + i * 16) ^ turn));
+            word[h][4 * i] = v.x, word[h][4 * i + 1] = v.y, word[h][4 * i + 2] = v.z, word[h][4 * i + 3] = v.w;
+          }
+        Op::template fill<Parts>(to, word, factor, select);
+      }
     };
     // The groups take turns, so that one unpacks while the tensor cores work for the other.
     auto product = [&](auto& a, int chunk) {

@@ -305,12 +305,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     static_assert(kRegisters == Op::kRegisters * kPiece / w4::kChunk, "as they are made");
 
     const int channel = group * 64 + thread / 32 * 16 + lane / 4, t = lane % 4;
-    const unsigned select = [&] {
-      if constexpr (Op::kScaled)
-        return Op::nibbles(t);
-      else
-        return Op::selector(t);
-    }();
+    const unsigned select = Op::selector(t);
     // a row is 64 bytes, its four 16-byte pieces exchanged by row: the 64-byte swizzle of TMA
     const unsigned words = shared_address(w_tiles) + channel * 64 + ((channel / 2 & 3) << 4) +
                            (L::kOrdered ? t * 4 : Op::kScaled ? t / 2 * 4 : 0);

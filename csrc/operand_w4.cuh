@@ -145,10 +145,9 @@ struct Operand<int8_t> {
   static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_UINT8;
   // n m + 128 - 8 m stays within a byte for codes in [-7, 7] and m <= 17, so four products are one multiplication
   __device__ __forceinline__ static Factor factor(Raw m) { return {m, 0x80808080u - m * 0x08080808u}; }
-  __device__ static unsigned selector(int t) { return 0x1100u + 0x2222u * t; }  // half t of two words, bytes doubled
 
   // Four codes of a word of eight, the first or, at odd t, the last ones, by a selector of nibbles.
-  __device__ static unsigned nibbles(int t) { return t % 2 ? 0x7362u : 0x5140u; }
+  __device__ static unsigned selector(int t) { return t % 2 ? 0x7362u : 0x5140u; }
   __device__ __forceinline__ static unsigned four(unsigned word, unsigned nibbles, const Factor& f) {
     const unsigned codes = __byte_perm(word, word >> 4, nibbles) & 0x0f0f0f0fu;
     return (codes * f.multiplier + f.offset) ^ 0x80808080u;
@@ -159,20 +158,6 @@ struct Operand<int8_t> {
   template <int I>  // every other code of a word, from code I on
   __device__ __forceinline__ static unsigned in_order(unsigned word, const Factor& f, const unsigned (&)[2]) {
     return ((word >> 4 * I & 0x0f0f0f0fu) * f.multiplier + f.offset) ^ 0x80808080u;
-  }
-
-  template <int Parts>
-  __device__ __forceinline__ static void fill(unsigned* a, const unsigned (&word)[2][8],
-                                              const Factor (&factor)[Parts][2], unsigned select) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {  // of every 32 columns: channel g, g + 8, then the same 16 columns on
-      const unsigned(&w)[8] = word[i % 2];
-      const Factor& f = factor[i * Parts / 8][i % 2];
-      int first = i / 4 * 4 + i % 4 / 2 * 2;
-      unsigned bytes = __byte_perm(w[first], w[first + 1], select);
-      unsigned codes = (bytes & 0x000f000fu) | (bytes >> 4 & 0x0f000f00u);
-      a[i] = (codes * f.multiplier + f.offset) ^ 0x80808080u;
-    }
   }
 };
 
