@@ -37,7 +37,7 @@ __device__ __forceinline__ unsigned shift_in_word(unsigned at) {
 }
 
 // How each type of x has its weights made. Raw: a scale as stored. Factor: it, ready for use. kBox: columns of x that
-// are 128 bytes. fill<Parts>: the registers of 64 columns from eight words of each of two channels, Parts scales each.
+// are 128 bytes. kFixed: what a GEMM's tile takes besides its tokens, in tokens, fitted to measured times. fill<Parts>: the registers of 64 columns from eight words of each of two channels, Parts scales each.
 template <class Element>
 struct Operand;
 
@@ -45,7 +45,7 @@ template <class Derived, class Stored>
 struct HalfOperand {
   using Raw = Stored;
   using Accumulator = float;
-  static constexpr int kBox = 64, kRegisters = 16;
+  static constexpr int kBox = 64, kRegisters = 16, kFixed = 52;
   static constexpr bool kScaled = false;
 
   __device__ static unsigned selector(int t) { return 0x4040 + 0x0101 * t; }
@@ -140,7 +140,7 @@ struct Operand<int8_t> {
   struct Factor {
     unsigned multiplier, offset;
   };
-  static constexpr int kBox = 128, kRegisters = 8;
+  static constexpr int kBox = 128, kRegisters = 8, kFixed = 150;
   static constexpr bool kScaled = true;
   static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_UINT8;
   // n m + 128 - 8 m stays within a byte for codes in [-7, 7] and m <= 17, so four products are one multiplication

@@ -117,6 +117,12 @@ __device__ __forceinline__ unsigned load_word(unsigned from) {
   return v;
 }
 
+__device__ __forceinline__ unsigned char load_byte(unsigned from) {
+  unsigned short v;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=h"(v) : "r"(from));
+  return static_cast<unsigned char>(v);
+}
+
 __device__ __forceinline__ uint4 load_shared(unsigned from) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
