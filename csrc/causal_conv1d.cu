@@ -1,9 +1,10 @@
 // Causal depthwise convolution, SiLU and quantisation over tokens that lie one after the other.
 //
 // A thread takes four channels through a run of tokens with the last three inputs in registers, so x is read once but
-// for three tokens a run. Narrower kernels have leading taps of zero. This kernel serves any types and sizes; codes have
-// a faster one.
+// for three tokens a run. Narrower kernels have leading taps of zero. This kernel serves any types and sizes; codes,
+// and 16-bit floats alone, have faster ones.
 #include "conv_codes.cuh"
+#include "conv_halves.cuh"
 #include "launch.cuh"
 #include "quads.cuh"
 
@@ -186,6 +187,7 @@ extern "C" int quamba_causal_conv1d(const QuambaConv* args, void* stream) {
                dense && in_quads(a.state, rounds ? QUAMBA_I8 : a.x_dtype),
                dense && in_quads(a.y, a.out_scale ? QUAMBA_I8 : a.y_dtype)};
   if (conv::of_codes(p)) return conv::run_codes(p, processors, stream);
+  if (conv::of_halves(p)) return conv::run_halves(p, processors, stream);
   const long long runs = (a.T - 1) / run + 1;
   const int warps = static_cast<int>(runs < kWarps ? runs : kWarps);
   const dim3 grid(static_cast<unsigned>((quads - 1) / 32 + 1), static_cast<unsigned>((runs - 1) / warps + 1),

@@ -193,8 +193,9 @@ __device__ __forceinline__ void constant_octet(const void* data, int type, int a
 }
 
 // What is known of a call: that there is z; that codes with one scale leave, z is rounded by channel, and there is no
-// weight or one of the type of y and z; that y is rotated as it is, to codes with one scale or to anything.
-enum Kind { kGeneral, kPlain, kWeighted, kRotated, kRotatedGeneral };
+// weight or one of the type of y and z; that the type of y and z leaves and z is taken as it is, with such weights; that
+// y is rotated as it is, to codes with one scale or to anything.
+enum Kind { kGeneral, kPlain, kWeighted, kPlainHalves, kWeightedHalves, kRotated, kRotatedGeneral };
 
 // Half: fp16, else bf16. A block takes every gridDim.x-th row. The next one is on its way while columns are rotated, else
 // all blocks would wait for memory together and then compute together. Rows that are rotated alone come last first: L2
@@ -203,7 +204,9 @@ template <int Top, bool Half, Kind Known>
 __global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(const __grid_constant__ Halves p) {
   constexpr int kColumns = columns<Top>(), kWarps = threads<Top>() / 32, kTurns = Top / kWarps;
   constexpr int kType = Half ? QUAMBA_F16 : QUAMBA_BF16, kStep = kWarps * kTile;
-  constexpr bool kStatic = Known != kGeneral && Known != kRotatedGeneral;
+  constexpr bool kOpen = Known == kGeneral || Known == kRotatedGeneral;
+  constexpr bool kHalves = Known == kPlainHalves || Known == kWeightedHalves, kCodes = !kOpen && !kHalves;
+  constexpr bool kGain = Known == kWeighted || Known == kWeightedHalves;
   constexpr bool kGated = Known != kRotated && Known != kRotatedGeneral;
   static_assert(Top % kWarps == 0);
   extern __shared__ __align__(16) float rows[];  // two; of each tile: y and z, a lane's together, then floats
@@ -212,7 +215,7 @@ __global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(c
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int begin = kTile * warp + kLane * lane, column = kColumns * thread;
   const TileRotation rotate(lane, p);
-  const float inverse = a.out_scale ? reciprocal_approximate(__ldg(a.out_scale)) * (1.f / 254.f) : 1.f / 254.f;
+  const float inverse = !kHalves && a.out_scale ? reciprocal_approximate(__ldg(a.out_scale)) * (1.f / 254.f) : 1.f / 254.f;
   launch_dependents();
   wait_for_previous_kernel();
 
@@ -233,9 +236,9 @@ __global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(c
     float g[kLane], sum = 0.f;
     octet<Half>(tile[lane + 32], g);
     octet<Half>(tile[lane], v);
-    if (kStatic || a.z_scale) {
+    if (kCodes || (kOpen && a.z_scale)) {
       float scale[kLane];
-      if (kStatic || a.z_scale_count > 1) {
+      if (kCodes || a.z_scale_count > 1) {
         constant_octet(a.z_scale, QUAMBA_F32, at, scale);
       } else {
         const float one = __ldg(a.z_scale);
@@ -249,9 +252,9 @@ __global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(c
     for (int i = 0; i < kLane; ++i) v[i] *= silu(g[i]);
 #pragma unroll
     for (int i = 0; i < kLane; ++i) sum += v[i] * v[i];
-    if (Known == kWeighted || (Known == kGeneral && a.weight)) {
+    if (kGain || (Known == kGeneral && a.weight)) {
       float weight[kLane];
-      constant_octet(a.weight, Known == kWeighted ? kType : a.weight_dtype, at, weight);
+      constant_octet(a.weight, kGain ? kType : a.weight_dtype, at, weight);
 #pragma unroll
       for (int i = 0; i < kLane; ++i) v[i] *= weight[i];
     }
@@ -335,7 +338,7 @@ __global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(c
 
     const long long out = row_at(index) * a.I + channel_at(column);
     float step = gain * inverse;
-    if (!kStatic && a.u_scale) {
+    if (kOpen && a.u_scale) {
       float peak = 0.f;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
@@ -346,7 +349,7 @@ __global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(c
       if (thread == 0) a.u_scale[row_at(index)] = u_scale;
       step = __fdiv_rn(gain * (1.f / 254.f), u_scale);
     }
-    if (kStatic || a.u_scale || a.out_scale) {
+    if (kCodes || (kOpen && (a.u_scale || a.out_scale))) {
       auto* const codes = static_cast<unsigned char*>(a.u) + out;
 #pragma unroll
       for (int r = 0; r < Top; ++r) {
@@ -355,6 +358,17 @@ __global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(c
           *reinterpret_cast<unsigned short*>(codes + r * kTile) = __byte_perm(code, code_bits(top[1][r], step), 0x0040);
         else
           codes[r * kTile] = code;
+      }
+    } else if (kHalves || a.u_dtype == kType) {
+      auto* const halves = static_cast<unsigned short*>(a.u) + out;
+#pragma unroll
+      for (int r = 0; r < Top; ++r) {
+        const float4 v = make_float4(top[0][r] * gain, top[kColumns - 1][r] * gain, 0.f, 0.f);
+        const unsigned word = to_raw(v, kType).x;
+        if constexpr (kColumns == 2)
+          *reinterpret_cast<unsigned*>(halves + r * kTile) = word;
+        else
+          halves[r * kTile] = static_cast<unsigned short>(word);
       }
     } else {
 #pragma unroll
@@ -373,10 +387,12 @@ int launch_halves(const Halves& p, void* stream) {
   auto pick = [&](auto half) {
     constexpr bool kHalf = decltype(half)::value;
     const bool one_scale = p.a.out_scale && !p.a.u_scale;
+    const bool halves = !p.a.out_scale && !p.a.u_scale && !p.a.z_scale && p.a.u_dtype == p.a.y_dtype;
     if (!p.a.z) return one_scale ? gate_halves<Top, kHalf, kRotated> : gate_halves<Top, kHalf, kRotatedGeneral>;
-    if (!one_scale || p.a.z_scale_count != p.a.I) return gate_halves<Top, kHalf, kGeneral>;
-    if (!p.a.weight) return gate_halves<Top, kHalf, kPlain>;
-    return p.a.weight_dtype == p.a.y_dtype ? gate_halves<Top, kHalf, kWeighted> : gate_halves<Top, kHalf, kGeneral>;
+    if ((!halves && (!one_scale || p.a.z_scale_count != p.a.I)) || (p.a.weight && p.a.weight_dtype != p.a.y_dtype))
+      return gate_halves<Top, kHalf, kGeneral>;
+    if (halves) return p.a.weight ? gate_halves<Top, kHalf, kWeightedHalves> : gate_halves<Top, kHalf, kPlainHalves>;
+    return p.a.weight ? gate_halves<Top, kHalf, kWeighted> : gate_halves<Top, kHalf, kPlain>;
   };
   const auto kernel = p.a.y_dtype == QUAMBA_F16 ? pick(std::true_type{}) : pick(std::false_type{});
   int processors = 0;

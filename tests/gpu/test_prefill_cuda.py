@@ -114,6 +114,21 @@ def test_gate_output(inner: int, blocks: tuple[int, ...], groups: tuple[int, ...
 
 
 @pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("inner", [2048, 3072, 4096, 5120, 8192, 10240])
+def test_gate_output_of_the_type_of_its_inputs(inner: int, dtype: torch.dtype) -> None:
+    """What 16-bit activations take: no scales, a weight of their type or none; more rows than blocks find room, too."""
+    for rows in (1, 3, 300, 1101):
+        for norm_groups in (0, 1, 4, inner // 256):
+            for weight in (None, normal(inner, dtype=dtype)):
+                y, z = normal(rows, inner, dtype=dtype), part_of_wider(normal(rows, inner, dtype=dtype))
+                z[0, ::7] *= 100
+                options = {"norm_groups": norm_groups, "block": inner, "out_dtype": dtype}
+                label = f"{rows} x {inner} groups {norm_groups} {dtype} weight {weight is not None}"
+                check("gate_output", (y, z, weight, 1e-5), options, label)
+
+
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("inner, blocks", [g[:2] for g in GATES], ids=[str(g[0]) for g in GATES])
 def test_rotate_input(inner: int, blocks: tuple[int, ...]) -> None:
     for index, rows in enumerate((1, 3, 63, 700)):
@@ -153,6 +168,24 @@ def test_causal_conv1d(tokens: int, mode: str) -> None:
 
 def bounds(lengths: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor((0, *lengths), device="cuda").cumsum(0, dtype=torch.int32)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("lengths", [*((n,) for n in LENGTHS), RAGGED, (1,) * 40, (2, 9, 1, 8, 3, 7, 17) * 9], ids=str)
+def test_convolution_of_the_type_of_its_inputs(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    """What 16-bit activations take; weights of any type, sequences as rows or one after the other."""
+    tokens, ragged = sum(lengths), len(lengths) > 1
+    for batch, channels in ((1, 5376), (1, 132), *(() if ragged else ((3, 68), (70, 132)))):
+        sequences = len(lengths) if ragged else batch
+        options = {"out_dtype": dtype, **({"cu_seqlens": bounds(lengths)} if ragged else {})}
+        int8 = codes(channels, 4), {"weight_scale": scales(channels)}
+        for weight, extra in ((normal(channels, 4, dtype=dtype), {}), (normal(channels, 4), {}), int8):
+            x, state = normal(batch, tokens, channels, dtype=dtype), normal(sequences, 3, channels, dtype=dtype)
+            label = f"{lengths} {batch} x {channels} {dtype} weight {weight.dtype}"
+            bias = normal(channels, dtype=weight.dtype if weight.is_floating_point() else F32)
+            check("causal_conv1d", (part_of_wider(x), weight, bias, state), {**options, **extra}, label)
+            check("causal_conv1d", (x, weight), {**options, **extra}, f"{label} alone")
 
 
 @pytest.mark.usefixtures("poison")
