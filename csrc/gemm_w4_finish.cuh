@@ -155,7 +155,8 @@ __device__ __forceinline__ void finish_tokens(const Finish& p, Acc& acc, char* b
       if (q == c) {  // registers have no index; the code of finish_tile is too long to repeat
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-          to[(i / 4 * 8 + i % 2) * kPitch + i / 2 % 2 * 8] = acc(cute::make_coord(i % 2, i / 2 % 2, 2 * q + i / 4), 0, 0);
+          to[(i / 4 * 8 + i % 2) * kPitch + i / 2 % 2 * 8] =
+            acc(cute::make_coord(i % 2, i / 2 % 2, 2 * q + i / 4), 0, 0);
       }
     sync_threads(2 + group, 128);
     const int row[1] = {token + 16 * c + warp / 2 * 8 + g};

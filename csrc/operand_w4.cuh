@@ -37,7 +37,8 @@ __device__ __forceinline__ unsigned shift_in_word(unsigned at) {
 }
 
 // How each type of x has its weights made. Raw: a scale as stored. Factor: it, ready for use. kBox: columns of x that
-// are 128 bytes. kFixed: what a GEMM's tile takes besides its tokens, in tokens, fitted to measured times. fill<Parts>: the registers of 64 columns from eight words of each of two channels, Parts scales each.
+// are 128 bytes. kFixed: what a GEMM's tile takes besides its tokens, in tokens, fitted to measured times. fill<Parts>:
+// the registers of 64 columns from eight words of each of two channels, Parts scales each.
 template <class Element>
 struct Operand;
 
