@@ -351,3 +351,13 @@ def test_a_tensor_on_the_cpu_is_no_crash(name: str) -> None:
     with pytest.raises(NotImplementedError, match=f"quamba::{name}"):
         backend(*arguments(name, "cpu"))
     assert backend.prepack(arguments(name, "cpu")[-1]) is not None
+
+
+def test_int4_is_multiplied_directly_where_that_is_faster() -> None:
+    """Rows, out features, in features and group size as measured on an H100 of 132 multiprocessors."""
+    direct = [(96, 10576, 2560, 32), (512, 10576, 2560, 128), (1536, 2560, 5120, 128), (2048, 10240, 2560, 128)]
+    expanded = [(512, 10576, 2560, 64), (1024, 192, 5120, 128), (4096, 10240, 2560, 128), (512, 4096, 16384, 128)]
+    assert all(linear.multiplies_int4(*case) for case in direct)
+    assert not any(linear.multiplies_int4(*case) for case in expanded)
+    assert linear.tiles_fill(2048, 10240, 132) and linear.tiles_fill(2048, 4096, 132)
+    assert not linear.tiles_fill(2048, 10576, 132) and not linear.tiles_fill(2048, 2560, 132)

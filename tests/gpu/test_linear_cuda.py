@@ -137,6 +137,25 @@ def test_prompts(name: str, shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("shape", [(2560, 10576, 128), (5120, 2560, 128), (8192, 1032, 128), (640, 184, 640)])
+def test_int4_is_multiplied_directly_in_every_tile(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an expansion would be faster, too; odd numbers of rows, every epilogue."""
+    if linear.library(0).arch != "sm_90a":
+        pytest.skip("is for Hopper")
+    monkeypatch.setattr(linear, "FEW_TILES", dict.fromkeys(linear.FEW_TILES, {}))
+    monkeypatch.setattr(linear, "W4A8_SKINNY_ROWS", 0)
+    monkeypatch.setattr(linear, "W4A8_GEMM_O", 0)
+    for limit in ("W4A8_GEMM_ROWS", "W4A8_MOST_ROWS"):
+        monkeypatch.setattr(linear, limit, 10**6)
+    for rows in (3, 129, 2048, 1930, 4100):
+        given = draw("linear_w4a8", rows, shape)
+        for options in variants("linear_w4a8", rows, shape[1]):
+            check("linear_w4a8", given, options, f"{rows} rows {shape} {list(options)}")
+
+
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_kernel_that_splits_columns_serves_every_shape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that fill no tile, columns that fill no step or lie across groups, out features that fill no tile."""

@@ -32,8 +32,13 @@ FEW_TILES = {
 """Hopper has a kernel that splits K over a cluster, for int4 groups of 64 or a multiple of 128: up to so many rows
 where tiles of 64 rows by 128 out features are at most so many, the least such number of rows deciding. With more of
 them the GEMMs fill the GPU and win."""
-W4A8_GEMM_O, W4A8_GEMM_ROWS = 4096, 256
-"""Where that GEMM beats an expansion to int8 followed by the faster int8 GEMM: this wide, up to so many rows."""
+W4A8_GEMM_O, W4A8_ANY_ROWS, W4A8_GEMM_ROWS, W4A8_MOST_ROWS = 2560, 256, 1536, 2048
+"""Where that GEMM beats an expansion to int8 followed by the faster int8 GEMM: this wide, up to so many rows of groups
+of any size, of a multiple of 128, and of those where its tiles leave few multiprocessors without work."""
+W4A8_TILE, W4A8_FILLED = (256, 128), 0.95
+"""Rows and out features of its largest tile, and the share of their waves that such tiles have to fill."""
+W4A8_MOST_GROUPS = 64
+"""Groups of a row whose multipliers it keeps in shared memory; with more, or other groups, it has one small tile."""
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
@@ -83,6 +88,21 @@ def few_tiles(kind: str, rows: int, out_features: int) -> bool:
     """Whether the kernel that splits K is Hopper's fastest."""
     tiles = -(-rows // 64) * -(-out_features // 128)
     return tiles <= next((most for limit, most in FEW_TILES[kind].items() if limit >= rows), 0)
+
+
+def multiplies_int4(rows: int, out_features: int, in_features: int, group_size: int) -> bool:
+    """Whether W4A8 is faster by Hopper's GEMM over int4 weights than by an expansion and the GEMM over int8; beyond
+    W4A8_GEMM_ROWS only where tiles_fill says so, too."""
+    if out_features < W4A8_GEMM_O or rows > W4A8_MOST_ROWS:
+        return False
+    whole = group_size % max(FEW_GROUPS) == 0 and in_features <= W4A8_MOST_GROUPS * group_size
+    return whole or rows <= W4A8_ANY_ROWS
+
+
+def tiles_fill(rows: int, out_features: int, processors: int) -> bool:
+    """Whether the largest tiles of that GEMM leave few multiprocessors without work in their last wave."""
+    tiles = -(-rows // W4A8_TILE[0]) * -(-out_features // W4A8_TILE[1])
+    return tiles >= W4A8_FILLED * processors * -(-tiles // processors)
 
 
 def w8a8_kernel(rows: int, out_features: int, device: torch.device) -> str:
@@ -169,6 +189,16 @@ class Problem:
             return False
         return few_tiles(self.kind, a.M, a.O)
 
+    @property
+    def multiplies_int4(self) -> bool:
+        """Whether Hopper's GEMM over int4 weights is the fastest over many rows of int8."""
+        a = self.linear
+        if not self.hopper or not multiplies_int4(a.M, a.O, a.K, a.S):
+            return False
+        if a.M <= W4A8_GEMM_ROWS:
+            return True
+        return tiles_fill(a.M, a.O, torch.cuda.get_device_properties(self.device).multi_processor_count)
+
     def few_rows(self, limit: int) -> bool:
         """Whether int4 weights are better read by the skinny kernel; ``limit`` where no GEMM fits them better."""
         if self.linear.O >= WIDE and self.hopper:
@@ -212,7 +242,7 @@ def linear_w4a8(
         return p.run("quamba_linear_w4a8_few")
     if p.few_rows(W4A8_SKINNY_ROWS):
         return p.run("quamba_linear_w4a8_skinny")
-    if p.hopper and p.linear.O >= W4A8_GEMM_O and p.linear.M <= W4A8_GEMM_ROWS:
+    if p.multiplies_int4:
         return p.run("quamba_linear_w4a8_gemm")
     weight = p.expand("quamba_expand_w4a8", torch.int8)
     p.linear.w, p.linear.w_multiplier, p.linear.S = weight.data_ptr(), None, p.linear.K
