@@ -105,6 +105,15 @@ def tiles_fill(rows: int, out_features: int, processors: int) -> bool:
     return tiles >= W4A8_FILLED * processors * -(-tiles // processors)
 
 
+def w4a8_gemm(rows: int, out_features: int, in_features: int, group_size: int, device: torch.device) -> bool:
+    """Whether Hopper's GEMM over int4 weights is the fastest over many rows of int8 on this device."""
+    if not on_hopper(device) or not multiplies_int4(rows, out_features, in_features, group_size):
+        return False
+    if rows <= W4A8_GEMM_ROWS:
+        return True
+    return tiles_fill(rows, out_features, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def w8a8_kernel(rows: int, out_features: int, device: torch.device) -> str:
     """The fastest over int8 weights."""
     if on_hopper(device) and few_tiles("w8a8", rows, out_features):
@@ -189,16 +198,6 @@ class Problem:
             return False
         return few_tiles(self.kind, a.M, a.O)
 
-    @property
-    def multiplies_int4(self) -> bool:
-        """Whether Hopper's GEMM over int4 weights is the fastest over many rows of int8."""
-        a = self.linear
-        if not self.hopper or not multiplies_int4(a.M, a.O, a.K, a.S):
-            return False
-        if a.M <= W4A8_GEMM_ROWS:
-            return True
-        return tiles_fill(a.M, a.O, torch.cuda.get_device_properties(self.device).multi_processor_count)
-
     def few_rows(self, limit: int) -> bool:
         """Whether int4 weights are better read by the skinny kernel; ``limit`` where no GEMM fits them better."""
         if self.linear.O >= WIDE and self.hopper:
@@ -242,7 +241,7 @@ def linear_w4a8(
         return p.run("quamba_linear_w4a8_few")
     if p.few_rows(W4A8_SKINNY_ROWS):
         return p.run("quamba_linear_w4a8_skinny")
-    if p.multiplies_int4:
+    if w4a8_gemm(p.linear.M, p.linear.O, p.linear.K, p.linear.S, p.device):
         return p.run("quamba_linear_w4a8_gemm")
     weight = p.expand("quamba_expand_w4a8", torch.int8)
     p.linear.w, p.linear.w_multiplier, p.linear.S = weight.data_ptr(), None, p.linear.K
@@ -263,15 +262,24 @@ def linear_w4a16(x: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tenso
     return finish(y.view(p.shape), *epilogue)
 
 
+def waits_for_all(rows: int, in_features: int, w: Tensor, w_multiplier: Tensor | None, device: torch.device) -> bool:
+    """Whether all that a linear does waits for its input, as in the GEMMs over int8 activations: its blocks, let go
+    early, would only take the room of the kernel before."""
+    if w.dtype == torch.int8:
+        return w8a8_kernel(rows, w.shape[0], device) == W8A8_GEMM
+    if w_multiplier is None or few_tiles("w4a8", rows, w.shape[0]):
+        return False
+    return w4a8_gemm(rows, w.shape[0], in_features, in_features // w_multiplier.shape[-1], device)
+
+
 def norm_linear(
     x: Tensor, norm_weight: Tensor | None, eps: float, w: Tensor, w_multiplier: Tensor | None, w_scale: Tensor,
     bias: Tensor | None, residual: Tensor | None, in_scale: Tensor | None, per_token: bool, in_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The norm, and the linear, which has weights on their way while the norm runs. Not so the int8 GEMM: all that it
-    does waits for its input, and its blocks, let go early, would only take the room of the norm's."""
+    """The norm, and the linear, which has weights on their way while the norm runs or lets it have their room."""
     rows = x.numel() // max(x.shape[-1], 1)
-    held = w.dtype == torch.int8 and w8a8_kernel(rows, w.shape[0], x.device) == W8A8_GEMM
+    held = waits_for_all(rows, x.shape[-1], w, w_multiplier, x.device)
     u, scale = rms_norm(x, norm_weight, eps, in_scale, per_token, in_dtype, held)
     epilogue = bias, residual, None, out_dtype
     if w_multiplier is None and w.dtype != torch.int8:
