@@ -267,7 +267,7 @@ def waits_for_all(rows: int, in_features: int, w: Tensor, w_multiplier: Tensor |
     early, would only take the room of the kernel before."""
     if w.dtype == torch.int8:
         return w8a8_kernel(rows, w.shape[0], device) == W8A8_GEMM
-    if w_multiplier is None or few_tiles("w4a8", rows, w.shape[0]):
+    if w_multiplier is None or rows <= W4A8_ANY_ROWS or few_tiles("w4a8", rows, w.shape[0]):
         return False
     return w4a8_gemm(rows, w.shape[0], in_features, in_features // w_multiplier.shape[-1], device)
 
