@@ -234,8 +234,8 @@ def linear_w8a8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *epilogu
 def linear_w4a8(
     x: Tensor, x_scale: Tensor, w: Tensor, w_multiplier: Tensor, w_scale: Tensor, *epilogue: Any
 ) -> Tensor:
-    """Many rows: the weight is expanded to int8 once per call, and the rest is linear_w8a8; fewer, on sm_90a, kernels
-    that unpack as they multiply."""
+    """Many rows: on sm_90a a GEMM that unpacks as it multiplies where that is faster, else the weight is expanded to
+    int8 once per call, and the rest is linear_w8a8; fewer rows, kernels that unpack as they multiply."""
     p = Problem(x, x_scale, w, w_scale, w_multiplier, *epilogue)
     if p.splits:
         return p.run("quamba_linear_w4a8_few")
