@@ -188,7 +188,7 @@ def test_hopper_splits_the_columns_of_few_rows(kernels, name: str, monkeypatch: 
 def test_a_norm_holds_back_what_only_waits_for_it(
     kernels, name: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The int8 GEMM, and over many rows that of int4 weights and int8 activations."""
+    """The int8 GEMM alone, of so few rows."""
     held = []
 
     def norm(x, weight, eps, scale, per_token, dtype, holds_next):
@@ -368,6 +368,6 @@ def test_a_norm_holds_back_the_gemm_over_int4_and_int8(kernels) -> None:
     w, cpu = torch.empty(10576, 320, dtype=torch.int32, device="meta"), torch.device("cpu")
     multiplier = torch.empty(10576, 20, dtype=torch.int8, device="meta")
     assert linear.waits_for_all(1024, 2560, w, multiplier, cpu)
-    assert not linear.waits_for_all(256, 2560, w, multiplier, cpu)  # weights may come before
+    assert not linear.waits_for_all(256, 2560, w, multiplier, cpu)  # K is split, and weights come before
     assert not linear.waits_for_all(4096, 2560, w, multiplier, cpu)  # their expansion comes next
     assert not linear.waits_for_all(1024, 2560, w, None, cpu)

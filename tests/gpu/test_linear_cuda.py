@@ -137,20 +137,29 @@ def test_prompts(name: str, shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("shape", [(2560, 10576, 128), (5120, 2560, 128), (8192, 1032, 128), (640, 184, 640)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2560, 10576, 128), (5120, 2560, 128), (8192, 1032, 128), (640, 184, 640),
+        (1600, 520, 32), (1600, 520, 64), (8320, 264, 128),
+    ],
+    ids=lambda s: "K{} O{} S{}".format(*s),
+)  # fmt: skip
 def test_int4_is_multiplied_directly_in_every_tile(
     shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where an expansion would be faster, too; odd numbers of rows, every epilogue."""
+    """Where an expansion would be faster, too; odd numbers of rows, every epilogue, groups of any size and number."""
     if linear.library(0).arch != "sm_90a":
         pytest.skip("is for Hopper")
     monkeypatch.setattr(linear, "FEW_TILES", dict.fromkeys(linear.FEW_TILES, {}))
     monkeypatch.setattr(linear, "W4A8_SKINNY_ROWS", 0)
     monkeypatch.setattr(linear, "W4A8_GEMM_O", 0)
-    for limit in ("W4A8_GEMM_ROWS", "W4A8_MOST_ROWS"):
+    for limit in ("W4A8_ANY_ROWS", "W4A8_GEMM_ROWS", "W4A8_MOST_ROWS"):
         monkeypatch.setattr(linear, limit, 10**6)
-    for rows in (3, 129, 2048, 1930, 4100):
+    K, outputs, size = shape
+    for rows in (3, 129, 600, 2048, 1930, 4100):
         given = draw("linear_w4a8", rows, shape)
+        assert linear.w4a8_gemm(rows, outputs, K, size, given[0].device)
         for options in variants("linear_w4a8", rows, shape[1]):
             check("linear_w4a8", given, options, f"{rows} rows {shape} {list(options)}")
 

@@ -264,7 +264,7 @@ def linear_w4a16(x: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tenso
 
 def waits_for_all(rows: int, in_features: int, w: Tensor, w_multiplier: Tensor | None, device: torch.device) -> bool:
     """Whether all that a linear does waits for its input, as in the GEMMs over int8 activations: its blocks, let go
-    early, would only take the room of the kernel before."""
+    early, would only take the room of the kernel before. Int4 weights: beyond W4A8_ANY_ROWS, where it was measured."""
     if w.dtype == torch.int8:
         return w8a8_kernel(rows, w.shape[0], device) == W8A8_GEMM
     if w_multiplier is None or rows <= W4A8_ANY_ROWS or few_tiles("w4a8", rows, w.shape[0]):
