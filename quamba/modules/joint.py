@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from quamba.modules.linear import Linear
@@ -14,7 +15,7 @@ from quamba_kernels import Op, ops
 from quamba_kernels.ops import BlockMemory, SelectiveBlock, SsdBlock
 
 
-class Joint:
+class Joint(ABC):
     """Blocks of one kind of mixer: their op, and what it is given."""
 
     op: Op
@@ -29,17 +30,17 @@ class Joint:
         """All linears."""
         return self.streamed(mixer)
 
+    @abstractmethod
     def takes(self, mixer: Mixer) -> bool:
         """Whether the op can say what this mixer does, whose linears are of one format."""
-        raise NotImplementedError
 
+    @abstractmethod
     def alike(self, mixer: Mixer) -> tuple[Any, ...]:
         """What mixers that take a step together have in common, beside what every mixer has."""
-        raise NotImplementedError
 
+    @abstractmethod
     def constants(self, mixer: Mixer, norm: Norm) -> Any:
         """Of a block, bound."""
-        raise NotImplementedError
 
     def memory(self, state: RecurrentState) -> BlockMemory:
         """Of a block."""

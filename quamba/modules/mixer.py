@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from quamba_kernels.ops import Activation
 from quamba_kernels.registry import forced_backend
 
 
-class Mixer(LowBit):
+class Mixer(LowBit, ABC):
     """in_proj -> conv + SiLU -> scan -> gate (+ norm) -> rotation -> out_proj.
 
     The same forward runs in floats while calibrating, and in int8 wherever a site has its scale. Subclasses split the
@@ -76,14 +77,14 @@ class Mixer(LowBit):
         return Site(recipe.activation(role, layer), channels, groups=sizes["G"], clusters=clusters, **made)
 
     @property
+    @abstractmethod
     def conv_channels(self) -> dict[str, int]:
         """Stretches of the convolution, in order, with their channels."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def site_channels(self) -> dict[str, int]:
         """Scan inputs that may become int8, with their channels."""
-        raise NotImplementedError
 
     def _bind(self) -> None:
         shape = {**self.mixer_spec.sizes, "block": self.block}
@@ -165,9 +166,9 @@ class Mixer(LowBit):
         return state
 
     @property
+    @abstractmethod
     def state_shape(self) -> tuple[int, ...]:
         """Shape of one sequence's recurrent state."""
-        raise NotImplementedError
 
     def state_of(self, cache: Any, batch: int, device: torch.device) -> RecurrentState | None:
         """This layer's state inside a transformers cache, made when it is not there yet."""

@@ -154,6 +154,7 @@ def _alike(one: Waiting, other: Waiting) -> bool:
     return store == also and (h.shape, h.device) == (g.shape, g.device) and kinds[0] == kinds[1]
 
 
+# of transformers' own two bases one has is_croppable as a property, the other as an attribute
 class HybridState(RecurrentState, LinearAttentionAndFullAttentionLayer):  # type: ignore[override]
     """The state of a layer that has attention beside its recurrence: keys and values lie here too."""
 
