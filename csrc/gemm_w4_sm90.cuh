@@ -50,6 +50,7 @@ struct Walk {
     place();
   }
   __device__ bool valid() const { return tile < tiles_m * tiles_o; }
+  __device__ bool last() const { return tile + static_cast<int>(gridDim.x) >= tiles_m * tiles_o; }
   __device__ void place() {
     int band = tile / (kBand * tiles_o), inside = tile - band * kBand * tiles_o;
     int high = max(min(kBand, tiles_m - band * kBand), 1), across = inside / high;
@@ -94,7 +95,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  launch_dependents();
   wait_for_previous_kernel();
 
   int stage = 0;
@@ -123,6 +123,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                      at.step * kTileK + b * Op::kBox, at.row);
           advance();
         }
+        // the next kernel's blocks gather where no block of this one is: the later they come, the more evenly
+        if (at.last()) launch_dependents();
         for (int cell = 0; cell < cells; cell += L::kCells, advance()) {
           wait(empty + 8 * stage, parity ^ 1);
           unsigned barrier = full + 8 * stage;
