@@ -169,6 +169,7 @@ __device__ __forceinline__ void produce(const Params& p, const Segment& s, unsig
     }
     copy_async_commit();
   };
+  wait_for_previous_kernel();
   fetch(0, 0);
   // above the diagonal M stays zero
   for (int i = thread; i < kStages * kMost * kPanel / 16; i += 128)

@@ -36,9 +36,10 @@ __device__ __forceinline__ Place place_of(const QuambaSsdScan& a, long long slot
   return {0, begin + (slot - first_slot(a, begin, low, Tokens)) * Tokens, bound(low + 1)};
 }
 
-// The record of a head, by a warp. Halves: weights are pairs of fp16, and the decays themselves follow.
+// The record of a head, by a warp. Halves: weights are pairs of fp16, and the decays themselves follow. Not real: a
+// rehearsal, for an empty place, that leaves nothing.
 template <int Tokens, bool Halves = false>
-__device__ __forceinline__ void steps(const Params& p, const Place& place, long long slot, int head) {
+__device__ __forceinline__ void steps(const Params& p, const Place& place, long long slot, int head, bool real = true) {
   constexpr int kEach = Tokens / 32;
   const QuambaSsdScan& a = p.a;
   const int lane = threadIdx.x % 32;
@@ -82,10 +83,12 @@ __device__ __forceinline__ void steps(const Params& p, const Place& place, long 
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
     const int at = lane * kEach + e;
+    const float less = decay[e] - log2_approximate(dt[e]), factor = exp2_approximate(decay[e]);
+    if (!real) continue;
     record[at] = decay[e];
-    record[Tokens + at] = decay[e] - log2_approximate(dt[e]);
+    record[Tokens + at] = less;
     if (Halves)
-      record[kRecord<Tokens> + at] = exp2_approximate(decay[e]);
+      record[kRecord<Tokens> + at] = factor;
     else
       record[2 * Tokens + at] = weight[e];
   }
@@ -96,12 +99,13 @@ __device__ __forceinline__ void steps(const Params& p, const Place& place, long 
     const uint32_t high = pack_f16(one, two);
     const float2 rounded = unpack_f16(high);
     uint32_t* const pairs = reinterpret_cast<uint32_t*>(record + 2 * Tokens) + place_of_pair(lane);
-    pairs[0] = high, pairs[Tokens / 2] = pack_f16(one - rounded.x, two - rounded.y);
+    const uint32_t low = pack_f16(one - rounded.x, two - rounded.y);
+    if (real) pairs[0] = high, pairs[Tokens / 2] = low;
     unit = static_cast<float>(exponent);
   }
-  if (lane == 0)
-    *reinterpret_cast<float4*>(record + 3 * Tokens) =
-        make_float4(total, log2_approximate(weights), static_cast<float>(exponent_of(most, kLeastStep)), unit);
+  const float4 sums =
+      make_float4(total, log2_approximate(weights), static_cast<float>(exponent_of(most, kLeastStep)), unit);
+  if (real && lane == 0) *reinterpret_cast<float4*>(record + 3 * Tokens) = sums;
 }
 
 }  // namespace quamba::ssd
