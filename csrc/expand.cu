@@ -8,7 +8,9 @@
 
 #include <type_traits>
 
+#include "expansion.cuh"
 #include "launch.cuh"
+#include "linear.h"
 
 namespace {
 
@@ -28,45 +30,18 @@ __device__ __forceinline__ unsigned group_of(const Shape& s, unsigned i) {
   return row * s.groups + (i - row * s.words) / s.group_words;
 }
 
-// Eight int8 codes (n - 8) * m, n the nibbles of a word: n * m is at most 15 * 17 = 255, so four products fit a word.
-__device__ __forceinline__ uint2 scale_codes(unsigned word, unsigned m) {
-  unsigned offset = 8 * m * 0x01010101u;
-  unsigned even = __vsub4((word & 0x0f0f0f0fu) * m, offset), odd = __vsub4((word >> 4 & 0x0f0f0f0fu) * m, offset);
-  return make_uint2(__byte_perm(even, odd, 0x5140), __byte_perm(even, odd, 0x7362));
+// Both kernels read the weights, which are constants, while the kernel before still runs, and write when it has ended.
+__global__ void __launch_bounds__(kThreads) expand_int8(const __grid_constant__ Expansion e) {
+  launch_dependents();
+  expand<kUnroll>(e, blockIdx.x, threadIdx.x, kThreads, [] { wait_for_previous_kernel(); });
 }
 
-// Both kernels read the weights, which are constants, while the kernel before still runs, and write when it has ended.
 struct Expand {
   const void *packed, *scale;
   uint4* y;
   Shape shape;
   unsigned count;
 };
-
-__global__ void __launch_bounds__(kThreads) expand_int8(const __grid_constant__ Expand p) {
-  const auto* packed = static_cast<const uint2*>(p.packed);
-  const auto* multiplier = static_cast<const unsigned char*>(p.scale);
-  const Shape& shape = p.shape;
-  const unsigned count = p.count;
-  launch_dependents();
-  unsigned first = blockIdx.x * (kThreads * kUnroll) + threadIdx.x;
-  uint2 words[kUnroll];
-  unsigned low_scale[kUnroll], high_scale[kUnroll];
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u)
-    if (unsigned i = first + u * kThreads; i < count) {
-      words[u] = __ldg(packed + i);
-      low_scale[u] = __ldg(multiplier + group_of(shape, 2 * i));
-      high_scale[u] = __ldg(multiplier + group_of(shape, 2 * i + 1));
-    }
-  wait_for_previous_kernel();
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u)
-    if (unsigned i = first + u * kThreads; i < count) {
-      uint2 low = scale_codes(words[u].x, low_scale[u]), high = scale_codes(words[u].y, high_scale[u]);
-      p.y[i] = make_uint4(low.x, low.y, high.x, high.y);
-    }
-}
 
 template <class T>
 __device__ __forceinline__ unsigned round_pair(float low, float high) {
@@ -122,12 +97,14 @@ Shape shape_of(const QuambaLinear& a) {
 
 }  // namespace
 
+int quamba::expand_alone(const QuambaExpansion& what, void* stream) {
+  const Expansion e = expansion_of(what);
+  return launch(expand_int8, e, dim3(e.blocks(kThreads, kUnroll)), kThreads, stream);
+}
+
 extern "C" int quamba_expand_w4a8(const QuambaLinear* a, void* stream) {
-  unsigned grid = blocks(*a, 16);
-  if (!grid || a->y_dtype != QUAMBA_I8) return QUAMBA_UNSUPPORTED;
-  const Expand p{a->w, a->w_multiplier, static_cast<uint4*>(a->y), shape_of(*a),
-                 static_cast<unsigned>(static_cast<long long>(a->O) * a->K / 16)};
-  return launch(expand_int8, p, dim3(grid), kThreads, stream);
+  const QuambaExpansion what{a->w, a->w_multiplier, a->y, a->O, a->K, a->S};
+  return expands(what) && a->y_dtype == QUAMBA_I8 ? expand_alone(what, stream) : QUAMBA_UNSUPPORTED;
 }
 
 extern "C" int quamba_expand_w4a16(const QuambaLinear* a, void* stream) {

@@ -1,6 +1,7 @@
 // The C ABI of the selective scan. Status and rules as in linear.h; there is no scratch.
 #pragma once
 
+#include "expansion.h"
 #include "linear.h"
 
 typedef struct {         // quamba_selective_scan
@@ -22,6 +23,7 @@ typedef struct {         // quamba_selective_scan
   int x_scale_count, z_scale_count;
   int lanes;  // of a channel, 8 or 4, or 24 of three; 0 for what fits the size
   int x_dtype, dt_dtype, b_dtype, c_dtype, D_dtype, dt_bias_dtype, z_dtype, y_dtype;
+  QuambaExpansion expansion;  // beside: on multiprocessors that the scan leaves idle
 } QuambaScan;
 
 enum { QUAMBA_SCAN_RANK = 160 };  // the most that these two take, in whole 32
@@ -66,4 +68,5 @@ typedef struct {         // quamba_ssd_scan, with quamba_ssd_scan_workspace
   int H, P, G, N, sequences, cuts;  // cuts: segments of a sequence, 0 for what fits the size
   int x_dtype, dt_dtype, b_dtype, c_dtype, D_dtype, dt_bias_dtype, y_dtype;
   float lowest, highest;  // of dt
+  QuambaExpansion expansion;  // beside: on multiprocessors that the scan leaves idle
 } QuambaSsdScan;

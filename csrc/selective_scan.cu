@@ -226,6 +226,11 @@ int launch_as(const Scan& p, void* stream) {
                 stream, 0, false);
 }
 
+// What is to be expanded beside a scan, after one that takes nothing along.
+int and_expand(const QuambaScan& a, int status, void* stream) {
+  return status != QUAMBA_OK || !a.expansion.y ? status : expand_alone(a.expansion, stream);
+}
+
 // Wide: by the kernel of selective_scan_ahead.cuh, where it serves.
 template <int Lanes, int States>
 int launch_scan(const QuambaScan& a, void* stream, bool wide = false) {
@@ -237,7 +242,8 @@ int launch_scan(const QuambaScan& a, void* stream, bool wide = false) {
                in_quads(a.b, a.b_dtype, a.b_token, a.b_batch),
                in_quads(a.c, a.c_dtype, a.c_token, a.c_batch),
                dense && in_quads(a.z, a.z_dtype, a.z_token, a.z_batch),
-               dense && in_quads(a.y, a.y_dtype)};
+               dense && in_quads(a.y, a.y_dtype),
+               expansion_of(a.expansion)};
   if constexpr (Lanes * States == 16) {
     const bool whole = p.whole_x && p.whole_dt && p.whole_b && p.whole_c && p.whole_y, half = a.dt_dtype == QUAMBA_F16;
     const bool gate_fits = !a.z || (p.whole_z && a.z_dtype == a.dt_dtype);
@@ -245,7 +251,8 @@ int launch_scan(const QuambaScan& a, void* stream, bool wide = false) {
     auto launch = [&](auto type, auto codes) {
       constexpr int kFloat = decltype(type)::value;
       constexpr bool kCodes = decltype(codes)::value;
-      return wide ? ahead::launch_as<kFloat, kCodes>(p, stream) : launch_as<Lanes, States, kFloat, kCodes>(p, stream);
+      return wide ? ahead::launch_as<kFloat, kCodes>(p, stream)
+                  : and_expand(a, launch_as<Lanes, States, kFloat, kCodes>(p, stream), stream);
     };
     constexpr std::integral_constant<int, QUAMBA_F16> kHalf;
     constexpr std::integral_constant<int, QUAMBA_BF16> kBrain;
@@ -255,7 +262,7 @@ int launch_scan(const QuambaScan& a, void* stream, bool wide = false) {
     }
     if (Lanes != 8 || wide) return launch_scan<8, 2>(a, stream);  // one for any types is enough
   }
-  return launch_as<Lanes, States, kAny, false>(p, stream);
+  return and_expand(a, launch_as<Lanes, States, kAny, false>(p, stream), stream);
 }
 
 }  // namespace
@@ -265,7 +272,8 @@ extern "C" int quamba_selective_scan(const QuambaScan* args, void* stream) {
   auto is_float = [](int type) { return type == QUAMBA_F32 || type == QUAMBA_F16 || type == QUAMBA_BF16; };
   if (a.I < 1 || a.T < 0 || a.sequences < 1 || (a.cu_seqlens && a.T > 0x7fffffffLL) || !is_float(a.dt_dtype) ||
       !is_float(a.y_dtype) || !is_float(a.D_dtype) || (a.dt_bias && !is_float(a.dt_bias_dtype)) ||
-      (a.z && !is_float(a.z_dtype) && !(a.z_dtype == QUAMBA_I8 && a.z_scale)))
+      (a.z && !is_float(a.z_dtype) && !(a.z_dtype == QUAMBA_I8 && a.z_scale)) ||
+      (a.expansion.y && !expands(a.expansion)))
     return QUAMBA_UNSUPPORTED;
   if (a.N == 8) return launch_scan<4, 2>(a, stream);
   if (a.N == 32) return launch_scan<8, 4>(a, stream);

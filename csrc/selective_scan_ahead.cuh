@@ -6,6 +6,7 @@
 // the softplus and D x to shared memory, and take the outputs from there.
 #pragma once
 
+#include "expansion.cuh"
 #include "launch.cuh"
 #include "quads.cuh"
 #include "scan.h"
@@ -17,6 +18,7 @@ struct Scan {
   QuambaScan a;
   int blocks;  // of channels
   bool whole_x, whole_dt, whole_b, whole_c, whole_z, whole_y;
+  Expansion expansion;
 };
 
 // y silu(z), z on the grid of its scales where it has any; int8 is on it already.
@@ -268,10 +270,16 @@ __device__ __forceinline__ void stage_and_store(const Scan& p, const Part& s, Sh
   if (tiles) store(here(tiles - 1), third);
 }
 
+constexpr int kPieces = 24;  // of a thread that expands
+
+// Blocks beyond those of the scan expand a weight, on multiprocessors that it leaves idle.
 template <int Float, bool Codes>
 __global__ void __launch_bounds__(kThreads, 1) selective_scan_ahead(const __grid_constant__ Scan p) {
   extern __shared__ __align__(16) unsigned char bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(bytes);
+  if (const unsigned blocks = p.blocks * p.a.sequences; blockIdx.x >= blocks)
+    return expand<kPieces>(p.expansion, blockIdx.x - blocks, threadIdx.x, kThreads,
+                           [] { wait_for_previous_kernel(); });
   if (p.a.cu_seqlens) wait_for_previous_kernel();
   const Part s = part_of(p, kChannels);
   const int warp = threadIdx.x / 32, scheduler = warp % 4;
@@ -289,7 +297,8 @@ __global__ void __launch_bounds__(kThreads, 1) selective_scan_ahead(const __grid
 
 template <int Float, bool Codes>
 int launch_as(const Scan& p, void* stream) {
-  const long long grid = static_cast<long long>(p.blocks) * p.a.sequences;
+  const long long beside = p.expansion.blocks(kThreads, kPieces);
+  const long long grid = static_cast<long long>(p.blocks) * p.a.sequences + beside;
   if (grid > 0x7fffffffLL) return QUAMBA_UNSUPPORTED;
   const auto kernel = selective_scan_ahead<Float, Codes>;
   constexpr int kShared = sizeof(Shared);

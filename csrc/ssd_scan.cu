@@ -2,6 +2,7 @@
 // are two ways to do it: that of ssd_scan_sm90.cuh where it serves, and that of ssd_scan.cuh.
 #include <algorithm>
 
+#include "expansion.cuh"
 #include "ssd_scan_sm90.cuh"
 
 namespace {
@@ -89,7 +90,8 @@ extern "C" int quamba_ssd_scan(const QuambaSsdScan* args, void* stream) {
       !is_short(a.y_dtype) || !in_sixteens(a.x, a.x_dtype, a.x_token, a.x_batch, a.x_head) ||
       !in_sixteens(a.b, a.b_dtype, a.b_token, a.b_batch, a.b_group) ||
       !in_sixteens(a.c, a.c_dtype, a.c_token, a.c_batch, a.c_group) || !lies_at(a.state, 8) || !lies_at(a.last, 8) ||
-      !lies_at(a.y, 16) || !lies_at(a.workspace, 16))
+      !lies_at(a.y, 16) || !lies_at(a.workspace, 16) ||
+      (a.expansion.y && !expands(a.expansion)))
     return QUAMBA_UNSUPPORTED;
   Params p{a, cuts_of(a)};
   const Scratch scratch(a, p.cuts);
@@ -108,5 +110,6 @@ extern "C" int quamba_ssd_scan(const QuambaSsdScan* args, void* stream) {
     }
   }
   if (int status = launch_operands(p, tokens_of(a), stream); status != QUAMBA_OK) return status;
-  return launch_states(p, stream);
+  if (int status = launch_states(p, stream); status != QUAMBA_OK || !a.expansion.y) return status;
+  return expand_alone(a.expansion, stream);
 }

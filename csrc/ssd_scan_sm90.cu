@@ -1,4 +1,5 @@
 // The scan of ssd_scan_sm90.cuh.
+#include "expansion.cuh"
 #include "ssd_scan_ahead.cuh"
 
 namespace quamba::ssd::hopper {
@@ -67,6 +68,7 @@ __device__ __forceinline__ void consume(const Params& p, const Segment& s, unsig
     own[r] = fabsf(x_scale * b_scale) < 1e-30f ? 1e-30f : x_scale * b_scale;  // it divides a state
     skip[r] = x_scale * load_float(a.D, a.D_dtype, head);
   }
+  wait_for_previous_kernel();
   float h[kN / 2];
   const long long owner = static_cast<long long>(s.sequence) * a.H + head;
   auto state_at = [&](int j, int r) { return (owner * kP + channel_of(Codes, warp, quad, r)) * kN + 8 * j + pair; };
@@ -302,13 +304,25 @@ __device__ __forceinline__ void consume(const Params& p, const Segment& s, unsig
 
 constexpr int kAheadRegisters = 88, kStateRegisters = 208;  // of a thread: all that a multiprocessor has
 
+constexpr int kThreads = 128 * (1 + kMost), kPieces = 24;  // pieces of a thread that expands
+
+struct Heads {
+  Params scan;
+  Expansion expansion;
+  unsigned blocks;  // of the scan
+};
+
 // Segment by segment: a block waits only for some that begin before it, which leave their states behind before they
-// wait.
+// wait. Blocks beyond those of the scan expand a weight: they begin where it leaves a multiprocessor idle, or after it.
 template <bool Codes>
-__global__ void __launch_bounds__(128 * (1 + kMost), 1) ssd_scan_heads(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, 1) ssd_scan_heads(const __grid_constant__ Heads all) {
   using At = Layout<Codes>;
   extern __shared__ __align__(1024) unsigned char shared[];
   launch_dependents();
+  const Params& p = all.scan;
+  if (blockIdx.x >= all.blocks)
+    return expand<kPieces>(all.expansion, blockIdx.x - all.blocks, threadIdx.x, kThreads,
+                           [] { wait_for_previous_kernel(); });
   const int heads_of_group = p.a.H / p.a.G, parts = (heads_of_group - 1) / kMost + 1;
   const int owners = parts * p.a.G * p.a.sequences, owner = blockIdx.x % owners;
   const int part = owner % parts, group = owner / parts % p.a.G, sequence = owner / (parts * p.a.G);
@@ -322,7 +336,7 @@ __global__ void __launch_bounds__(128 * (1 + kMost), 1) ssd_scan_heads(const __g
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  wait_for_previous_kernel();
+  if (p.a.cu_seqlens) wait_for_previous_kernel();  // else each warp does, once it has its constants
   Segment s = segment_of(p.a, p.cuts, sequence, blockIdx.x / owners);
   s.group = group, s.head = group * heads_of_group + part * kMost, s.heads = heads;
   if (threadIdx.x < 128) {
@@ -341,13 +355,16 @@ __global__ void __launch_bounds__(128 * (1 + kMost), 1) ssd_scan_heads(const __g
 
 template <bool Codes>
 int launch_as(const Params& p, void* stream) {
-  const long long grid = blocks_of(p.a) * p.cuts;
+  const long long blocks = blocks_of(p.a) * p.cuts;
+  const Expansion expansion = expansion_of(p.a.expansion);
+  const long long grid = blocks + expansion.blocks(kThreads, kPieces);
   if (grid > 0x7fffffffLL) return QUAMBA_UNSUPPORTED;
   constexpr int kShared = Layout<Codes>::kBytes;
   cudaError_t error =
       cudaFuncSetAttribute(ssd_scan_heads<Codes>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (error != cudaSuccess) return error;
-  return launch(ssd_scan_heads<Codes>, p, dim3(static_cast<unsigned>(grid)), 128 * (1 + kMost), stream, kShared);
+  const Heads all{p, expansion, static_cast<unsigned>(blocks)};
+  return launch(ssd_scan_heads<Codes>, all, dim3(static_cast<unsigned>(grid)), kThreads, stream, kShared);
 }
 
 }  // namespace

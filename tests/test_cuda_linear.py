@@ -10,8 +10,8 @@ import torch
 
 from quamba_kernels import OPS
 from quamba_kernels.cuda import build as building
+from quamba_kernels.cuda import expansion, linear
 from quamba_kernels.cuda import library as loading
-from quamba_kernels.cuda import linear
 from quamba_kernels.cuda.library import Library
 from quamba_kernels.cuda.toolchain import CannotBuild
 from quamba_kernels.testing import TOLERANCE, Case, cases, disagreement
@@ -365,9 +365,18 @@ def test_int4_is_multiplied_directly_where_that_is_faster() -> None:
 
 def test_a_norm_holds_back_the_gemm_over_int4_and_int8(kernels) -> None:
     kernels("sm_90a")
-    w, cpu = torch.empty(10576, 320, dtype=torch.int32, device="meta"), torch.device("cpu")
-    multiplier = torch.empty(10576, 20, dtype=torch.int8, device="meta")
-    assert linear.waits_for_all(1024, 2560, w, multiplier, cpu)
-    assert not linear.waits_for_all(256, 2560, w, multiplier, cpu)  # K is split, and weights come before
-    assert not linear.waits_for_all(4096, 2560, w, multiplier, cpu)  # their expansion comes next
-    assert not linear.waits_for_all(1024, 2560, w, None, cpu)
+    w = torch.empty(10576, 320, dtype=torch.int32)
+    multiplier = torch.empty(10576, 20, dtype=torch.int8)
+    assert linear.waits_for_all(1024, w, multiplier)
+    assert not linear.waits_for_all(256, w, multiplier)  # K is split, and weights come before
+    assert not linear.waits_for_all(4096, w, multiplier)  # their expansion comes next
+    assert not linear.waits_for_all(1024, w, None)
+
+
+def test_a_weight_is_announced_where_it_is_going_to_be_expanded(kernels) -> None:
+    kernels("sm_90a")
+    weights = torch.ones(64, 8, dtype=torch.int32), torch.ones(64, 2, dtype=torch.int8), torch.ones(64)
+    with linear.ahead_w4a8(weights, 4096):
+        assert expansion.waiting(torch.device("cpu")).O == 64
+    with linear.ahead_w4a8(weights, 16):  # unpacked as they are multiplied
+        assert expansion.waiting(torch.device("cpu")).O == 0

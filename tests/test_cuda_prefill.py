@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quamba_kernels import OPS, Setting
-from quamba_kernels.cuda import arguments, conv, rowwise, scan, ssd, stack
+from quamba_kernels.cuda import arguments, conv, expansion, rowwise, scan, ssd, stack
 from quamba_kernels.cuda.build import CSRC
 
 BF16 = torch.bfloat16
@@ -17,7 +17,7 @@ X, ONES = torch.randn(2, 3, 16), torch.ones(16)
 
 STRUCTS = [
     rowwise.QuambaRows, rowwise.QuambaGate, conv.QuambaConv, scan.QuambaScan, scan.QuambaScanCodes,
-    scan.QuambaScanRates, ssd.QuambaSsdScan,
+    scan.QuambaScanRates, ssd.QuambaSsdScan, expansion.QuambaExpansion,
     stack.QuambaStackLinear, stack.QuambaStackLayer, stack.QuambaStack,
 ]  # fmt: skip
 
@@ -158,6 +158,24 @@ def test_an_ssd_scan_gets_strides_of_columns(calls) -> None:
     assert (a.x, a.b, a.c) == (x.data_ptr(), B.data_ptr(), C.data_ptr())
     assert (a.x_batch, a.x_token, a.x_head, a.b_token, a.b_group, a.c_group) == (384, 128, 16, 128, 16, 16)
     assert (a.dt_batch, a.dt_token, a.y_dtype, a.lowest, a.highest) == (12, 4, 2, 0.0, float("inf"))
+
+
+def test_a_scan_takes_along_the_weight_that_is_announced(calls) -> None:
+    w, multiplier = torch.ones(40, 16, dtype=torch.int32), torch.ones(40, 4, dtype=torch.int8)
+    x, dt, A, B = torch.ones(1, 3, 8), torch.ones(1, 3, 8), -torch.ones(8, 16), torch.ones(1, 3, 16)
+    with expansion.ahead(w, multiplier):
+        ssd_scan()
+        codes = expansion.expanded(w)
+        ssd_scan()
+    with expansion.ahead(w, multiplier):
+        scan.selective_scan(x, dt, A, B, B, torch.ones(8), None, None, None, None, None, BF16, None)
+    ssd_scan()
+    (_, first), (_, second), (_, third), (_, last) = calls
+    a = first.expansion
+    assert codes is not None and codes.shape == (40, 128) and codes.dtype == torch.int8
+    assert (a.w, a.multiplier, a.y) == (w.data_ptr(), multiplier.data_ptr(), codes.data_ptr())
+    assert (a.O, a.K, a.S) == (40, 128, 32)
+    assert third.expansion.y and not second.expansion.y and not last.expansion.y
 
 
 def test_rows_that_an_ssd_scan_cannot_copy_by_16_bytes_are_copied(calls) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,13 +43,21 @@ def identity(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return weights
 
 
+def _nothing_ahead(weights: tuple[torch.Tensor, ...], rows: int) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 def _always(setting: Setting) -> str | None:
     return None
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of one op; ``unpack(prepack(w)) == w`` for the weights of a linear."""
+    """One implementation of one op; ``unpack(prepack(w)) == w`` for the weights of a linear.
+
+    ``ahead(weights, rows)`` surrounds what runs before a linear of so many rows, and the linear: inside, other ops of
+    the backend may make ready what the linear would begin with.
+    """
 
     name: str
     fn: Callable[..., Any]
@@ -57,6 +65,7 @@ class Backend:
     rank: int = 50
     prepack: Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]] = identity
     unpack: Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]] = identity
+    ahead: Callable[[tuple[torch.Tensor, ...], int], AbstractContextManager[None]] = _nothing_ahead
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _handler is not None:

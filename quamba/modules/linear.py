@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.nn import functional as F
@@ -89,6 +90,13 @@ class Linear(LowBit):
             return self._backend(seen.data, seen.scale, self._weights, self.bias, residual, out_dtype=out_dtype)
         data = seen.data if seen.scale is None else dequantize(*seen).to(self.dtype)
         return self._backend(data, self._weights, self.bias, residual, out_dtype=out_dtype)
+
+    def ahead(self, rows: int) -> AbstractContextManager[None]:
+        """Surrounds what runs before this linear over so many rows, and the linear: a backend may use the time."""
+        if self.held is not None or torch.compiler.is_compiling():
+            return nullcontext()
+        self.bind()
+        return self._backend.ahead(self._weights, rows)
 
     @property
     def normalises(self) -> bool:

@@ -133,12 +133,13 @@ class SelectiveMixer(Mixer):
         if self._prefill is not None and self._rotate is not None and self.prefills(tokens):
             rates, (A, D) = self.linear("dt_proj"), self._rates
             rates.bind()
-            u, last = self._prefill(
-                x, projected, rates._weights, rates.bias, A, D, z, self.before(state), **self._scales,
-                z_scale=self._z_scale, out_dtype=self.dtype,
-            )  # fmt: skip
-            self.store(last, state)
-            return self.project(self._rotate(u, **self.output_options()), residual)
+            with self.linear(self.out.role).ahead(batch * tokens):
+                u, last = self._prefill(
+                    x, projected, rates._weights, rates.bias, A, D, z, self.before(state), **self._scales,
+                    z_scale=self._z_scale, out_dtype=self.dtype,
+                )  # fmt: skip
+                self.store(last, state)
+                return self.project(self._rotate(u, **self.output_options()), residual)
         rank, columns = projected.split([s["R"], 2 * s["N"]], -1)
         B, C = columns.chunk(2, -1)
         if self.norms:

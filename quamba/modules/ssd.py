@@ -109,11 +109,13 @@ class SSDMixer(Mixer):
                 C.view(batch, s["G"], s["N"]), D, dt_bias, **options,
             )  # fmt: skip
         else:
-            y, last = self._scan(
-                x.unflatten(-1, (s["H"], s["P"])), dt, A, B.unflatten(-1, (s["G"], s["N"])),
-                C.unflatten(-1, (s["G"], s["N"])), D, dt_bias, self.before(state), **options,
-            )  # fmt: skip
-            self.store(last, state)
+            with self.linear(self.out.role).ahead(batch * tokens):
+                y, last = self._scan(
+                    x.unflatten(-1, (s["H"], s["P"])), dt, A, B.unflatten(-1, (s["G"], s["N"])),
+                    C.unflatten(-1, (s["G"], s["N"])), D, dt_bias, self.before(state), **options,
+                )  # fmt: skip
+                self.store(last, state)
+                return self.leave(y.reshape(batch, tokens, s["I"]), z, residual)
         return self.leave(y.reshape(batch, tokens, s["I"]), z, residual)
 
     def decode(self, projected: torch.Tensor, state: RecurrentState) -> Activation:

@@ -162,7 +162,7 @@ def linear_w8a8(
     return torch.ops.quamba.linear_w8a8.default(x, x_scale, *weights, bias, residual, out_scale, out_dtype)
 
 
-@ops.linear_w4a8.backend("cuda", why_not=_why_not, rank=RANK, prepack=load)
+@ops.linear_w4a8.backend("cuda", why_not=_why_not, rank=RANK, prepack=load, ahead=linear.ahead_w4a8)
 def linear_w4a8(x, x_scale, weights, bias=None, residual=None, *, out_scale=None, out_dtype=torch.float32):
     """int8 tensor cores; few rows expand the weights in registers, many in scratch memory."""
     return torch.ops.quamba.linear_w4a8.default(x, x_scale, *weights, bias, residual, out_scale, out_dtype)

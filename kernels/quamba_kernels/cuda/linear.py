@@ -7,11 +7,13 @@ they wait for those before them, might read a copy that is not finished.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quamba_kernels.cuda.expansion import ahead, expanded
 from quamba_kernels.cuda.library import DTYPES, QuambaLinear, library
 from quamba_kernels.cuda.rowwise import rms_norm
 from quamba_kernels.ops.linear import NIBBLES, finish
@@ -114,6 +116,29 @@ def w4a8_gemm(rows: int, out_features: int, in_features: int, group_size: int, d
     return tiles_fill(rows, out_features, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def splits(kind: str, rows: int, out_features: int, group_size: int, device: torch.device) -> bool:
+    """Whether Hopper's kernel that splits K over a cluster is the fastest; group_size: of int4 weights, else 0."""
+    if not on_hopper(device) or (group_size not in FEW_GROUPS and group_size % max(FEW_GROUPS)):
+        return False
+    return few_tiles(kind, rows, out_features)
+
+
+def few_rows(rows: int, out_features: int, limit: int, device: torch.device) -> bool:
+    """Whether int4 weights are better read by the skinny kernel; ``limit`` where no GEMM fits them better."""
+    return rows <= (min(limit, WIDE_SKINNY_ROWS) if out_features >= WIDE and on_hopper(device) else limit)
+
+
+def w4a8_kernel(rows: int, w: Tensor, w_multiplier: Tensor) -> str | None:
+    """The fastest over two-level int4 weights; None for an expansion to int8 and the GEMM over that."""
+    O, K, device = w.shape[0], w.shape[1] * NIBBLES, w.device
+    S = K // w_multiplier.shape[1]
+    if splits("w4a8", rows, O, S, device):
+        return "quamba_linear_w4a8_few"
+    if few_rows(rows, O, W4A8_SKINNY_ROWS, device):
+        return "quamba_linear_w4a8_skinny"
+    return "quamba_linear_w4a8_gemm" if w4a8_gemm(rows, O, K, S, device) else None
+
+
 def w8a8_kernel(rows: int, out_features: int, device: torch.device) -> str:
     """The fastest over int8 weights."""
     if on_hopper(device) and few_tiles("w8a8", rows, out_features):
@@ -186,25 +211,6 @@ class Problem:
             a.out_scale_count = 1 if out_scale.numel() == 1 else O
             a.out_scale = check("out_scale", out_scale, device, fp32, (a.out_scale_count,))
 
-    @property
-    def hopper(self) -> bool:
-        return on_hopper(self.device)
-
-    @property
-    def splits(self) -> bool:
-        """Whether Hopper's kernel that splits K over a cluster is the fastest."""
-        a = self.linear
-        if not self.hopper or (self.int4 and a.S not in FEW_GROUPS and a.S % max(FEW_GROUPS)):
-            return False
-        return few_tiles(self.kind, a.M, a.O)
-
-    def few_rows(self, limit: int) -> bool:
-        """Whether int4 weights are better read by the skinny kernel; ``limit`` where no GEMM fits them better."""
-        if self.linear.O >= WIDE and self.hopper:
-            limit = min(limit, WIDE_SKINNY_ROWS)
-        rows = self.linear.M
-        return rows <= limit
-
     def run(self, kernel: str) -> Tensor:
         """y, from a kernel that does the whole linear."""
         y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -237,39 +243,44 @@ def linear_w4a8(
     """Many rows: on sm_90a a GEMM that unpacks as it multiplies where that is faster, else the weight is expanded to
     int8 once per call, and the rest is linear_w8a8; fewer rows, kernels that unpack as they multiply."""
     p = Problem(x, x_scale, w, w_scale, w_multiplier, *epilogue)
-    if p.splits:
-        return p.run("quamba_linear_w4a8_few")
-    if p.few_rows(W4A8_SKINNY_ROWS):
-        return p.run("quamba_linear_w4a8_skinny")
-    if w4a8_gemm(p.linear.M, p.linear.O, p.linear.K, p.linear.S, p.device):
-        return p.run("quamba_linear_w4a8_gemm")
-    weight = p.expand("quamba_expand_w4a8", torch.int8)
+    kernel = w4a8_kernel(p.linear.M, w, w_multiplier)
+    if kernel is not None:
+        return p.run(kernel)
+    weight = expanded(w)
+    if weight is None:
+        weight = p.expand("quamba_expand_w4a8", torch.int8)
     p.linear.w, p.linear.w_multiplier, p.linear.S = weight.data_ptr(), None, p.linear.K
     return p.run(W8A8_GEMM)
+
+
+def ahead_w4a8(weights: tuple[Tensor, ...], rows: int) -> AbstractContextManager[None]:
+    """Inside, kernels may expand the weights (q4, m, scale) for linear_w4a8 of so many rows, where it would do that."""
+    w, w_multiplier, _ = weights
+    return nullcontext() if w4a8_kernel(rows, w, w_multiplier) is not None else ahead(w, w_multiplier)
 
 
 def linear_w4a16(x: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
     """Many rows: a mixed-input kernel on sm_90a; elsewhere the weight is expanded to x's type for torch's product."""
     p = Problem(x, None, w, w_scale, None, *epilogue)
-    if p.splits:
+    if splits("w4a16", p.linear.M, p.linear.O, p.linear.S, p.device):
         return p.run("quamba_linear_w4a16_few")
-    if p.few_rows(W4A16_SKINNY_ROWS):
+    if few_rows(p.linear.M, p.linear.O, W4A16_SKINNY_ROWS, p.device):
         return p.run("quamba_linear_w4a16_skinny")
-    if p.hopper:
+    if on_hopper(p.device):
         return p.run("quamba_linear_w4a16_gemm")
     weight = p.expand("quamba_expand_w4a16", x.dtype)
     y = torch.mm(p.x.view(-1, p.linear.K), weight.T, out_dtype=torch.float32)
     return finish(y.view(p.shape), *epilogue)
 
 
-def waits_for_all(rows: int, in_features: int, w: Tensor, w_multiplier: Tensor | None, device: torch.device) -> bool:
+def waits_for_all(rows: int, w: Tensor, w_multiplier: Tensor | None) -> bool:
     """Whether all that a linear does waits for its input, as in the GEMMs over int8 activations: its blocks, let go
     early, would only take the room of the kernel before. Int4 weights: beyond W4A8_ANY_ROWS, where it was measured."""
     if w.dtype == torch.int8:
-        return w8a8_kernel(rows, w.shape[0], device) == W8A8_GEMM
-    if w_multiplier is None or rows <= W4A8_ANY_ROWS or few_tiles("w4a8", rows, w.shape[0]):
+        return w8a8_kernel(rows, w.shape[0], w.device) == W8A8_GEMM
+    if w_multiplier is None or rows <= W4A8_ANY_ROWS:
         return False
-    return w4a8_gemm(rows, w.shape[0], in_features, in_features // w_multiplier.shape[-1], device)
+    return w4a8_kernel(rows, w, w_multiplier) == "quamba_linear_w4a8_gemm"
 
 
 def norm_linear(
@@ -279,9 +290,8 @@ def norm_linear(
 ) -> Tensor:  # fmt: skip
     """The norm, and the linear, which has weights on their way while the norm runs or lets it have their room."""
     rows = x.numel() // max(x.shape[-1], 1)
-    held = waits_for_all(rows, x.shape[-1], w, w_multiplier, x.device)
+    held, epilogue = waits_for_all(rows, w, w_multiplier), (bias, residual, None, out_dtype)
     u, scale = rms_norm(x, norm_weight, eps, in_scale, per_token, in_dtype, held)
-    epilogue = bias, residual, None, out_dtype
     if w_multiplier is None and w.dtype != torch.int8:
         return linear_w4a16(u, w, w_scale, *epilogue)
     if not per_token:

@@ -15,6 +15,7 @@ from quamba_kernels.cuda.arguments import (
     out_type,
     stream,
 )
+from quamba_kernels.cuda.expansion import QuambaExpansion, waiting
 from quamba_kernels.cuda.library import DTYPES
 from quamba_kernels.cuda.linear import check, tidy
 from quamba_kernels.ops.sequences import check_cu_seqlens
@@ -34,7 +35,7 @@ class QuambaScan(Arguments):
         "T x_batch x_token dt_batch dt_token b_batch b_token c_batch c_token z_batch z_token",
         "I N sequences x_scale_count z_scale_count lanes x_dtype dt_dtype b_dtype c_dtype D_dtype dt_bias_dtype "
         "z_dtype y_dtype",
-    )
+    ) + [("expansion", QuambaExpansion)]
 
 
 class QuambaScanCodes(Arguments):
@@ -120,6 +121,7 @@ def _scan(
     a.state = constant("state", before, x, fp32, (sequences, I, N))
     a.cu_seqlens = constant("cu_seqlens", cu_seqlens, x, (torch.int32,), (sequences + 1,))
     if sequences:
+        a.expansion = waiting(x.device)
         launch("quamba_selective_scan", a, x.device)
     return y, last
 

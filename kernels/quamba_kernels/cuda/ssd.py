@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quamba_kernels.cuda.arguments import CODES, FLOATS, Arguments, constant, fields, launch, stream
+from quamba_kernels.cuda.expansion import QuambaExpansion, waiting
 from quamba_kernels.cuda.library import DTYPES
 from quamba_kernels.ops.sequences import check_cu_seqlens
 
@@ -26,7 +27,7 @@ class QuambaSsdScan(Arguments):
         "workspace_bytes T x_batch x_token x_head dt_batch dt_token b_batch b_token b_group c_batch c_token c_group",
         "H P G N sequences cuts x_dtype dt_dtype b_dtype c_dtype D_dtype dt_bias_dtype y_dtype",
         "lowest highest",
-    )
+    ) + [("expansion", QuambaExpansion)]
 
 
 def why_not(P: int | None, N: int | None, dtype: torch.dtype) -> str | None:
@@ -97,6 +98,7 @@ def ssd_scan(
     a.state = constant("state", before, x, fp32, (sequences, H, P, N))
     a.cu_seqlens = constant("cu_seqlens", cu_seqlens, x, (torch.int32,), (sequences + 1,))
     if sequences:
+        a.expansion = waiting(x.device)
         launch("quamba_ssd_scan", a, x.device)
     return y, last
 
