@@ -102,21 +102,20 @@ class SSDMixer(Mixer):
         x, B, C = (self.quantise_part(name, part) for name, part in zip(self.conv_channels, parts, strict=True))
         A, D, dt_bias = self._rates
         options = {**self._scales, "dt_limit": self.mixer_spec.dt_limit, "out_dtype": self.dtype}
-        if state is not None and tokens == 1 and state.filled:
-            heads = x.view(batch, s["H"], s["P"])
-            y = self._update(
-                state.recurrent, state.scale, state.rng, heads, dt[:, 0], A, B.view(batch, s["G"], s["N"]),
-                C.view(batch, s["G"], s["N"]), D, dt_bias, **options,
-            )  # fmt: skip
-        else:
-            with self.linear(self.out.role).ahead(batch * tokens):
+        with self.linear(self.out.role).ahead(batch * tokens):
+            if state is not None and tokens == 1 and state.filled:
+                heads = x.view(batch, s["H"], s["P"])
+                y = self._update(
+                    state.recurrent, state.scale, state.rng, heads, dt[:, 0], A, B.view(batch, s["G"], s["N"]),
+                    C.view(batch, s["G"], s["N"]), D, dt_bias, **options,
+                )  # fmt: skip
+            else:
                 y, last = self._scan(
                     x.unflatten(-1, (s["H"], s["P"])), dt, A, B.unflatten(-1, (s["G"], s["N"])),
                     C.unflatten(-1, (s["G"], s["N"])), D, dt_bias, self.before(state), **options,
                 )  # fmt: skip
                 self.store(last, state)
-                return self.leave(y.reshape(batch, tokens, s["I"]), z, residual)
-        return self.leave(y.reshape(batch, tokens, s["I"]), z, residual)
+            return self.leave(y.reshape(batch, tokens, s["I"]), z, residual)
 
     def decode(self, projected: torch.Tensor, state: RecurrentState) -> Activation:
         """One token from in_proj's output [B, ...] to out_proj's input [B, I], in one op."""

@@ -117,7 +117,7 @@ def w4a8_gemm(rows: int, out_features: int, in_features: int, group_size: int, d
 
 
 def splits(kind: str, rows: int, out_features: int, group_size: int, device: torch.device) -> bool:
-    """Whether Hopper's kernel that splits K over a cluster is the fastest; group_size: of int4 weights, else 0."""
+    """Whether Hopper's kernel that splits K over a cluster is the fastest over int4 weights."""
     if not on_hopper(device) or (group_size not in FEW_GROUPS and group_size % max(FEW_GROUPS)):
         return False
     return few_tiles(kind, rows, out_features)
