@@ -15,6 +15,7 @@
 #include "cutlass/arch/reg_reconfig.h"
 
 #include "gemm_w4_finish.cuh"
+#include "gemm_w4_rest.cuh"
 #include "launch.cuh"
 #include "operand_w4.cuh"
 
@@ -36,22 +37,34 @@ struct Buffers {
   static constexpr int kCells = sizeof(Element);  // of a stage, in the place of x
 };
 
+// How a problem is cut: tokens of a tile, whole tiles next to each other, whole ones and all. Where 64 channels or more
+// are left, the others have these by twice the tokens, half for each warp group. What is left then is the rest.
+struct Cut {
+  int tokens, tiles_o, whole, tiles;
+  Rest rest;
+};
+
 // Where a block is: its tile and the step along K. Tiles go down the tokens of a band, then to the next channels, so
 // that what runs together shares x and w in L2.
-template <int TileM>
+template <int TileM, bool Rests>
 struct Walk {
   static constexpr int kBand = 2048 / TileM;
   int tile, step, row, column;
-  int steps, tiles_m, tiles_o;
+  int steps, tiles_m, tiles_o, whole, tiles;
+  bool half;  // a tile of 64 channels: a step takes two stages
 
-  __device__ Walk(const Weights& w)
+  __device__ Walk(const Weights& w, const Cut& cut)
       : tile(blockIdx.x), step(0), steps((w.K + kTileK - 1) / kTileK), tiles_m((w.M + TileM - 1) / TileM),
-        tiles_o((w.O + kTileO - 1) / kTileO) {
+        tiles_o(cut.tiles_o), whole(cut.whole), tiles(cut.tiles), half(false) {
     place();
   }
-  __device__ bool valid() const { return tile < tiles_m * tiles_o; }
-  __device__ bool last() const { return tile + static_cast<int>(gridDim.x) >= tiles_m * tiles_o; }
+  __device__ bool valid() const { return tile < tiles; }
+  __device__ bool last() const { return tile + static_cast<int>(gridDim.x) >= tiles; }
   __device__ void place() {
+    if (Rests && tile >= whole) {
+      half = true, row = (tile - whole) * 2 * TileM, column = tiles_o * kTileO;
+      return;
+    }
     int band = tile / (kBand * tiles_o), inside = tile - band * kBand * tiles_o;
     int high = max(min(kBand, tiles_m - band * kBand), 1), across = inside / high;
     row = (band * kBand + inside - across * high) * TileM, column = across * kTileO;
@@ -65,13 +78,15 @@ struct Walk {
   }
 };
 
-// TileM tokens by 128 channels a tile. Parts: scales of 64 columns, 1 where S is a multiple of 64 and 2 where of 32; 0
-// where int8 x has at most kMostGroups groups of a multiple of 128 columns.
-template <class Element, int TileM, int Parts>
+// TileM tokens by 128 channels a tile, tiles_o of them next to each other. Parts: scales of 64 columns, 1 where S is a
+// multiple of 64 and 2 where of 32; 0 where int8 x has at most kMostGroups groups of a multiple of 128 columns. Rests:
+// channels beyond the tiles are multiplied by gemm_w4_rest.cuh.
+template <class Element, int TileM, int Parts, bool Rests>
 __global__ void __launch_bounds__(kThreads, 1)
     multiply(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
              const __grid_constant__ CUtensorMap y_map, const __grid_constant__ CUtensorMap residual_map,
-             const __grid_constant__ Weights w, const __grid_constant__ Finish finish) {
+             const __grid_constant__ Weights w, const __grid_constant__ Finish finish,
+             const __grid_constant__ Cut cut) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Buffers<Element, TileM>;
   using Op = Operand<Element>;
@@ -91,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       init_barrier(empty + 8 * s, kMathWarps);
       init_barrier(ready + 8 * s, kMathWarps);
     }
-    for (int s = 0; s < 2; ++s) init_barrier(scales_full + 8 * s, 64), init_barrier(scales_empty + 8 * s, kMathWarps);
+    for (int s = 0; s < 2; ++s) init_barrier(scales_full + 8 * s, 32), init_barrier(scales_empty + 8 * s, kMathWarps);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -103,25 +118,30 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (++stage == kStages) stage = 0, parity ^= 1;
   };
 
-  // registers move from the first group to the others: 40 + 2 * 232 = 3 * 168, what a block of 384 threads starts with
+  // registers move from the first group to the others, of the 3 * 168 that a block of 384 threads starts with
+  constexpr int kLoading = Rests ? 56 : 40;
   if (threadIdx.x < 128) {
-    cutlass::arch::warpgroup_reg_dealloc<40>();
+    cutlass::arch::warpgroup_reg_dealloc<kLoading>();
     auto cell_at = [&](int cell) {
       return shared_address(x_tiles) + stage * L::kXBytes + cell % L::kCells * TileM * kCellRow;
     };
     if (threadIdx.x == 0) {
-      for (Walk<TileM> at(w); at.valid(); at.next_tile()) {
-        for (; at.step < at.steps; ++at.step) {
-          if (finish.residual && !cells) ask_ahead<TileM>(finish, at);
+      for (Walk<TileM, Rests> at(w, cut); at.valid(); at.next_tile()) {
+        auto load = [&](int step, int row) {
           wait(empty + 8 * stage, parity ^ 1);
           unsigned barrier = full + 8 * stage;
           arrive_expecting(barrier, L::kXBytes + L::kWBytes);
-          load_box(shared_address(w_tiles + stage * L::kWBytes), &w_map, barrier, at.step * (kTileK / 8), at.column);
+          load_box(shared_address(w_tiles + stage * L::kWBytes), &w_map, barrier, step * (kTileK / 8), at.column);
 #pragma unroll
           for (int b = 0; b < kTileK / Op::kBox; ++b)
             load_box(shared_address(x_tiles + stage * L::kXBytes + b * TileM * 128), &x_map, barrier,
-                     at.step * kTileK + b * Op::kBox, at.row);
+                     step * kTileK + b * Op::kBox, row);
           advance();
+        };
+        for (; at.step < at.steps; ++at.step) {
+          if (finish.residual && !cells) ask_ahead<TileM>(finish, at);
+          load(at.step, at.row);
+          if (Rests && at.half) load(at.step, at.row + TileM);
         }
         // the next kernel's blocks gather where no block of this one is: the later they come, the more evenly
         if (at.last()) launch_dependents();
@@ -140,34 +160,39 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     } else if (threadIdx.x == 32 && cells) {
       unsigned turns = 0;  // of each stage, how often its results were awaited: the lowest bit
-      for (Walk<TileM> at(w); at.valid(); at.next_tile()) {
-        stage = (stage + at.steps) % kStages;
+      for (Walk<TileM, Rests> at(w, cut); at.valid(); at.next_tile()) {
+        stage = (stage + at.steps * (Rests && at.half ? 2 : 1)) % kStages;
         for (int cell = 0; cell < cells; cell += L::kCells) {
           wait(ready + 8 * stage, turns >> stage & 1);
           turns ^= 1u << stage;
 #pragma unroll
           for (int c = 0; c < L::kCells; ++c)
-            if (int column = at.column + (cell + c) * cell_channels; column < w.O)
-              store_box(&y_map, cell_at(c), column, at.row);
+          {
+            const bool second = Rests && at.half && (cell + c) * cell_channels >= 64;
+            const int column = at.column + (cell + c) * cell_channels - (second ? 64 : 0);
+            if (column < w.O) store_box(&y_map, cell_at(c), column, at.row + (second ? TileM : 0));
+          }
           wait_for_stores();
           arrive(empty + 8 * stage, kMathWarps);
           if (++stage == kStages) stage = 0;
         }
       }
-    } else if (Parts == 0 && threadIdx.x >= 64) {
+    } else if (Parts == 0 && threadIdx.x / 32 == 2) {
       int tiles = 0;
-      for (Walk<TileM> at(w); at.valid(); at.next_tile(), ++tiles) {
+      for (Walk<TileM, Rests> at(w, cut); at.valid(); at.next_tile(), ++tiles) {
         wait(scales_empty + tiles % 2 * 8, tiles / 2 % 2 ^ 1);
         const char* first = static_cast<const char*>(w.scale) + static_cast<long long>(at.column) * w.groups;
         const unsigned* from = reinterpret_cast<const unsigned*>(first);
         unsigned* to = reinterpret_cast<unsigned*>(scales + tiles % 2 * L::kScales);
         const int count = min(kTileO, w.O - at.column) * w.groups / 4;  // O is a multiple of 8
-        for (int i = threadIdx.x - 64; i < count; i += 64) to[i] = __ldg(from + i);
+        for (int i = threadIdx.x - 64; i < count; i += 32) to[i] = __ldg(from + i);
         arrive(scales_full + tiles % 2 * 8);
       }
+    } else if (Rests && threadIdx.x >= 96) {
+      multiply_rest(cut.rest, w, finish);
     }
   } else {
-    cutlass::arch::warpgroup_reg_alloc<232>();
+    cutlass::arch::warpgroup_reg_alloc<252 - kLoading / 2>();
     using Atom = decltype(SM90::GMMA::rs_op_selector<Element, Element, typename Op::Accumulator,
                                                      Shape<_64, Int<TileM>, Int<kChunk>>>());
     using XTile = decltype(tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<Element>{},
@@ -224,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     };
     // The groups take turns, so that one unpacks while the tensor cores work for the other.
-    auto product = [&](auto& a, int chunk) {
+    auto product = [&](auto& a, int chunk, int from) {
 #pragma unroll
       for (int i = 0; i < kRegisters; ++i)  // made before the turn, not in it
         asm volatile("" : "+r"(reinterpret_cast<unsigned*>(raw_pointer_cast(a.data()))[i]));
@@ -232,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       warpgroup_arrive();
 #pragma unroll
       for (int k = 0; k < kChunks * kSlices; ++k) {
-        gemm(mma, a(_, _, k), fx(_, _, chunk * kSlices + k, stage), acc);
+        gemm(mma, a(_, _, k), fx(_, _, chunk * kSlices + k, from), acc);
         mma.accumulate_ = SM90::GMMA::ScaleOut::One;
       }
       warpgroup_commit_batch();
@@ -241,48 +266,77 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     if (group == 1) signal_threads(4, 256);  // the first turn is the other's
     int tiles = 0;
-    Walk<TileM> ahead(w);
+    Walk<TileM, Rests> ahead(w, cut);
     Scales<Element, Parts ? Parts : 1> next;
     if constexpr (Parts != 0) next.load(w, ahead, channel);
-    for (Walk<TileM> at(w); at.valid(); at.next_tile(), ++tiles) {
+    for (Walk<TileM, Rests> at(w, cut); at.valid(); at.next_tile(), ++tiles) {
       mma.accumulate_ = SM90::GMMA::ScaleOut::Zero;
       int previous = stage;
       // what the end of the tile needs is asked for long before
-      const int first = at.column + group * 64, own_channel = first + thread / 32 * 16 + lane / 4;
+      const bool half = Rests && at.half;
+      const int first = at.column + (half ? 0 : group * 64), own_channel = first + thread / 32 * 16 + lane / 4;
+      const int own_row = at.row + (half ? group * TileM : 0);
       Channels channels;
       if (Op::kScaled) channels = Channels::of<true>(finish, own_channel);
       constexpr int kScales = Op::kScaled ? (TileM + 127) / 128 : 0;  // of tokens
       float x_scale[kScales + 1];
 #pragma unroll
       for (int i = 0; i < kScales; ++i)
-        x_scale[i] = __ldcg(finish.x_scale + min(at.row + thread + 128 * i, w.M - 1) * finish.x_step);
+        x_scale[i] = __ldcg(finish.x_scale + min(own_row + thread + 128 * i, w.M - 1) * finish.x_step);
       if constexpr (Parts == 0) {
         wait(scales_full + tiles % 2 * 8, tiles / 2 % 2);
-        const unsigned multipliers = shared_address(scales) + tiles % 2 * L::kScales + channel * w.groups;
-        auto take = [&](auto& a, int step) {
+        const unsigned multipliers =
+            shared_address(scales) + tiles % 2 * L::kScales + (channel - (half ? group * 64 : 0)) * w.groups;
+        const int back = half ? group * 64 * 64 : 0;  // bytes: both groups have the same channels
+        auto take = [&](auto& a, int step, int from, unsigned phase) {
           const unsigned group_at = multipliers + __umulhi(step * kTileK, w.inverse);
           const typename Op::Factor factor[2] = {Op::factor(load_byte(group_at)),
                                                  Op::factor(load_byte(group_at + 8 * w.groups))};
-          wait(full + 8 * stage, parity);
+          wait(full + 8 * from, phase);
           unsigned word[kRegisters];
 #pragma unroll
           for (int i = 0; i < kRegisters; ++i)
-            word[i] = load_word(place[i / 4] + stage * L::kWBytes + i % 2 * 512 + i % 4 / 2 * 8);
+            word[i] = load_word(place[i / 4] + from * L::kWBytes + i % 2 * 512 + i % 4 / 2 * 8 - back);
 #pragma unroll
           for (int i = 0; i < kRegisters; ++i)
             reinterpret_cast<unsigned*>(raw_pointer_cast(a.data()))[i] = Op::four(word[i], select, factor[i % 2]);
-          product(a, 0);
+          product(a, 0, from);
           warpgroup_wait<1>();
           if (step && signals) arrive(empty + 8 * previous);
-          previous = stage;
-          advance();
+          previous = from;
         };
+        if (half) {
+          // stages in turns with the other group: its own are let go as soon as they are there
+          int from = stage;
+          unsigned phase = parity;
+          auto turn = [&] {
+            if (++from == kStages) from = 0, phase ^= 1;
+          };
+          auto pass = [&] {
+            wait(full + 8 * from, phase);
+            if (signals) arrive(empty + 8 * from);
+            turn();
+          };
 #pragma unroll 1
-        for (int step = 0;;) {
-          take(a0, step);
-          if (++step == at.steps) break;
-          take(a1, step);
-          if (++step == at.steps) break;
+          for (int step = 0; step < at.steps; ++step) {
+            if (group == 1) pass();
+            take(a0, step, from, phase);
+            warpgroup_wait<0>();
+            turn();
+            if (group == 0) pass();
+          }
+          const int passed = stage + 2 * at.steps;
+          parity ^= passed / kStages & 1, stage = passed % kStages;
+        } else {
+#pragma unroll 1
+          for (int step = 0;;) {
+            take(a0, step, stage, parity);
+            advance();
+            if (++step == at.steps) break;
+            take(a1, step, stage, parity);
+            advance();
+            if (++step == at.steps) break;
+          }
         }
         if (signals) arrive(scales_empty + tiles % 2 * 8);
       } else {
@@ -292,11 +346,11 @@ __global__ void __launch_bounds__(kThreads, 1)
           next.load(w, ahead, channel);
           wait(full + 8 * stage, parity);
           unpack(a0, 0, now);
-          product(a0, 0);
+          product(a0, 0, stage);
           warpgroup_wait<1>();
           if (step && signals) arrive(empty + 8 * previous);
           unpack(a1, 1, now);
-          product(a1, 1);
+          product(a1, 1, stage);
           warpgroup_wait<1>();
           previous = stage;
           advance();
@@ -304,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       warpgroup_wait<0>();
       if (signals) arrive(empty + 8 * previous);
-      if (!cells) {
+      if (!Rests && !cells) {
         finish_tokens<TileM, Op::kScaled>(finish, acc, out + group * L::kOut, group, at.row, first);
         continue;
       }
@@ -337,8 +391,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-template <class Element, int TileM, int Parts>
-int launch(const QuambaLinear& a, int sms, cudaStream_t stream) {
+template <class Element, int TileM, int Parts, bool Rests>
+int launch(const QuambaLinear& a, const Cut& cut, int sms, cudaStream_t stream) {
   using Op = Operand<Element>;
   static const Encode encode = encoder();
   if (!encode) return cudaErrorNotSupported;
@@ -362,36 +416,45 @@ int launch(const QuambaLinear& a, int sms, cudaStream_t stream) {
   }
   Weights w{Op::kScaled ? a.w_multiplier : a.w_scale, a.M, a.O, a.K, a.K / a.S,
             static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S), Op::kNatural};
-  auto kernel = multiply<Element, TileM, Parts>;
+  auto kernel = multiply<Element, TileM, Parts, Rests>;
   constexpr int kBytes = Buffers<Element, TileM>::kBytes;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  long long tiles = static_cast<long long>((a.M + TileM - 1) / TileM) * ((a.O + kTileO - 1) / kTileO);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(tiles < sms ? tiles : sms));
+  config.gridDim = dim3(static_cast<unsigned>(std::min(cut.tiles, sms)));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, kernel, x_map, w_map, y_map, residual_map, w, finish);
+  error = cudaLaunchKernelEx(&config, kernel, x_map, w_map, y_map, residual_map, w, finish, cut);
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
-// The tile that is done first: waves times what a tile takes, which has a part that does not shrink with its tokens.
-inline int choose_tile(const QuambaLinear& a, int sms, int fixed) {
+inline Cut cut_of(const QuambaLinear& a, int tokens, bool rests) {
+  const int tiles_m = (a.M + tokens - 1) / tokens, tiles_o = (a.O + (rests ? 0 : kTileO - 1)) / kTileO;
+  const int whole = tiles_m * tiles_o, halves = rests && a.O % kTileO >= 64 ? (tiles_m + 1) / 2 : 0;
+  return {tokens, tiles_o, whole, whole + halves, rests ? rest_of(a, a.O / 64 * 64) : Rest{}};
+}
+
+// The cut that is done first: waves times what a tile takes, which has a part that does not shrink with its tokens.
+inline Cut choose(const QuambaLinear& a, int sms, int fixed, bool may_rest) {
   constexpr int kTokens[5] = {256, 192, 160, 128, 64};
-  int best = 0;
+  const int forced = tuned("QUAMBA_TILE", -1);
+  Cut best{};
   double least = 1e30;
-  for (int i = 0; i < 5; ++i) {
-    long long tiles = static_cast<long long>((a.M + kTokens[i] - 1) / kTokens[i]) * ((a.O + kTileO - 1) / kTileO);
-    double cost = static_cast<double>((tiles + sms - 1) / sms) * (kTokens[i] + fixed);
-    if (cost < least) least = cost, best = i;
-  }
-  return tuned("QUAMBA_TILE", best);
+  for (bool rests : {false, true})
+    for (int i = 0; i < 5; ++i) {
+      if ((forced >= 0 && i != forced % 5) || (rests && (!may_rest || i % 3))) continue;
+      const Cut cut = cut_of(a, kTokens[i], rests);
+      const double waves = (cut.tiles + sms - 1) / sms, pieces = (cut.rest.pieces + sms - 1) / sms;
+      if (pieces * kRestTokens > waves * kTokens[i]) continue;
+      if (const double cost = waves * (kTokens[i] + fixed); cost < least) least = cost, best = cut;
+    }
+  return best;
 }
 
 template <class Element>
@@ -407,13 +470,18 @@ int run(const QuambaLinear& a, cudaStream_t stream) {
   const bool whole = kParts ? a.S % kChunk == 0
                             : a.S % kTileK == 0 && a.K / a.S <= kMostGroups &&
                                   reinterpret_cast<unsigned long long>(a.w_multiplier) % 4 == 0;
-  if (!whole) return launch<Element, 128, 2>(a, sms, stream);
-  switch (choose_tile(a, sms, Operand<Element>::kFixed)) {
-    case 0: return launch<Element, 256, kParts>(a, sms, stream);
-    case 1: return launch<Element, 192, kParts>(a, sms, stream);
-    case 2: return launch<Element, 160, kParts>(a, sms, stream);
-    case 3: return launch<Element, 128, kParts>(a, sms, stream);
-    default: return launch<Element, 64, kParts>(a, sms, stream);
+  if (!whole) return launch<Element, 128, 2, false>(a, cut_of(a, 128, false), sms, stream);
+  const Cut cut = choose(a, sms, Operand<Element>::kFixed, kParts == 0 && leaves_rest(a));
+  if constexpr (kParts == 0)
+    if (cut.tiles_o != (a.O + kTileO - 1) / kTileO)
+      return cut.tokens == 256 ? launch<Element, 256, 0, true>(a, cut, sms, stream)
+                               : launch<Element, 128, 0, true>(a, cut, sms, stream);
+  switch (cut.tokens) {
+    case 256: return launch<Element, 256, kParts, false>(a, cut, sms, stream);
+    case 192: return launch<Element, 192, kParts, false>(a, cut, sms, stream);
+    case 160: return launch<Element, 160, kParts, false>(a, cut, sms, stream);
+    case 128: return launch<Element, 128, kParts, false>(a, cut, sms, stream);
+    default: return launch<Element, 64, kParts, false>(a, cut, sms, stream);
   }
 }
 

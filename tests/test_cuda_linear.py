@@ -360,7 +360,9 @@ def test_int4_is_multiplied_directly_where_that_is_faster() -> None:
     assert all(linear.multiplies_int4(*case) for case in direct)
     assert not any(linear.multiplies_int4(*case) for case in expanded)
     assert linear.tiles_fill(2048, 10240, 132) and linear.tiles_fill(2048, 4096, 132)
-    assert not linear.tiles_fill(2048, 10576, 132) and not linear.tiles_fill(2048, 2560, 132)
+    assert linear.tiles_fill(2048, 10576, 132)  # 656 tiles, four of 64 out features, 16 beside them
+    assert not linear.tiles_fill(2048, 8512, 132) and not linear.tiles_fill(2048, 2560, 132)
+    assert linear.tiles_fill(2048, 10496 + 48, 132) and not linear.tiles_fill(2048, 10496 + 56, 132)  # too many pieces
 
 
 def test_a_norm_holds_back_the_gemm_over_int4_and_int8(kernels) -> None:

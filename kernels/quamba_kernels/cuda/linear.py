@@ -39,6 +39,8 @@ W4A8_GEMM_O, W4A8_ANY_ROWS, W4A8_GEMM_ROWS, W4A8_MOST_ROWS = 2560, 256, 1536, 20
 of any size, of a multiple of 128, and of those where its tiles leave few multiprocessors without work."""
 W4A8_TILE, W4A8_FILLED = (256, 128), 0.95
 """Rows and out features of its largest tile, and the share of their waves that such tiles have to fill."""
+W4A8_PIECE = 1.6
+"""Such tiles in the time of 16 rows by 16 of the out features that it multiplies beside them."""
 W4A8_MOST_GROUPS = 64
 """Groups of a row whose multipliers it keeps in shared memory; with more, or other groups, it has one small tile."""
 
@@ -102,9 +104,18 @@ def multiplies_int4(rows: int, out_features: int, in_features: int, group_size: 
 
 
 def tiles_fill(rows: int, out_features: int, processors: int) -> bool:
-    """Whether the largest tiles of that GEMM leave few multiprocessors without work in their last wave."""
-    tiles = -(-rows // W4A8_TILE[0]) * -(-out_features // W4A8_TILE[1])
-    return tiles >= W4A8_FILLED * processors * -(-tiles // processors)
+    """Whether the largest tiles of that GEMM leave few multiprocessors without work in their last wave. Out features of
+    half a tile may have tiles of twice the rows, and fewer are multiplied beside the tiles where that is soon done."""
+    down, (across, left) = -(-rows // W4A8_TILE[0]), divmod(out_features, W4A8_TILE[1])
+
+    def fill(tiles: int, pieces: int = 0) -> bool:
+        waves = -(-tiles // processors)
+        soon = -(-pieces // processors) * W4A8_PIECE <= waves
+        return soon and tiles >= W4A8_FILLED * processors * waves
+
+    half = W4A8_TILE[1] // 2
+    halves = -(-down // 2) if left >= half else 0
+    return fill(down * (across + (left > 0))) or fill(down * across + halves, -(-rows // 16) * -(-(left % half) // 16))
 
 
 def w4a8_gemm(rows: int, out_features: int, in_features: int, group_size: int, device: torch.device) -> bool:
