@@ -168,7 +168,8 @@ extern "C" int quamba_causal_conv1d(const QuambaConv* args, void* stream) {
   const bool rounds = a.in_scale;
   if (a.B < 1 || a.B > 65535 || a.T < 1 || a.C < 1 || a.W < 2 || a.W > kWidth || a.sequences < 1 ||
       (a.cu_seqlens ? a.B != 1 || a.T > 0x7fffffffLL : a.sequences != a.B) || (rounds && !is_float(a.x_dtype)) ||
-      (!a.out_scale && !is_float(a.y_dtype)) || (a.bias && !is_float(a.bias_dtype)))
+      (!a.out_scale && !is_float(a.y_dtype)) || (a.bias && !is_float(a.bias_dtype)) ||
+      (a.expansion.y && !expands(a.expansion)))
     return QUAMBA_UNSUPPORTED;
   int processors = 0;
   if (cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, processors); error != cudaSuccess)
@@ -192,11 +193,14 @@ extern "C" int quamba_causal_conv1d(const QuambaConv* args, void* stream) {
   const int warps = static_cast<int>(runs < kWarps ? runs : kWarps);
   const dim3 grid(static_cast<unsigned>((quads - 1) / 32 + 1), static_cast<unsigned>((runs - 1) / warps + 1),
                   static_cast<unsigned>(a.B));
-  switch (a.x_dtype) {
-    case QUAMBA_I8: return launch_as<QUAMBA_I8, false>(p, grid, 32 * warps, stream);
-    case QUAMBA_F32: return launch_as<QUAMBA_F32>(p, grid, 32 * warps, stream);
-    case QUAMBA_F16: return launch_as<QUAMBA_F16>(p, grid, 32 * warps, stream);
-    case QUAMBA_BF16: return launch_as<QUAMBA_BF16>(p, grid, 32 * warps, stream);
-    default: return QUAMBA_UNSUPPORTED;
-  }
+  const int status = [&]() -> int {
+    switch (a.x_dtype) {
+      case QUAMBA_I8: return launch_as<QUAMBA_I8, false>(p, grid, 32 * warps, stream);
+      case QUAMBA_F32: return launch_as<QUAMBA_F32>(p, grid, 32 * warps, stream);
+      case QUAMBA_F16: return launch_as<QUAMBA_F16>(p, grid, 32 * warps, stream);
+      case QUAMBA_BF16: return launch_as<QUAMBA_BF16>(p, grid, 32 * warps, stream);
+      default: return QUAMBA_UNSUPPORTED;
+    }
+  }();
+  return status != QUAMBA_OK || !a.expansion.y ? status : expand_alone(a.expansion, stream);
 }

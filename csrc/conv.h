@@ -1,6 +1,7 @@
 // The C ABI of the causal convolution. Status and rules as in linear.h; there is no scratch.
 #pragma once
 
+#include "expansion.h"
 #include "linear.h"
 
 typedef struct {              // quamba_causal_conv1d
@@ -18,4 +19,5 @@ typedef struct {              // quamba_causal_conv1d
   int B, C, W, sequences;
   int in_scale_count, x_scale_count, out_scale_count;
   int x_dtype, weight_dtype, bias_dtype, y_dtype;
+  QuambaExpansion expansion;  // beside, by blocks of their own
 } QuambaConv;

@@ -14,6 +14,7 @@
 namespace quamba::conv {
 
 constexpr int kThreads = 64, kPast = 3;
+constexpr int kPieces = 16;     // of a thread that expands
 constexpr int kAhead = 4;       // tokens whose loads are on their way
 constexpr int kResident = 768;  // threads of a multiprocessor, for which registers are few enough and runs long enough
 
@@ -26,6 +27,9 @@ __global__ void __launch_bounds__(kThreads, kResident / kThreads) convolve(const
   const int first = 4 * (blockIdx.x * 32 + threadIdx.x % 32), row = blockIdx.z;
   const long long wanted = (static_cast<long long>(blockIdx.y) * (blockDim.x / 32) + threadIdx.x / 32) * p.run;
   launch_dependents();
+  if (blockIdx.y >= static_cast<unsigned>(p.down))
+    return expand<kPieces>(p.expansion, ((blockIdx.y - p.down) * gridDim.z + blockIdx.z) * gridDim.x + blockIdx.x,
+                           threadIdx.x, kThreads, [] { wait_for_previous_kernel(); });
   if (first >= a.C || wanted >= a.T) return;
 
   Taps taps(a, first);
@@ -103,9 +107,14 @@ inline int run_ahead(void (*kernel)(Conv), Conv p, int processors, void* stream)
   const long long down = std::max(places / beside, 1LL), filling = up(a.T, down * kWarps);
   const bool at_once = down * beside <= places && down * beside * 8 >= places * 7 && filling <= kMost;
   p.run = static_cast<int>(up(std::max(at_once ? filling : kMany, up(a.T, 60000LL * kWarps)), kAhead)) * kAhead;
-  const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(up(up(a.T, p.run), kWarps)),
+  p.down = static_cast<int>(up(up(a.T, p.run), kWarps));
+  p.expansion = expansion_of(a.expansion);
+  const long long blocks = p.expansion.blocks(kThreads, kPieces), rows = blocks ? up(blocks, beside) : 0;
+  const bool rides = p.down + rows <= 65535;
+  const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(p.down + (rides ? rows : 0)),
                   static_cast<unsigned>(a.B));
-  return launch(kernel, p, grid, kThreads, stream);
+  const int status = launch(kernel, p, grid, kThreads, stream);
+  return status != QUAMBA_OK || rides ? status : expand_alone(a.expansion, stream);
 }
 
 }  // namespace quamba::conv

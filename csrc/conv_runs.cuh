@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "conv.h"
+#include "expansion.cuh"
 
 namespace quamba {
 
@@ -12,6 +13,8 @@ struct Conv {
   QuambaConv a;
   int run;  // tokens of a thread
   bool whole_x, whole_weight, whole_state, whole_y;
+  int down;             // rows of blocks; those below expand a weight
+  Expansion expansion;
 };
 
 struct Sequence {

@@ -160,7 +160,7 @@ def test_an_ssd_scan_gets_strides_of_columns(calls) -> None:
     assert (a.dt_batch, a.dt_token, a.y_dtype, a.lowest, a.highest) == (12, 4, 2, 0.0, float("inf"))
 
 
-def test_a_scan_takes_along_the_weight_that_is_announced(calls) -> None:
+def test_scans_and_convolutions_take_along_the_weight_that_is_announced(calls) -> None:
     w, multiplier = torch.ones(40, 16, dtype=torch.int32), torch.ones(40, 4, dtype=torch.int8)
     x, dt, A, B = torch.ones(1, 3, 8), torch.ones(1, 3, 8), -torch.ones(8, 16), torch.ones(1, 3, 16)
     with expansion.ahead(w, multiplier):
@@ -169,13 +169,15 @@ def test_a_scan_takes_along_the_weight_that_is_announced(calls) -> None:
         ssd_scan()
     with expansion.ahead(w, multiplier):
         scan.selective_scan(x, dt, A, B, B, torch.ones(8), None, None, None, None, None, BF16, None)
+    with expansion.ahead(w, multiplier):
+        conv.causal_conv1d(X, torch.ones(16, 4), None, None, None, None, None, None, BF16, None)
     ssd_scan()
-    (_, first), (_, second), (_, third), (_, last) = calls
+    (_, first), (_, second), (_, third), (_, fourth), (_, last) = calls
     a = first.expansion
     assert codes is not None and codes.shape == (40, 128) and codes.dtype == torch.int8
     assert (a.w, a.multiplier, a.y) == (w.data_ptr(), multiplier.data_ptr(), codes.data_ptr())
     assert (a.O, a.K, a.S) == (40, 128, 32)
-    assert third.expansion.y and not second.expansion.y and not last.expansion.y
+    assert third.expansion.y and fourth.expansion.y and not second.expansion.y and not last.expansion.y
 
 
 def test_rows_that_an_ssd_scan_cannot_copy_by_16_bytes_are_copied(calls) -> None:

@@ -121,15 +121,16 @@ class SelectiveMixer(Mixer):
         batch, tokens, _ = x.shape
         state = self.state_of(kwargs.get("cache_params", cache), batch, x.device)
         decode = self._decode if self.decodes(state, tokens, attention_mask) else None
-        if decode is not None and self._conv_decode is not None and state is not None:
-            x = self._conv_decode(
-                x[:, 0], state.conv, self.conv1d.taps, self.conv1d.bias, in_scale=self._conv_in_scale,
-                weight_scale=self.conv1d.scale, out_scale=self._conv_out_scale, out_dtype=self.dtype,
-            ).unsqueeze(1)  # fmt: skip
-        else:
-            x = self.quantise_part("x", self.convolve(x, state, attention_mask))
-        x_in = Activation(x, self.sites["x"].shared_scale) if x.dtype == torch.int8 else x
-        projected = self.x_proj(x_in)
+        with self.linear("x_proj").ahead(batch * tokens):
+            if decode is not None and self._conv_decode is not None and state is not None:
+                x = self._conv_decode(
+                    x[:, 0], state.conv, self.conv1d.taps, self.conv1d.bias, in_scale=self._conv_in_scale,
+                    weight_scale=self.conv1d.scale, out_scale=self._conv_out_scale, out_dtype=self.dtype,
+                ).unsqueeze(1)  # fmt: skip
+            else:
+                x = self.quantise_part("x", self.convolve(x, state, attention_mask))
+            x_in = Activation(x, self.sites["x"].shared_scale) if x.dtype == torch.int8 else x
+            projected = self.x_proj(x_in)
         if self._prefill is not None and self._rotate is not None and self.prefills(tokens):
             rates, (A, D) = self.linear("dt_proj"), self._rates
             rates.bind()

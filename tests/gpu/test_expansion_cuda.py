@@ -1,4 +1,4 @@
-"""Weights that scans write out as int8 beside their own work, on a GPU."""
+"""Weights that scans and convolutions write out as int8 beside their own work, on a GPU."""
 
 import pytest
 import torch
@@ -57,7 +57,23 @@ def mamba1(batch: int, tokens: int, I: int, N: int):
     return lambda: backend(x, dt, A, B, C, D, None, None, **scales, out_dtype=F16)
 
 
-SCANS = {
+def convolution(batch: int, tokens: int, C: int, *, rounds: bool = True):
+    """A call of the convolution, in codes or in floats."""
+    x = torch.randn(batch, tokens, C, device="cuda", dtype=F16)
+    backend = ops.causal_conv1d.bind(Setting("cuda", F16, {"W": 4}))
+    if not rounds:
+        taps = torch.randn(C, 4, device="cuda", dtype=F16)
+        return lambda: (backend(x, taps, None, None, out_dtype=F16),)
+    scales = {"in_scale": scale(C), "weight_scale": scale(C), "out_scale": scale(C)}
+    taps = codes(C, 4)
+    return lambda: (backend(x, taps, None, None, **scales, out_dtype=F16),)
+
+
+CARRIERS = {
+    "convolution, codes": lambda: convolution(1, 2048, 5120),
+    "convolution, rows of a batch": lambda: convolution(3, 37, 264),
+    "convolution, floats": lambda: convolution(1, 300, 5120, rounds=False),
+    "convolution, the kernel for other sizes": lambda: convolution(2, 50, 37),
     "ssd, with idle multiprocessors": lambda: mamba2(1, 2048, 80, 64, 128),
     "ssd, a few tokens": lambda: mamba2(1, 5, 80, 64, 128),
     "ssd, more blocks than multiprocessors": lambda: mamba2(5, 300, 80, 64, 128),
@@ -69,14 +85,14 @@ SCANS = {
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("name", SCANS)
-def test_a_scan_expands_a_weight_and_gives_the_same_bits(name: str) -> None:
-    scan = SCANS[name]()
-    alone = scan()
+@pytest.mark.parametrize("name", CARRIERS)
+def test_a_kernel_expands_a_weight_and_gives_the_same_bits(name: str) -> None:
+    call = CARRIERS[name]()
+    alone = call()
     for shape in WEIGHTS:
         w, multiplier = weight(*shape)
         with ahead(w, multiplier):
-            beside = scan()
+            beside = call()
             found = expanded(w)
         assert found is not None and torch.equal(found, expand_two_level(w, multiplier)), f"{name} {shape}"
         assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True)), f"{name} {shape}"

@@ -15,6 +15,7 @@ from quamba_kernels.cuda.arguments import (
     out_type,
     stream,
 )
+from quamba_kernels.cuda.expansion import QuambaExpansion, waiting
 from quamba_kernels.cuda.library import DTYPES
 from quamba_kernels.ops.sequences import check_cu_seqlens
 
@@ -28,7 +29,7 @@ class QuambaConv(Arguments):
     _fields_ = fields(
         "x in_scale x_scale weight weight_scale bias state cu_seqlens out_scale y", "T batch_stride token_stride",
         "B C W sequences in_scale_count x_scale_count out_scale_count x_dtype weight_dtype bias_dtype y_dtype",
-    )  # fmt: skip
+    ) + [("expansion", QuambaExpansion)]  # fmt: skip
 
 
 def why_not(W: int) -> str | None:
@@ -70,6 +71,7 @@ def causal_conv1d(
     kept = None if state is None else state.contiguous()
     a.state = constant("state", kept, x, (torch.int8 if in_scale is not None else x.dtype,), (sequences, W - 1, C))
     if x.numel():
+        a.expansion = waiting(x.device)
         launch("quamba_causal_conv1d", a, x.device)
     if state is not None and kept is not None and kept is not state:
         state.copy_(kept)
