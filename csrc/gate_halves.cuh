@@ -172,6 +172,12 @@ class TileRotation {
   unsigned upper_, flip_;
 };
 
+// The code nearest to v / scale, as a float, where codes leave and a tie may become either neighbour: code_on is exact.
+__device__ __forceinline__ float code_near(float v, float scale) {
+  const float code = __fmaf_rn(v, reciprocal_approximate(scale), kRounder);
+  return __fadd_rn(fminf(fmaxf(code, kRounder - 127.f), kRounder + 127.f), -kRounder);
+}
+
 template <bool Half>
 __device__ __forceinline__ void octet(const uint4& raw, float (&v)[kLane]) {
   const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
@@ -246,7 +252,8 @@ __global__ void __launch_bounds__(threads<Top>(), resident<Top>()) gate_halves(c
         for (int i = 0; i < kLane; ++i) scale[i] = one;
       }
 #pragma unroll
-      for (int i = 0; i < kLane; ++i) g[i] = __fmul_rn(code_on(g[i], make_grid(scale[i])), scale[i]);
+      for (int i = 0; i < kLane; ++i)
+        g[i] = __fmul_rn(kCodes ? code_near(g[i], scale[i]) : code_on(g[i], make_grid(scale[i])), scale[i]);
     }
 #pragma unroll
     for (int i = 0; i < kLane; ++i) v[i] *= silu(g[i]);

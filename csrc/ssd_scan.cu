@@ -29,8 +29,8 @@ struct Scratch {
     const int record = hopper::serves(a) ? hopper::kHeadRecord : tokens == 64 ? kRecord<64> : kRecord<32>;
     flags = steps + slots * a.H * 4 * record;
     local = flags + (states * 4 + 15) / 16 * 16;
-    left = local + states * a.P * a.N * 4;
-    bytes = left + states * 4;
+    left = local + states * a.P * a.N * (hopper::serves(a) ? 8 : 4);
+    bytes = left + states * 8;
   }
 };
 

@@ -32,7 +32,9 @@ struct Params {
   const int* exponents;       // [slots, G, 2]: of the powers of two that multiply them
   const float* steps;         // [slots, H, kRecord]
   int* flags;                 // [sequences, H, cuts - 1]: 1 where local and left are there
-  float *local, *left;        // the same: states in the order of the threads; log2 of what is left of earlier ones
+  // The same: states in the order of the threads; log2 of what is left of earlier ones. ssd_scan_sm90.cuh: local twice,
+  // with those that segments keep for themselves; left with the exponent of the state's unit.
+  float *local, *left;
 };
 
 constexpr int kHighest = 15;        // |M|, |h| <= 2^15

@@ -13,8 +13,8 @@ struct Layout {
   static constexpr int kExponents = kHeadRecord, kLargest = kExponents + 4, kFloats = kLargest + 4;
   static constexpr int kM = kStages * kSlotBytes, kX = kM + kStages * kMost * kPanel;
   static constexpr int kY = kX + kStages * kMost * kRaw, kVectors = kY + (Codes ? kMost * kPanel : 0);
-  static constexpr int kStates = kVectors + 4 * kStages * kMost * kFloats;  // of a head: maxima of two chunks
-  static constexpr int kBarriers = kStates + kMost * 32, kBytes = kBarriers + 8 * kStages * (2 + kMost);
+  static constexpr int kStates = kVectors + 4 * kStages * kMost * kFloats;  // of a head: maxima of four warps
+  static constexpr int kBarriers = kStates + kMost * 16, kBytes = kBarriers + 8 * kStages * (2 + kMost);
 };
 static_assert(Layout<false>::kBytes <= 227 * 1024 && Layout<true>::kBytes <= 227 * 1024);
 
@@ -22,6 +22,11 @@ __device__ __forceinline__ void store_matrices(uint32_t at, const uint32_t (&v)[
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(v[0]), "r"(v[1]),
                "r"(v[2]), "r"(v[3])
                : "memory");
+}
+
+// Lets those who sync_threads on the same barrier go on, without waiting for them.
+__device__ __forceinline__ void signal_threads(int id, int count) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
@@ -96,10 +101,26 @@ __device__ __forceinline__ int channel_of(bool codes, int warp, int quad, int r)
   return 16 * warp + (codes ? 2 * quad + r : quad + 8 * r);
 }
 
-// What all warps of a block know of their segment.
+// How the chunks of a sequence are shared out among its segments. The outputs of segment i are those of chunks begin(i) to
+// begin(i + 1). What stands before the last one's outputs is divided once more, so that all segments make as much of the
+// states: segment i takes piece(i) to piece(i + 1), within which its outputs begin.
+struct Shares {
+  int cuts, chunks;
+  unsigned inverse;  // 2^32 / cuts, rounded up: divides what is below 2^27
+
+  __device__ __forceinline__ int divided(int v) const { return cuts > 1 ? __umulhi(v, inverse) : v; }
+  __device__ __forceinline__ int begin(int i) const { return divided(i * chunks + cuts - 1); }
+  __device__ __forceinline__ int piece(int i) const {
+    if (i == cuts) return begin(cuts - 1);
+    return min(max(divided(i * begin(cuts - 1)), i ? begin(i - 1) : 0), begin(i));
+  }
+};
+
+// What all warps of a block know of their segment. Its piece begins `own` chunks before its outputs and has `ahead`.
 struct Segment {
   long long batch, first, slot;
   int tokens, group, head, heads, index, sequence;  // head: the first of the block's
+  int own, ahead;
 };
 
 __device__ __forceinline__ Segment segment_of(const QuambaSsdScan& a, int cuts, int sequence, int index) {
@@ -109,11 +130,16 @@ __device__ __forceinline__ Segment segment_of(const QuambaSsdScan& a, int cuts, 
     begin = min(max(static_cast<long long>(__ldg(a.cu_seqlens + sequence)), 0LL), a.T);
     end = max(min(static_cast<long long>(__ldg(a.cu_seqlens + sequence + 1)), a.T), begin);
   }
-  const long long chunks = (end - begin + kTokens - 1) / kTokens, each = (chunks + cuts - 1) / cuts;
-  const long long first = begin + index * each * kTokens;
-  const int tokens = static_cast<int>(max(min(each * kTokens, end - first), 0LL));
-  return {batch, first, first_slot(a, begin, sequence, kTokens) + index * each, tokens, 0, 0, 0, index, sequence};
+  const Shares shares{cuts, static_cast<int>((end - begin + kTokens - 1) / kTokens), 0xffffffffu / cuts + 1};
+  const int from = shares.begin(index), chunks = shares.begin(index + 1) - from, piece = shares.piece(index);
+  const long long first = begin + static_cast<long long>(from) * kTokens;
+  const int tokens = static_cast<int>(max(min(static_cast<long long>(chunks) * kTokens, end - first), 0LL));
+  const int ahead = cuts > 1 ? shares.piece(index + 1) - piece : 0;
+  return {batch, first, first_slot(a, begin, sequence, kTokens) + from, tokens, 0, 0, 0, index, sequence, from - piece,
+          ahead};
 }
+
+constexpr int kTells = 2 + kMost;  // and the one after it: the named barriers of what the heads leave behind
 
 // Barriers: a stage has been filled by the copy engine; has been read by all heads; holds all that a head needs.
 template <bool Codes>
@@ -126,13 +152,13 @@ struct Barriers {
   }
 };
 
-// The four warps that work ahead of those of the heads. Chunks of a segment of several come twice: for the state that
-// it leaves, and for its outputs.
+// The four warps that work ahead of those of the heads. Of a sequence that is cut those of the piece come first, for the
+// state that it leaves, then those of the outputs.
 template <bool Codes>
 __device__ __forceinline__ void produce(const Params& p, const Segment& s, unsigned char* shared) {
   using At = Layout<Codes>;
   const QuambaSsdScan& a = p.a;
-  const int chunks = (s.tokens + kTokens - 1) / kTokens, first = p.cuts > 1 ? chunks : 0, all = first + chunks;
+  const int first = s.ahead, all = first + (s.tokens + kTokens - 1) / kTokens;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, quad = lane / 4, pair = 2 * (lane % 4);
   const uint32_t base = shared_address(shared);
   const Barriers<Codes> barriers{base + At::kBarriers};
@@ -150,7 +176,7 @@ __device__ __forceinline__ void produce(const Params& p, const Segment& s, unsig
   const long long vector_head = copies_exponents ? 0 : kHeadRecord;
   auto fetch = [&](int turn, int stage) {
     if (turn < all) {
-      const int chunk = turn < first ? turn : turn - first, left = s.tokens - chunk * kTokens;
+      const int chunk = turn < first ? turn - s.own : turn - first, left = s.tokens - chunk * kTokens;
       if (turn >= kStages) quamba::wait(barriers.read(stage), (turn / kStages - 1) & 1);
       if (thread == 0) {
         const int bytes = turn < first ? kOperands : kSlotBytes;
@@ -168,6 +194,14 @@ __device__ __forceinline__ void produce(const Params& p, const Segment& s, unsig
       }
     }
     copy_async_commit();
+  };
+  // What the heads left behind is told to others here, since it takes long and the heads have more to do.
+  const bool tells = p.cuts > 1 && s.index < p.cuts - 1 && warp >= 2 && warp - 2 < s.heads;
+  auto tell = [&] {
+    if (!tells) return;
+    sync_threads(kTells + warp - 2, 128 + 32);
+    const long long owner = static_cast<long long>(s.sequence) * a.H + s.head + warp - 2;
+    if (lane == 0) quamba::ssd::arrive(p.flags + owner * (p.cuts - 1) + s.index);
   };
   wait_for_previous_kernel();
   fetch(0, 0);
@@ -188,6 +222,7 @@ __device__ __forceinline__ void produce(const Params& p, const Segment& s, unsig
   for (int turn = 0, stage = 0; turn < all; ++turn) {
     const int next = stage == kStages - 1 ? 0 : stage + 1;
     fetch(turn + 1, next);
+    if (turn == first + 1) tell();
     copy_async_wait_but<1>();
     if constexpr (!Codes) {
 #pragma unroll 1
@@ -242,6 +277,7 @@ __device__ __forceinline__ void produce(const Params& p, const Segment& s, unsig
       if (head < s.heads) quamba::arrive(barriers.made(stage, head));
     stage = next;
   }
+  if (all <= first + 1) tell();
 }
 
 }  // namespace quamba::ssd::hopper

@@ -31,14 +31,8 @@ __device__ __forceinline__ void weigh(uint32_t (&term)[4][4], const uint32_t (&x
   }
 }
 
-// What a chunk of x adds to the state in two terms, and what is left of the state.
-struct Addend {
-  uint32_t terms[2][4][4];
-  float stays;
-};
-
 // The four warps that keep the state of a head.
-template <bool Codes, bool Cut>
+template <bool Codes>
 __device__ __forceinline__ void consume(const Params& p, const Segment& s, unsigned char* shared, int own_head) {
   using At = Layout<Codes>;
   using Multiply = Products<kTokens, kN, 4>;
@@ -47,12 +41,8 @@ __device__ __forceinline__ void consume(const Params& p, const Segment& s, unsig
   const int head = s.head + own_head;
   const uint32_t base = shared_address(shared);
   const Barriers<Codes> barriers{base + At::kBarriers};
-  float* const states = reinterpret_cast<float*>(shared + At::kStates) + 8 * own_head;
+  float* const states = reinterpret_cast<float*>(shared + At::kStates) + 4 * own_head;
   auto sync = [&] { sync_threads(1 + own_head, 128); };
-  auto measure = [&](int chunk, float most) {  // the largest in this warp, of the state
-    const unsigned v = __reduce_max_sync(~0u, __float_as_uint(most));
-    if (lane == 0) states[4 * (chunk & 1) + warp] = __uint_as_float(v);
-  };
   auto largest_at = [](const float* at) {
     const float4 v = *reinterpret_cast<const float4*>(at);
     return fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w));
@@ -73,39 +63,41 @@ __device__ __forceinline__ void consume(const Params& p, const Segment& s, unsig
   const long long owner = static_cast<long long>(s.sequence) * a.H + head;
   auto state_at = [&](int j, int r) { return (owner * kP + channel_of(Codes, warp, quad, r)) * kN + 8 * j + pair; };
   const int chunks = (s.tokens + kTokens - 1) / kTokens;
-  // h is what the registers hold times 2^unit; what the latest chunk did to it, as log2
-  float unit = 0.f, unit_before = 0.f, latest = 0.f, added = kNothing, kept = 0.f;
+  // h is what the registers hold times 2^unit; log2 of what the piece leaves of what was before
+  float unit = 0.f, kept = 0.f;
   const long long locals = owner * (p.cuts - 1);
-  auto local = [&](int i, int j) {
-    return reinterpret_cast<float4*>(p.local) + ((locals + i) * (kN / 8) + j) * 128 + thread;
+  auto local = [&](long long i, int j) {  // the state of a piece; those of the own ones behind them
+    return reinterpret_cast<float4*>(p.local) + ((2 * locals + i) * (kN / 8) + j) * 128 + thread;
   };
-  auto enter = [&](float(&h)[kN / 2]) {  // the state at the beginning of the segment
+  // h, of which 2^decays is left of what was before it: with all that
+  auto enter = [&](float(&h)[kN / 2], float decays) {
+    if (s.index > 0) {
+      if (thread < s.index)
+        while (!arrived(p.flags + locals + thread)) {}
+      sync();
+    }
+#pragma unroll 1
+    for (int i = s.index - 1; i >= 0; --i) {
+      const float2 left = __ldcg(reinterpret_cast<const float2*>(p.left) + locals + i);
+      const float factor = exp2_approximate(decays) * exp2_approximate(left.y);
+      decays += left.x;
 #pragma unroll
-    for (int i = 0; i < kN / 2; ++i) h[i] = 0.f;
+      for (int j = 0; j < kN / 8; ++j) {
+        const float4 v = __ldcg(local(i, j));
+        h[4 * j] = __fmaf_rn(v.x, factor, h[4 * j]), h[4 * j + 1] = __fmaf_rn(v.y, factor, h[4 * j + 1]);
+        h[4 * j + 2] = __fmaf_rn(v.z, factor, h[4 * j + 2]), h[4 * j + 3] = __fmaf_rn(v.w, factor, h[4 * j + 3]);
+      }
+    }
     if (a.state) {
-      const float inverse[2] = {1.f / own[0], 1.f / own[1]};
+      const float factor = exp2_approximate(decays), inverse[2] = {factor / own[0], factor / own[1]};
 #pragma unroll
       for (int j = 0; j < kN / 8; ++j)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const float2 v = __ldcg(reinterpret_cast<const float2*>(a.state + state_at(j, r)));
-          h[4 * j + 2 * r] = v.x * inverse[r], h[4 * j + 2 * r + 1] = v.y * inverse[r];
+          h[4 * j + 2 * r] = __fmaf_rn(v.x, inverse[r], h[4 * j + 2 * r]);
+          h[4 * j + 2 * r + 1] = __fmaf_rn(v.y, inverse[r], h[4 * j + 2 * r + 1]);
         }
-    }
-    if (s.index > 0) {
-      if (thread < s.index)
-        while (!arrived(p.flags + locals + thread)) __nanosleep(100);
-      sync();
-    }
-#pragma unroll 1
-    for (int i = 0; i < s.index; ++i) {
-      const float factor = exp2_approximate(__ldcg(p.left + locals + i));
-#pragma unroll
-      for (int j = 0; j < kN / 8; ++j) {
-        const float4 v = __ldcg(local(i, j));
-        h[4 * j] = __fmaf_rn(h[4 * j], factor, v.x), h[4 * j + 1] = __fmaf_rn(h[4 * j + 1], factor, v.y);
-        h[4 * j + 2] = __fmaf_rn(h[4 * j + 2], factor, v.z), h[4 * j + 3] = __fmaf_rn(h[4 * j + 3], factor, v.w);
-      }
     }
   };
   auto leave = [&](const float(&h)[kN / 2]) {
@@ -117,80 +109,74 @@ __device__ __forceinline__ void consume(const Params& p, const Segment& s, unsig
             make_float2(h[4 * j + 2 * r] * own[r], h[4 * j + 2 * r + 1] * own[r]);
   };
   int turn = 0, stage = 0;  // chunks that this warp has seen, the last of which is to be replaced in its stage
-  if constexpr (Cut) {
 #pragma unroll
-    for (int i = 0; i < kN / 2; ++i) h[i] = 0.f;
-    auto prepare = [&](int turn, int stage, Addend& addend) {  // while the products of the chunk before run
-      const int place_of_head = stage * kMost + own_head;
-      const float* const record = reinterpret_cast<const float*>(shared + At::kVectors) + place_of_head * At::kFloats;
-      quamba::wait(barriers.made(stage, own_head), turn / kStages & 1);
-      const float4 sums = *reinterpret_cast<const float4*>(record + 3 * kTokens);
-      const int ex = Codes ? 0 : scale_of(largest_at(record + At::kLargest));
-      const float inputs = static_cast<float>(ex + *reinterpret_cast<const int*>(record + At::kExponents));
-      // h is no operand, so only what is added must not overflow
-      const float next = ceilf(fmaxf(inputs + 2 * kBits + sums.y, -60.f)) - kHighest;
-      addend.stays = exp2_approximate(fminf(sums.x + unit - next, 120.f));
-      unit = next, kept += sums.x;
-      uint32_t x[4][4];
-      Chunk<Codes>::left(x, base + At::kX + place_of_head * At::kRaw, warp, a.x_dtype, ex);
-      const float weight_unit = exp2_approximate(inputs + sums.w - next);
-      weigh<false>(addend.terms[0], x, record, weight_unit);
-      weigh<true>(addend.terms[1], x, record, weight_unit);
-    };
-    auto add = [&](const Addend& now, Addend& following) {
+  for (int i = 0; i < kN / 2; ++i) h[i] = 0.f;
+  auto add = [&] {
+    const int place_of_head = stage * kMost + own_head;
+    const float* const record = reinterpret_cast<const float*>(shared + At::kVectors) + place_of_head * At::kFloats;
+    quamba::wait(barriers.made(stage, own_head), turn / kStages & 1);
+    const float4 sums = *reinterpret_cast<const float4*>(record + 3 * kTokens);
+    const int ex = Codes ? 0 : scale_of(largest_at(record + At::kLargest));
+    const float inputs = static_cast<float>(ex + *reinterpret_cast<const int*>(record + At::kExponents));
+    // h is no operand, so only what is added must not overflow
+    const float next = ceilf(fmaxf(inputs + 2 * kBits + sums.y, -60.f)) - kHighest;
+    const float stays = exp2_approximate(fminf(sums.x + unit - next, 120.f));
+    unit = next, kept += sums.x;
 #pragma unroll
-      for (int i = 0; i < kN / 2; ++i) {
-        h[i] *= now.stays;
-        asm volatile("" : "+f"(h[i]));
-      }
-      quamba::wait(barriers.filled(stage), turn / kStages & 1);
-      Multiply::update(h, now.terms[0], now.terms[1], base + stage * kSlotBytes);
-      const int next = stage == kStages - 1 ? 0 : stage + 1;
-      if (turn + 1 < chunks) prepare(turn + 1, next, following);
-      Multiply::template wait<0>(h);
-      hold(now.terms[0]), hold(now.terms[1]);
-      __syncwarp();
-      if (lane == 0) quamba::arrive(barriers.read(stage));
-      ++turn, stage = next;
-    };
-    Addend even, odd;
-    if (chunks > 0) prepare(0, 0, even);
+    for (int i = 0; i < kN / 2; ++i) {
+      h[i] *= stays;
+      asm volatile("" : "+f"(h[i]));
+    }
+    uint32_t x[4][4], terms[2][4][4];
+    Chunk<Codes>::left(x, base + At::kX + place_of_head * At::kRaw, warp, a.x_dtype, ex);
+    const float weight_unit = exp2_approximate(inputs + sums.w - next);
+    weigh<false>(terms[0], x, record, weight_unit);
+    weigh<true>(terms[1], x, record, weight_unit);
+    quamba::wait(barriers.filled(stage), turn / kStages & 1);
+    Multiply::update(h, terms[0], terms[1], base + stage * kSlotBytes);
+    Multiply::template wait<0>(h);
+    hold(terms[0]), hold(terms[1]);
+    __syncwarp();
+    if (lane == 0) quamba::arrive(barriers.read(stage));
+    ++turn, stage = stage == kStages - 1 ? 0 : stage + 1;
+  };
+  const bool last = s.index == p.cuts - 1, between = s.index > 0 && !last;
+  auto keep = [&](int i) {
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j)
+      *local(i, j) = make_float4(h[4 * j], h[4 * j + 1], h[4 * j + 2], h[4 * j + 3]);
+  };
+  float decays = 0.f, unit_own = 0.f;  // of what comes before the outputs
 #pragma unroll 1
-    while (turn < chunks) {
-      add(even, odd);
-      if (turn < chunks) add(odd, even);
-    }
-    const float scale = exp2_approximate(unit);
-#pragma unroll
-    for (int i = 0; i < kN / 2; ++i) h[i] *= scale;
-    if (s.index < p.cuts - 1) {
-#pragma unroll
-      for (int j = 0; j < kN / 8; ++j)
-        *local(s.index, j) = make_float4(h[4 * j], h[4 * j + 1], h[4 * j + 2], h[4 * j + 3]);
-      if (thread == 0) p.left[locals + s.index] = kept;
-      __threadfence();
-      sync();
-      if (thread == 0) quamba::ssd::arrive(p.flags + locals + s.index);
-      enter(h);
-    } else {
-      float before[kN / 2];
-      enter(before);
-      const float factor = exp2_approximate(kept);
-#pragma unroll
-      for (int i = 0; i < kN / 2; ++i) h[i] = __fmaf_rn(before[i], factor, h[i]);
-      leave(h);
-#pragma unroll
-      for (int i = 0; i < kN / 2; ++i) h[i] = before[i];
-    }
-  } else {
-    enter(h);
+  for (int part = between ? 0 : 1; part < 2; ++part) {
+    const int until = part ? s.ahead : s.own;
+#pragma unroll 1
+    while (turn < until) add();
+    if (part == 0 || last) decays = kept, unit_own = unit;
+    if (last) break;
+    keep(part ? s.index : p.cuts - 1 + s.index);
   }
+  if (!last) {
+    if (thread == 0) reinterpret_cast<float2*>(p.left)[locals + s.index] = make_float2(kept, unit);
+    signal_threads(kTells + own_head, 128 + 32);
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j) {
+      const float4 v = between ? *local(p.cuts - 1 + s.index, j) : make_float4(0.f, 0.f, 0.f, 0.f);
+      h[4 * j] = v.x, h[4 * j + 1] = v.y, h[4 * j + 2] = v.z, h[4 * j + 3] = v.w;
+    }
+  }
+  const float scale = exp2_approximate(unit_own);
+#pragma unroll
+  for (int i = 0; i < kN / 2; ++i) h[i] *= scale;
+  enter(h, decays);
   float most = 0.f;
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) most = fmaxf(most, fabsf(h[i]));
-  measure(1, most);
+  const unsigned largest = __reduce_max_sync(~0u, __float_as_uint(most));
+  if (lane == 0) states[warp] = __uint_as_float(largest);
   sync();
-  const int e = exponent_of(largest_at(states + 4), -100) + 1 - kHighest;
+  const int e = exponent_of(largest_at(states), -100) + 1 - kHighest;
+  float bound = static_cast<float>(e + kHighest);  // log2 of the largest |h|, or more
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) h[i] *= power_of_two(-e);
   unit = static_cast<float>(e);
@@ -199,6 +185,7 @@ __device__ __forceinline__ void consume(const Params& p, const Segment& s, unsig
   unsigned short* out = static_cast<unsigned short*>(a.y) + ((s.batch * a.T + s.first) * a.H + head) * kP +
                         lane / 2 * row_step + 16 * warp + lane % 2 * 8;
   const bool half = a.y_dtype == QUAMBA_F16;
+  const bool leaves = s.index == p.cuts - 1;
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk, ++turn) {
     const int place_of_head = stage * kMost + own_head;
@@ -210,10 +197,8 @@ __device__ __forceinline__ void consume(const Params& p, const Segment& s, unsig
     const int ex = Codes ? 0 : scale_of(largest_at(record + At::kLargest));
     const float total = sums.x, inputs = static_cast<float>(ex + e.x);
     const float m = sums.z + 1.f + static_cast<float>(e.z);  // |C B^T dt| < 2^m 2^kHighest
-    const float now = together(
-        fmaxf(log2_approximate(largest_at(states + 4 * (chunk & 1 ^ 1))) + unit_before, kNothing) + latest, added);
-    latest = total, added = fmaxf(inputs + 2 * kBits + sums.y, kNothing);
-    const float next = ceilf(fmaxf(together(now + total, added), -60.f)) - kHighest;
+    bound = together(bound + total, fmaxf(inputs + 2 * kBits + sums.y, kNothing));
+    const float next = ceilf(fmaxf(bound, -60.f)) - kHighest;
     const float stays = exp2_approximate(fminf(total + unit - next, 120.f));
     const float carries = exp2_approximate(fminf(unit - inputs - m, 120.f));
     const float weight_unit = exp2_approximate(inputs + sums.w - next);
@@ -221,13 +206,8 @@ __device__ __forceinline__ void consume(const Params& p, const Segment& s, unsig
 
     float y[32];
     uint32_t left[kN / 16][4], x[4][4], term[4][4];
-    __half2 most = __float2half2_rn(0.f);
 #pragma unroll
-    for (int i = 0; i < kN / 4; ++i) {
-      left[i / 4][i % 4] = pack_f16(h[2 * i], h[2 * i + 1]);
-      most = __hmax2(most, __habs2(reinterpret_cast<__half2&>(left[i / 4][i % 4])));
-    }
-    measure(chunk, fmaxf(__low2float(most), __high2float(most)));
+    for (int i = 0; i < kN / 4; ++i) left[i / 4][i % 4] = pack_f16(h[2 * i], h[2 * i + 1]);
     // h <- exp(decay of the chunk) h + x^T (weights) B
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) {
@@ -235,9 +215,8 @@ __device__ __forceinline__ void consume(const Params& p, const Segment& s, unsig
       asm volatile("" : "+f"(h[i]));  // before any product begins, or the compiler waits for its end
     }
     Multiply::carry(y, left, at_c);
-    sync();
     Chunk<Codes>::left(x, base + At::kX + place_of_head * At::kRaw, warp, a.x_dtype, ex);
-    unit_before = unit, unit = next, kept += total;
+    unit = next;
     weigh<false>(term, x, record, weight_unit);
     Multiply::template update<false>(h, term, term, at_b);
     Multiply::template wait<1>(y);
@@ -252,7 +231,7 @@ __device__ __forceinline__ void consume(const Params& p, const Segment& s, unsig
     Multiply::apply(y, x, base + At::kM + place_of_head * kPanel);
     Multiply::template wait<0>(y);
     hold(term);
-    if constexpr (!Cut) {
+    if (leaves) {
       Multiply::template wait<0>(h);
       weigh<true>(term, x, record, weight_unit);
       Multiply::template update<false>(h, term, term, at_b);
@@ -294,7 +273,7 @@ __device__ __forceinline__ void consume(const Params& p, const Segment& s, unsig
     if (lane == 0) quamba::arrive(barriers.read(stage));
     stage = stage == kStages - 1 ? 0 : stage + 1;
   }
-  if constexpr (!Cut) {
+  if (leaves) {
     const float scale = exp2_approximate(unit);
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) h[i] *= scale;
@@ -346,10 +325,7 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_scan_heads(const __grid_const
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kStateRegisters));
     const int head = threadIdx.x / 128 - 1;
     if (head >= heads) return;
-    if (p.cuts > 1)
-      consume<Codes, true>(p, s, shared, head);
-    else
-      consume<Codes, false>(p, s, shared, head);
+    consume<Codes>(p, s, shared, head);
   }
 }
 

@@ -5,9 +5,9 @@
 // state; four more work ahead of them and fill a ring of chunks: the copy engine brings what heads share, the warps
 // themselves x, which stays as it came until a warp holds it as a left operand, and M, the decayed C B^T.
 //
-// A block of a sequence that is cut goes through its segment twice: first for what it makes of a state of zero, then,
-// with what the blocks before it left, for the outputs. A state that only outputs read has weights of one term, one
-// that stays has two.
+// Of a sequence that is cut into segments a block first makes, from a state of zero, a piece of the states that outputs
+// begin with, tells others, and then, with what the blocks before it left, makes the outputs of its segment. A state that
+// only outputs read has weights of one term, one that stays has two.
 #pragma once
 
 #include "ssd_scan_steps.cuh"
