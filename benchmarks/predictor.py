@@ -22,6 +22,7 @@ from quamba.bench import cost, source
 from quamba.bench.contender import half
 from quamba.bench.device import load_device, recognise
 from quamba.bench.predict import predict
+from quamba.models import describe
 from quamba.recipe import Recipe, load_recipe, parse_recipe
 
 DTYPE = torch.float16
@@ -59,7 +60,8 @@ def changed(name: str, base: str, linears: dict[str, Any] | None = None, **rest:
 def counted(shape: str, recipe: Recipe | str) -> cost.Cost:
     """The cost of a shape; a recipe is hashed by its text, since it holds dictionaries."""
     chosen = parse_recipe(json.loads(recipe), shape) if isinstance(recipe, str) else recipe
-    return cost.count(source.from_shape(shape).config, chosen, DTYPE)
+    config = source.from_shape(shape).config
+    return cost.count(config, chosen.for_width(describe(config).d_model), DTYPE)
 
 
 def compare(rows: list[dict[str, Any]], recipes: dict[str, Recipe]) -> tuple[list[str], list[float]]:

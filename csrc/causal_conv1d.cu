@@ -202,5 +202,5 @@ extern "C" int quamba_causal_conv1d(const QuambaConv* args, void* stream) {
       default: return QUAMBA_UNSUPPORTED;
     }
   }();
-  return status != QUAMBA_OK || !a.expansion.y ? status : expand_alone(a.expansion, stream);
+  return expand_after(status, a.expansion, stream);
 }

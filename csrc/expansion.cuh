@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "expansion.h"
+#include "linear.h"
 
 namespace quamba {
 
@@ -46,6 +47,11 @@ inline Expansion expansion_of(const QuambaExpansion& e) {
 
 // By a kernel of its own: expand.cu.
 int expand_alone(const QuambaExpansion& e, void* stream);
+
+// The same, if there is anything, after a kernel that took nothing along and had this status.
+inline int expand_after(int status, const QuambaExpansion& e, void* stream) {
+  return status != QUAMBA_OK || !e.y ? status : expand_alone(e, stream);
+}
 
 // Each pieces of every thread. The weights are constants, so they are read before ``wait`` and written after it.
 template <int Each, class Wait>

@@ -21,11 +21,6 @@ __host__ __device__ inline int cells_of(const Finish& p) {
   return p.y_dtype != QUAMBA_I8 && !p.residual ? 2 : 0;
 }
 
-// Lets those who sync_threads on the same barrier go on, without waiting for them.
-__device__ __forceinline__ void signal_threads(int id, int count) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
-}
-
 // Asks for a step's share of the tile's residual in L2; the whole of it would keep the step's loads waiting.
 template <int TileM, class W>
 __device__ __forceinline__ void ask_ahead(const Finish& p, const W& at) {
@@ -34,7 +29,7 @@ __device__ __forceinline__ void ask_ahead(const Finish& p, const W& at) {
   for (int m = TileM * at.step / at.steps; m < until; ++m) {
     const char* from =
         static_cast<const char*>(p.residual) + (static_cast<long long>(at.row + m) * p.O + at.column) * size;
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+    prefetch_bulk(from, bytes);
   }
 }
 
@@ -123,20 +118,6 @@ __device__ __forceinline__ void fill_floats(Acc& acc, char* cell, const float* x
       }
   }
 }
-
-__device__ __forceinline__ void store_box(const CUtensorMap* map, unsigned from, int x, int y) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from),
-               "r"(x), "r"(y)
-               : "memory");
-}
-
-// Until what store_box sends has been read from shared memory.
-__device__ __forceinline__ void wait_for_stores() {
-  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
-// What was written to shared memory is seen by the copy engine.
-__device__ __forceinline__ void fence_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // A group's 64 channels by TileM tokens through its buffer to y, of any types.
 template <int TileM, bool Scaled, class Acc>

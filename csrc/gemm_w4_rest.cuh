@@ -13,7 +13,6 @@ constexpr int kRestTokens = 410;  // a piece takes as long as so many tokens of 
 struct Rest {
   const int8_t* x;
   const unsigned* w;
-  const uint8_t* multiplier;
   int first, pieces, across;  // first: channel; pieces of 16 tokens by 16 channels, in all and next to each other
 };
 
@@ -26,7 +25,6 @@ inline Rest rest_of(const QuambaLinear& a, int first) {
   const int across = (a.O - first + 15) / 16;
   return {static_cast<const int8_t*>(a.x),
           static_cast<const unsigned*>(a.w),
-          static_cast<const uint8_t*>(a.w_multiplier),
           first,
           (a.M + 15) / 16 * across,
           across};
@@ -58,7 +56,7 @@ __device__ __forceinline__ void multiply_rest(const Rest& r, const Weights& w, c
           of_x[i][s] = __ldcg(reinterpret_cast<const uint2*>(r.x + (x[i] + k + 32 * s)));
           word[i][s] = __ldg(r.w + (codes[i] + k / 8 + 4 * s));
         }
-        factor[i] = Op::factor(__ldg(r.multiplier + (multiplier[i] + group)));
+        factor[i] = Op::factor(__ldg(static_cast<const uint8_t*>(w.scale) + (multiplier[i] + group)));
       }
 #pragma unroll
       for (int s = 0; s < 4; ++s)

@@ -166,8 +166,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           wait(ready + 8 * stage, turns >> stage & 1);
           turns ^= 1u << stage;
 #pragma unroll
-          for (int c = 0; c < L::kCells; ++c)
-          {
+          for (int c = 0; c < L::kCells; ++c) {
             const bool second = Rests && at.half && (cell + c) * cell_channels >= 64;
             const int column = at.column + (cell + c) * cell_channels - (second ? 64 : 0);
             if (column < w.O) store_box(&y_map, cell_at(c), column, at.row + (second ? TileM : 0));

@@ -12,12 +12,6 @@
 
 namespace quamba::few {
 
-__device__ __forceinline__ unsigned load_word(unsigned from) {
-  unsigned v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
-  return v;
-}
-
 __device__ __forceinline__ uint2 load_pair(unsigned from) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from));

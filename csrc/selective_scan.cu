@@ -226,11 +226,6 @@ int launch_as(const Scan& p, void* stream) {
                 stream, 0, false);
 }
 
-// What is to be expanded beside a scan, after one that takes nothing along.
-int and_expand(const QuambaScan& a, int status, void* stream) {
-  return status != QUAMBA_OK || !a.expansion.y ? status : expand_alone(a.expansion, stream);
-}
-
 // Wide: by the kernel of selective_scan_ahead.cuh, where it serves.
 template <int Lanes, int States>
 int launch_scan(const QuambaScan& a, void* stream, bool wide = false) {
@@ -252,7 +247,7 @@ int launch_scan(const QuambaScan& a, void* stream, bool wide = false) {
       constexpr int kFloat = decltype(type)::value;
       constexpr bool kCodes = decltype(codes)::value;
       return wide ? ahead::launch_as<kFloat, kCodes>(p, stream)
-                  : and_expand(a, launch_as<Lanes, States, kFloat, kCodes>(p, stream), stream);
+                  : expand_after(launch_as<Lanes, States, kFloat, kCodes>(p, stream), a.expansion, stream);
     };
     constexpr std::integral_constant<int, QUAMBA_F16> kHalf;
     constexpr std::integral_constant<int, QUAMBA_BF16> kBrain;
@@ -262,7 +257,7 @@ int launch_scan(const QuambaScan& a, void* stream, bool wide = false) {
     }
     if (Lanes != 8 || wide) return launch_scan<8, 2>(a, stream);  // one for any types is enough
   }
-  return and_expand(a, launch_as<Lanes, States, kAny, false>(p, stream), stream);
+  return expand_after(launch_as<Lanes, States, kAny, false>(p, stream), a.expansion, stream);
 }
 
 }  // namespace

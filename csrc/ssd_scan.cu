@@ -110,6 +110,5 @@ extern "C" int quamba_ssd_scan(const QuambaSsdScan* args, void* stream) {
     }
   }
   if (int status = launch_operands(p, tokens_of(a), stream); status != QUAMBA_OK) return status;
-  if (int status = launch_states(p, stream); status != QUAMBA_OK || !a.expansion.y) return status;
-  return expand_alone(a.expansion, stream);
+  return expand_after(launch_states(p, stream), a.expansion, stream);
 }

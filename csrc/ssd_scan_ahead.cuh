@@ -24,11 +24,6 @@ __device__ __forceinline__ void store_matrices(uint32_t at, const uint32_t (&v)[
                : "memory");
 }
 
-// Lets those who sync_threads on the same barrier go on, without waiting for them.
-__device__ __forceinline__ void signal_threads(int id, int count) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
-}
-
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(from), "r"(bytes), "r"(barrier)

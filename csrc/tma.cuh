@@ -106,9 +106,28 @@ __device__ __forceinline__ void load_box_once(unsigned to, const CUtensorMap* ma
       : "memory");
 }
 
+__device__ __forceinline__ void store_box(const CUtensorMap* map, unsigned from, int x, int y) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from),
+               "r"(x), "r"(y)
+               : "memory");
+}
+
+// Until what store_box sends has been read from shared memory.
+__device__ __forceinline__ void wait_for_stores() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// What was written to shared memory is seen by the copy engine.
+__device__ __forceinline__ void fence_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // A barrier of part of a block.
 __device__ __forceinline__ void sync_threads(int id, int count) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
+}
+
+// Lets those who sync_threads on the same barrier go on, without waiting for them.
+__device__ __forceinline__ void signal_threads(int id, int count) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
 __device__ __forceinline__ unsigned load_word(unsigned from) {

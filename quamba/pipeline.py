@@ -16,7 +16,7 @@ from quamba.errors import UserError
 from quamba.lending import Lent, Uses, later_uses, reaching
 from quamba.linears_only import quantize as quantize_linears
 from quamba.loading import pick_device
-from quamba.models import check_recipe
+from quamba.models import fit_recipe
 from quamba.models.spec import BlockSpec, ModelSpec, Sublayer
 from quamba.modules.block import RecurrentBlock
 from quamba.modules.embedding import Embedding
@@ -89,7 +89,7 @@ def quantize(
             checkpoint, recipe, output, calibration_text=calibration_text, samples=samples or plan.samples,
             seqlen=seqlen or plan.seqlen, seed=seed, device=device, overwrite=overwrite, progress=tell,
         )  # fmt: skip
-    check_recipe(recipe, model)
+    recipe = fit_recipe(recipe, model)
     checkpoint.check()
     tokens = calibration.windows(
         calibration.read_text(calibration_text), checkpoint.tokenizer(),

@@ -157,11 +157,20 @@ class LayerOverride(_Strict):
         return self
 
 
+class WideOverride(_Strict):
+    """What differs in models of ``d_model`` channels and more."""
+
+    d_model: int = Field(ge=1)
+    linears: dict[str, dict[str, Any]] = {}
+    activations: dict[str, dict[str, Any]] = {}
+
+
 class Recipe(_Strict):
     """A whole policy. ``linears`` and ``activations`` map a role, or "default", to what differs from the class.
 
     state: of Mamba's mixers, and by its ``delta_rule`` of delta rules in hybrids; linear_state: of
-    flash-linear-attention's families, which may read their state before they write.
+    flash-linear-attention's families, which may read their state before they write. wide: laid over the rest where a
+    model is wide enough (``for_width``); layers: over both.
     """
 
     name: str
@@ -176,13 +185,15 @@ class Recipe(_Strict):
     linear_state: StateSpec = StateSpec()
     embedding: StorageSpec = StorageSpec()
     calibration: CalibrationSpec = CalibrationSpec()
+    wide: WideOverride | None = None
     layers: tuple[LayerOverride, ...] = ()
 
     @model_validator(mode="after")
     def _complete(self) -> Recipe:
         if self.rotate.residual and not self.fold_norms:
             raise ValueError("rotate.residual needs fold_norms: a rotation does not commute with a norm's gain")
-        everywhere: tuple[Recipe | LayerOverride, ...] = (self, *self.layers)
+        wide = () if self.wide is None else (self.wide,)
+        everywhere: tuple[Recipe | LayerOverride | WideOverride, ...] = (self, *wide, *self.layers)
         for where in everywhere:
             for role in where.linears:
                 self._merge(LinearSpec, "linears", role, where)
@@ -193,19 +204,34 @@ class Recipe(_Strict):
                 values = {**getattr(self, name).model_dump(), **getattr(override, name)}
                 _build(StateSpec, values, f"layers {override.match}: {name}")
             _build(StorageSpec, {**self.conv.model_dump(), **override.conv}, f"layers {override.match}: conv")
+        if self.wide is not None:
+            self.for_width(self.wide.d_model)
         for values in (self.linear_state.model_dump(), *(override.linear_state for override in self.layers)):
             if values.get("delta_rule", "float32") != "float32":
                 raise ValueError("linear_state.delta_rule: linear_state has its own dtype for all; leave it out")
         return self
 
-    def _merge(self, spec: type[_Strict], field: str, role: str, override: Recipe | LayerOverride | None) -> Any:
+    def _merge(
+        self, spec: type[_Strict], field: str, role: str, override: Recipe | LayerOverride | WideOverride | None
+    ) -> Any:
         chosen: dict[str, Any] = {}
         for source in (self, override) if override is not self else (self,):
             table = getattr(source, field) if source is not None else {}
             for key in ("default", role):
                 chosen = laid_over(chosen, table.get(key, {}))
-        where = f"layers {override.match}: " if isinstance(override, LayerOverride) else ""
+        where = "wide: " if isinstance(override, WideOverride) else ""
+        where = f"layers {override.match}: " if isinstance(override, LayerOverride) else where
         return _build(spec, chosen, f"{where}{field}.{role}")
+
+    def for_width(self, d_model: int) -> Recipe:
+        """The recipe for a model of that many channels, which names no others."""
+        if self.wide is None:
+            return self
+        data = self.model_dump(exclude={"wide"})
+        if d_model >= self.wide.d_model:
+            data["linears"] = laid_over(self.linears, self.wide.linears)
+            data["activations"] = laid_over(self.activations, self.wide.activations)
+        return Recipe(**data)
 
     def _override(self, layer: int | None) -> LayerOverride | None:
         matching = [o for o in self.layers if layer is not None and o.covers(layer)]

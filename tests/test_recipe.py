@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from quamba import embedded, formats
 from quamba.errors import UserError
-from quamba.models import check_recipe, describe
+from quamba.models import describe, fit_recipe
 from quamba.observers import OBSERVERS
 from quamba.recipe import FLOAT, LayerOverride, LinearSpec, Recipe, load_recipe, parse_recipe, stock_recipes
 
@@ -53,6 +53,8 @@ UNKNOWN = [
     ({"activations": {"gate": {"granulrity": "tensor"}}}, "granulrity", ["granularity", "bits"]),
     ({"cluster": {"head": 4}}, "head", ["heads", "channels"]),
     ({"layers": [{"match": "0", "stte": {}}]}, "stte", ["state", "match"]),
+    ({"wide": {"d_model": 8, "linears": {"lm_head": {"formt": "w8a8"}}}}, "formt", ["format", "group_size"]),
+    ({"wide": {"d_model": 8, "linear": {}}}, "linear", ["d_model", "linears"]),
     ({"layers": [{"match": "0", "state": {"dtpe": "int8"}}]}, "dtpe", ["dtype", "rounding"]),
 ]
 
@@ -77,6 +79,8 @@ BAD = [
     ({"linears": {"default": "w8a8"}}, "linears.default", "w8a8"),
     ({"fold_norms": False}, "fold_norms", "rotation"),
     ({"layers": [{"match": "first"}]}, "layers.0", "first"),
+    ({"wide": {"linears": {}}}, "wide.d_model", "required"),
+    ({"wide": {"d_model": 8, "linears": {"lm_head": {"format": "w3a8"}}}}, "wide: linears.lm_head", "w4a8"),
     ({"calibration": {"samples": 0}}, "calibration.samples", "0"),
     ({"activations": {"gate": {"quantile": 0.2}}}, "quantile", "0.2"),
     ({"linear_state": {"delta_rule": "int8"}}, "linear_state.delta_rule", "leave it out"),
@@ -176,12 +180,40 @@ def test_recipes_are_frozen() -> None:
 def test_roles_and_layers_that_the_model_lacks_are_refused(name: str, data: dict, sentence: str) -> None:
     model = describe(AutoConfig.from_pretrained(embedded.checkpoint(name)))
     with pytest.raises(UserError, match=f"^recipe mine: {sentence}"):
-        check_recipe(parse_recipe({"name": "mine", **data}, "mine"), model)
+        fit_recipe(parse_recipe({"name": "mine", **data}, "mine"), model)
 
 
 @pytest.mark.parametrize("name", embedded.names())
 def test_what_the_model_has_is_accepted(name: str) -> None:
     model = describe(AutoConfig.from_pretrained(embedded.checkpoint(name)))
     for recipe in stock_recipes():
-        check_recipe(load_recipe(recipe), model)
-    check_recipe(parse_recipe({"layers": [{"match": "5-9", "linears": {"out_proj": {}}}]}, "mine"), model)
+        fit_recipe(load_recipe(recipe), model)
+    fit_recipe(parse_recipe({"layers": [{"match": "5-9", "linears": {"out_proj": {}}}]}, "mine"), model)
+
+
+def test_what_is_wide_is_laid_over_the_rest_from_that_width_on() -> None:
+    data = {
+        "linears": {"default": {"format": "w4a8"}, "lm_head": {"format": "w8a8", "input": {"scale": "dynamic"}}},
+        "wide": {"d_model": 64, "linears": {"lm_head": {"format": "w4a8"}}, "activations": {"gate": {}}},
+        "layers": [{"match": "0", "linears": {"lm_head": {"group_size": 64}}}],
+    }
+    recipe = parse_recipe(data, "mine")
+    narrow, wide = recipe.for_width(63), recipe.for_width(64)
+    assert narrow.linear("lm_head").format == "w8a8" and narrow.activation("gate").bits == 16
+    assert wide.linear("lm_head").format == "w4a8" and wide.linear("lm_head").input.scale == "dynamic"
+    assert wide.activation("gate").bits == 8 and wide.linear("lm_head", 0).group_size == 64
+    assert narrow.wide is None and wide.wide is None and wide.for_width(1) is wide
+
+
+@pytest.mark.parametrize("name", ["w4a8", "w4a16"])
+def test_stock_recipes_give_large_models_a_4_bit_head(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.for_width(2048).linear("lm_head").format == "w8a8"
+    assert recipe.for_width(2560).linear("lm_head").format == name
+
+
+def test_a_role_that_only_wide_models_would_use_is_checked_for_all() -> None:
+    model = describe(AutoConfig.from_pretrained(embedded.checkpoint(embedded.names()[0])))
+    wide = {"d_model": 1 << 20, "linears": {"in_prjo": {"format": "w8a8"}}}
+    with pytest.raises(UserError, match="unknown role 'in_prjo' in linears"):
+        fit_recipe(parse_recipe({"name": "mine", "wide": wide}, "mine"), model)

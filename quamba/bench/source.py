@@ -58,12 +58,12 @@ def from_model(model: str | Path) -> Source:
 
 
 def recipes(names: list[str], source: Source) -> list[Recipe]:
-    """The recipes that those names mean: stock ones, YAML files, or "float". Without names: the source's own, floats
-    for an original, every stock recipe for a published size.
+    """The recipes that those names mean, as they are for the source's width: stock ones, YAML files, or "float".
+    Without names: the source's own, floats for an original, every stock recipe for a published size.
 
     Raises UserError as load_recipe does, and for names beside a quantised checkpoint.
     """
-    from quamba.models import check_recipe, describe
+    from quamba.models import describe, fit_recipe
 
     if source.recipe is not None:
         if names:
@@ -72,6 +72,4 @@ def recipes(names: list[str], source: Source) -> list[Recipe]:
     if not names:
         names = [FLOAT.name] if source.path is not None else ["w8a8", "w4a8", "w4a16"]
     chosen = [FLOAT if name in (FLOAT.name, "fp16") else load_recipe(name) for name in names]
-    for recipe in chosen:
-        check_recipe(recipe, describe(source.config))
-    return chosen
+    return [fit_recipe(recipe, describe(source.config)) for recipe in chosen]

@@ -19,7 +19,7 @@ from quamba.budget.schemes import DEFAULT, Schemes, load_schemes
 from quamba.checkpoint import Checkpoint
 from quamba.errors import UserError
 from quamba.loading import pick_device
-from quamba.models import check_recipe
+from quamba.models import fit_recipe
 from quamba.recipe import Recipe, laid_over, load_recipe, parse_recipe
 
 Progress = Callable[[str, int, int], None]
@@ -85,7 +85,7 @@ def search(
     offered = load_schemes(schemes)
     if checkpoint.quantised:
         raise UserError(f"{checkpoint.path} is quantised already; give the original checkpoint")
-    check_recipe(recipe, checkpoint.spec)
+    recipe = fit_recipe(recipe, checkpoint.spec)
     checkpoint.check()
     types = kept_types(checkpoint)
     found = parts(checkpoint.spec, recipe, offered, types)

@@ -94,11 +94,14 @@ def roles(models: Iterable[ModelSpec]) -> dict[str, set[str]]:
     return {"linears": linears, "activations": activations}
 
 
-def check_recipe(recipe: Recipe, model: ModelSpec) -> None:
-    """Raises UserError for a role that no architecture has (it lists those of the model), a layer override that covers
-    no layer, and a group size that divides no linear it is meant for."""
+def fit_recipe(recipe: Recipe, model: ModelSpec) -> Recipe:
+    """The recipe as it is for a model of that width.
+
+    Raises UserError for a role that no architecture has (it lists those of the model), a layer override that covers
+    no layer, and a group size that divides no linear it is meant for.
+    """
     known, own = roles(every()), roles([model])
-    for where in (recipe, *recipe.layers):
+    for where in (recipe, *(() if recipe.wide is None else (recipe.wide,)), *recipe.layers):
         for field, names in known.items():
             for role in getattr(where, field):
                 if role not in names:
@@ -108,6 +111,7 @@ def check_recipe(recipe: Recipe, model: ModelSpec) -> None:
     for override in recipe.layers:
         if not any(override.covers(layer) for layer in range(count)):
             raise UserError(f"recipe {recipe.name}: layers {override.match!r} covers none of the {count} layers")
+    recipe = recipe.for_width(model.d_model)
     asked: dict[int, set[int]] = {}
     for layer, block in enumerate(model.blocks):
         for sub in block.sublayers:
@@ -118,3 +122,4 @@ def check_recipe(recipe: Recipe, model: ModelSpec) -> None:
     for size, sizes in asked.items():
         if not divides(size, sizes):
             raise UserError(f"recipe {recipe.name}: group_size {size} divides none of the input sizes {sorted(sizes)}")
+    return recipe
