@@ -147,6 +147,8 @@ __device__ __forceinline__ void consume(const Params& p, const Segment& s, unsig
       *local(i, j) = make_float4(h[4 * j], h[4 * j + 1], h[4 * j + 2], h[4 * j + 3]);
   };
   float decays = 0.f, unit_own = 0.f;  // of what comes before the outputs
+  // First what outputs of this segment begin with, then the rest of the piece. The code is short on purpose: what runs but
+  // a few times takes longer to fetch than to execute.
 #pragma unroll 1
   for (int part = between ? 0 : 1; part < 2; ++part) {
     const int until = part ? s.ahead : s.own;
@@ -185,7 +187,6 @@ __device__ __forceinline__ void consume(const Params& p, const Segment& s, unsig
   unsigned short* out = static_cast<unsigned short*>(a.y) + ((s.batch * a.T + s.first) * a.H + head) * kP +
                         lane / 2 * row_step + 16 * warp + lane % 2 * 8;
   const bool half = a.y_dtype == QUAMBA_F16;
-  const bool leaves = s.index == p.cuts - 1;
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk, ++turn) {
     const int place_of_head = stage * kMost + own_head;
@@ -231,7 +232,7 @@ __device__ __forceinline__ void consume(const Params& p, const Segment& s, unsig
     Multiply::apply(y, x, base + At::kM + place_of_head * kPanel);
     Multiply::template wait<0>(y);
     hold(term);
-    if (leaves) {
+    if (last) {
       Multiply::template wait<0>(h);
       weigh<true>(term, x, record, weight_unit);
       Multiply::template update<false>(h, term, term, at_b);
@@ -273,7 +274,7 @@ __device__ __forceinline__ void consume(const Params& p, const Segment& s, unsig
     if (lane == 0) quamba::arrive(barriers.read(stage));
     stage = stage == kStages - 1 ? 0 : stage + 1;
   }
-  if (leaves) {
+  if (last) {
     const float scale = exp2_approximate(unit);
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) h[i] *= scale;
