@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from quamba import embedded, formats
@@ -217,3 +219,15 @@ def test_a_role_that_only_wide_models_would_use_is_checked_for_all() -> None:
     wide = {"d_model": 1 << 20, "linears": {"in_prjo": {"format": "w8a8"}}}
     with pytest.raises(UserError, match="unknown role 'in_prjo' in linears"):
         fit_recipe(parse_recipe({"name": "mine", "wide": wide}, "mine"), model)
+
+
+def test_an_output_is_of_its_width_and_says_so(tiny_checkpoint, quantise) -> None:
+    folder, model = tiny_checkpoint("mamba2")
+    width = describe(model.config).d_model
+    linears = {"default": {"format": "w8a8", "method": "rtn"}}
+    for least, kind in ((width, torch.int32), (width + 1, torch.int8)):
+        wide = {"d_model": least, "linears": {"lm_head": {"format": "w4a8"}}}
+        out = quantise(folder, parse_recipe({"linears": linears, "wide": wide}, "mine"), f"from-{least}")
+        assert load_file(out / "model.safetensors")["lm_head.weight_packed"].dtype == kind
+        stored = load_recipe(out / "recipe.yaml")
+        assert stored.wide is None and (stored.linear("lm_head").format == "w4a8") == (kind == torch.int32)
