@@ -77,6 +77,7 @@ def quantize(
     Raises UserError where transformers cannot open the checkpoint, or calls none of its linears.
     """
     start, where = time.perf_counter(), pick_device(device)
+    # a config that names no width is taken for a narrow model's
     recipe = recipe.for_width(getattr(checkpoint.config.get_text_config(), "hidden_size", 0))
     tokens = calibration.windows(
         calibration.read_text(calibration_text), checkpoint.tokenizer(), samples, seqlen, seed, checkpoint.spec

@@ -9,7 +9,7 @@ from __future__ import annotations
 import reprlib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -143,6 +143,11 @@ class LayerOverride(_Strict):
     def _as_text(cls, value: Any) -> str:
         return ",".join(str(v) for v in value) if isinstance(value, list) else str(value)
 
+    @property
+    def place(self) -> str:
+        """Where it stands, for errors."""
+        return f"layers {self.match}: "
+
     def covers(self, layer: int) -> bool:
         """Whether the layer of that index is meant."""
         spans = (part.partition("-") for part in self.match.split(","))
@@ -163,6 +168,7 @@ class WideOverride(_Strict):
     d_model: int = Field(ge=1)
     linears: dict[str, dict[str, Any]] = {}
     activations: dict[str, dict[str, Any]] = {}
+    place: ClassVar[str] = "wide: "
 
 
 class Recipe(_Strict):
@@ -187,14 +193,18 @@ class Recipe(_Strict):
     calibration: CalibrationSpec = CalibrationSpec()
     wide: WideOverride | None = None
     layers: tuple[LayerOverride, ...] = ()
+    place: ClassVar[str] = ""
+
+    @property
+    def everywhere(self) -> tuple[Recipe | WideOverride | LayerOverride, ...]:
+        """Itself and all that is laid over it."""
+        return (self, *filter(None, [self.wide]), *self.layers)
 
     @model_validator(mode="after")
     def _complete(self) -> Recipe:
         if self.rotate.residual and not self.fold_norms:
             raise ValueError("rotate.residual needs fold_norms: a rotation does not commute with a norm's gain")
-        wide = () if self.wide is None else (self.wide,)
-        everywhere: tuple[Recipe | LayerOverride | WideOverride, ...] = (self, *wide, *self.layers)
-        for where in everywhere:
+        for where in self.everywhere:
             for role in where.linears:
                 self._merge(LinearSpec, "linears", role, where)
             for role in where.activations:
@@ -202,10 +212,10 @@ class Recipe(_Strict):
         for override in self.layers:
             for name in ("state", "linear_state"):
                 values = {**getattr(self, name).model_dump(), **getattr(override, name)}
-                _build(StateSpec, values, f"layers {override.match}: {name}")
-            _build(StorageSpec, {**self.conv.model_dump(), **override.conv}, f"layers {override.match}: conv")
+                _build(StateSpec, values, f"{override.place}{name}")
+            _build(StorageSpec, {**self.conv.model_dump(), **override.conv}, f"{override.place}conv")
         if self.wide is not None:
-            self.for_width(self.wide.d_model)
+            self.for_width(self.wide.d_model)  # layers laid over both have to fit as well
         for values in (self.linear_state.model_dump(), *(override.linear_state for override in self.layers)):
             if values.get("delta_rule", "float32") != "float32":
                 raise ValueError("linear_state.delta_rule: linear_state has its own dtype for all; leave it out")
@@ -219,9 +229,7 @@ class Recipe(_Strict):
             table = getattr(source, field) if source is not None else {}
             for key in ("default", role):
                 chosen = laid_over(chosen, table.get(key, {}))
-        where = "wide: " if isinstance(override, WideOverride) else ""
-        where = f"layers {override.match}: " if isinstance(override, LayerOverride) else where
-        return _build(spec, chosen, f"{where}{field}.{role}")
+        return _build(spec, chosen, f"{override.place if override is not None else ''}{field}.{role}")
 
     def for_width(self, d_model: int) -> Recipe:
         """The recipe for a model of that many channels, which names no others."""

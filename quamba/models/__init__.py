@@ -101,7 +101,7 @@ def fit_recipe(recipe: Recipe, model: ModelSpec) -> Recipe:
     no layer, and a group size that divides no linear it is meant for.
     """
     known, own = roles(every()), roles([model])
-    for where in (recipe, *(() if recipe.wide is None else (recipe.wide,)), *recipe.layers):
+    for where in recipe.everywhere:
         for field, names in known.items():
             for role in getattr(where, field):
                 if role not in names:
