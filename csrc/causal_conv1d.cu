@@ -12,7 +12,7 @@ namespace {
 
 using namespace quamba;
 
-constexpr int kWarps = 4, kWidth = 4, kPast = kWidth - 1, kLeast = 8;
+constexpr int kWarps = 4, kWidth = kMostTaps, kPast = kWidth - 1, kLeast = 8;
 
 // X: the type of x. Rounds: x becomes int8 on its way in. Whole: rows of x and y lie in whole quads.
 template <int X, bool Rounds, bool Whole>
@@ -160,17 +160,24 @@ int launch_as(const Conv& p, dim3 grid, int threads, void* stream) {
   return p.a.in_scale ? launch_as<X, true>(p, grid, threads, stream) : launch_as<X, false>(p, grid, threads, stream);
 }
 
+int run_codes(const Conv& p, int processors, void* stream) {
+  using namespace conv;
+  auto kernel = p.a.x_dtype == QUAMBA_I8    ? convolve<Codes<QUAMBA_I8>>
+                : p.a.x_dtype == QUAMBA_F16 ? convolve<Codes<QUAMBA_F16>>
+                                            : convolve<Codes<QUAMBA_BF16>>;
+  return run_ahead(kernel, p, processors, stream);
+}
+
+int run_halves(const Conv& p, int processors, void* stream) {
+  using namespace conv;
+  return run_ahead(p.a.x_dtype == QUAMBA_F16 ? convolve<Halves<true>> : convolve<Halves<false>>, p, processors, stream);
+}
+
 }  // namespace
 
 extern "C" int quamba_causal_conv1d(const QuambaConv* args, void* stream) {
   const QuambaConv& a = *args;
-  auto is_float = [](int type) { return type == QUAMBA_F32 || type == QUAMBA_F16 || type == QUAMBA_BF16; };
-  const bool rounds = a.in_scale;
-  if (a.B < 1 || a.B > 65535 || a.T < 1 || a.C < 1 || a.W < 2 || a.W > kWidth || a.sequences < 1 ||
-      (a.cu_seqlens ? a.B != 1 || a.T > 0x7fffffffLL : a.sequences != a.B) || (rounds && !is_float(a.x_dtype)) ||
-      (!a.out_scale && !is_float(a.y_dtype)) || (a.bias && !is_float(a.bias_dtype)) ||
-      (a.expansion.y && !expands(a.expansion)))
-    return QUAMBA_UNSUPPORTED;
+  if (!takes(a)) return QUAMBA_UNSUPPORTED;
   int processors = 0;
   if (cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, processors); error != cudaSuccess)
     return error;
@@ -180,15 +187,9 @@ extern "C" int quamba_causal_conv1d(const QuambaConv* args, void* stream) {
   run = run < 128 ? run : 128;
   const long long fewest = a.T / (60000LL * kWarps);
   run = ((run > fewest ? run : fewest) / kLeast + 1) * kLeast;
-  const bool dense = a.C % 4 == 0;
-  const Conv p{a,
-               static_cast<int>(run),
-               dense && in_quads(a.x, a.x_dtype, a.token_stride, a.batch_stride),
-               a.W == 4 && in_quads(a.weight, a.weight_dtype),
-               dense && in_quads(a.state, rounds ? QUAMBA_I8 : a.x_dtype),
-               dense && in_quads(a.y, a.out_scale ? QUAMBA_I8 : a.y_dtype)};
-  if (conv::of_codes(p)) return conv::run_codes(p, processors, stream);
-  if (conv::of_halves(p)) return conv::run_halves(p, processors, stream);
+  const Conv p = conv_of(a, static_cast<int>(run));
+  if (conv::of_codes(p)) return run_codes(p, processors, stream);
+  if (conv::of_halves(p)) return run_halves(p, processors, stream);
   const long long runs = (a.T - 1) / run + 1;
   const int warps = static_cast<int>(runs < kWarps ? runs : kWarps);
   const dim3 grid(static_cast<unsigned>((quads - 1) / 32 + 1), static_cast<unsigned>((runs - 1) / warps + 1),

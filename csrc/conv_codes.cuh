@@ -99,11 +99,4 @@ inline bool of_codes(const Conv& p) {
          (a.in_scale ? size_of(a.x_dtype) == 2 : a.x_dtype == QUAMBA_I8);
 }
 
-inline int run_codes(const Conv& p, int processors, void* stream) {
-  auto kernel = p.a.x_dtype == QUAMBA_I8    ? convolve<Codes<QUAMBA_I8>>
-                : p.a.x_dtype == QUAMBA_F16 ? convolve<Codes<QUAMBA_F16>>
-                                            : convolve<Codes<QUAMBA_BF16>>;
-  return run_ahead(kernel, p, processors, stream);
-}
-
 }  // namespace quamba::conv

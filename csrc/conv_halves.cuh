@@ -94,8 +94,4 @@ inline bool of_halves(const Conv& p) {
          !a.in_scale && !a.x_scale;
 }
 
-inline int run_halves(const Conv& p, int processors, void* stream) {
-  return run_ahead(p.a.x_dtype == QUAMBA_F16 ? convolve<Halves<true>> : convolve<Halves<false>>, p, processors, stream);
-}
-
 }  // namespace quamba::conv

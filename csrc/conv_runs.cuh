@@ -6,8 +6,11 @@
 
 #include "conv.h"
 #include "expansion.cuh"
+#include "quads.cuh"
 
 namespace quamba {
+
+constexpr int kMostTaps = 4;
 
 struct Conv {
   QuambaConv a;
@@ -16,6 +19,25 @@ struct Conv {
   int down;             // rows of blocks; those below expand a weight
   Expansion expansion;
 };
+
+// Whether there is a kernel for a convolution.
+inline bool takes(const QuambaConv& a) {
+  auto is_float = [](int type) { return type == QUAMBA_F32 || type == QUAMBA_F16 || type == QUAMBA_BF16; };
+  return a.B >= 1 && a.B <= 65535 && a.T >= 1 && a.C >= 1 && a.W >= 2 && a.W <= kMostTaps && a.sequences >= 1 &&
+         (a.cu_seqlens ? a.B == 1 && a.T <= 0x7fffffffLL : a.sequences == a.B) &&
+         (!a.in_scale || is_float(a.x_dtype)) && (a.out_scale || is_float(a.y_dtype)) &&
+         (!a.bias || is_float(a.bias_dtype)) && (!a.expansion.y || expands(a.expansion));
+}
+
+inline Conv conv_of(const QuambaConv& a, int run) {
+  const bool dense = a.C % 4 == 0;
+  return {a,
+          run,
+          dense && in_quads(a.x, a.x_dtype, a.token_stride, a.batch_stride),
+          a.W == 4 && in_quads(a.weight, a.weight_dtype),
+          dense && in_quads(a.state, a.in_scale ? QUAMBA_I8 : a.x_dtype),
+          dense && in_quads(a.y, a.out_scale ? QUAMBA_I8 : a.y_dtype)};
+}
 
 struct Sequence {
   long long begin, end;

@@ -1,6 +1,7 @@
 // The C ABI of the selective scan. Status and rules as in linear.h; there is no scratch.
 #pragma once
 
+#include "conv.h"
 #include "expansion.h"
 #include "linear.h"
 
@@ -70,3 +71,10 @@ typedef struct {         // quamba_ssd_scan, with quamba_ssd_scan_workspace
   float lowest, highest;  // of dt
   QuambaExpansion expansion;  // beside: on multiprocessors that the scan leaves idle
 } QuambaSsdScan;
+
+typedef struct {  // quamba_ssd_prefill, with quamba_ssd_prefill_workspace: a convolution, then the scan of what it gives
+  void* workspace;
+  long long workspace_bytes;
+  QuambaConv conv;     // of the channels of x, B and C; what follows them in y need not be stored
+  QuambaSsdScan scan;  // x, b and c: y of the convolution; workspace: none
+} QuambaSsdPrefill;

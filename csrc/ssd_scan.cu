@@ -74,12 +74,7 @@ int launch_states(const Params& p, void* stream) {
 
 }  // namespace
 
-extern "C" long long quamba_ssd_scan_workspace(const QuambaSsdScan* args) {
-  return Scratch(*args, cuts_of(*args)).bytes;
-}
-
-extern "C" int quamba_ssd_scan(const QuambaSsdScan* args, void* stream) {
-  const QuambaSsdScan& a = *args;
+bool quamba::ssd::prepare(const QuambaSsdScan& a, Params& p) {
   auto is_float = [](int type) { return type == QUAMBA_F32 || type == QUAMBA_F16 || type == QUAMBA_BF16; };
   auto lies_at = [](const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
   auto is_short = [](int type) { return type == QUAMBA_I8 || type == QUAMBA_F16 || type == QUAMBA_BF16; };
@@ -92,10 +87,10 @@ extern "C" int quamba_ssd_scan(const QuambaSsdScan* args, void* stream) {
       !in_sixteens(a.c, a.c_dtype, a.c_token, a.c_batch, a.c_group) || !lies_at(a.state, 8) || !lies_at(a.last, 8) ||
       !lies_at(a.y, 16) || !lies_at(a.workspace, 16) ||
       (a.expansion.y && !expands(a.expansion)))
-    return QUAMBA_UNSUPPORTED;
-  Params p{a, cuts_of(a)};
+    return false;
+  p.a = a, p.cuts = cuts_of(a);
   const Scratch scratch(a, p.cuts);
-  if (scratch.bytes > a.workspace_bytes) return QUAMBA_UNSUPPORTED;
+  if (scratch.bytes > a.workspace_bytes) return false;
   char* base = static_cast<char*>(a.workspace);
   p.slots = scratch.slots;
   p.operands = reinterpret_cast<unsigned char*>(base + scratch.operands);
@@ -103,12 +98,22 @@ extern "C" int quamba_ssd_scan(const QuambaSsdScan* args, void* stream) {
   p.steps = reinterpret_cast<float*>(base + scratch.steps);
   p.flags = reinterpret_cast<int*>(base + scratch.flags);
   p.local = reinterpret_cast<float*>(base + scratch.local), p.left = reinterpret_cast<float*>(base + scratch.left);
+  return true;
+}
+
+extern "C" long long quamba_ssd_scan_workspace(const QuambaSsdScan* args) {
+  return Scratch(*args, cuts_of(*args)).bytes;
+}
+
+extern "C" int quamba_ssd_scan(const QuambaSsdScan* args, void* stream) {
+  Params p;
+  if (!prepare(*args, p)) return QUAMBA_UNSUPPORTED;
   if constexpr (kHopper) {
-    if (hopper::serves(a)) {
+    if (hopper::serves(p.a)) {
       const int status = hopper::launch_inputs(p, stream);
       return status == QUAMBA_OK ? hopper::launch_scan(p, stream) : status;
     }
   }
-  if (int status = launch_operands(p, tokens_of(a), stream); status != QUAMBA_OK) return status;
-  return expand_after(launch_states(p, stream), a.expansion, stream);
+  if (int status = launch_operands(p, tokens_of(p.a), stream); status != QUAMBA_OK) return status;
+  return expand_after(launch_states(p, stream), p.a.expansion, stream);
 }

@@ -37,6 +37,9 @@ struct Params {
   float *local, *left;
 };
 
+// What the launches of a scan are given; false for what no kernel takes. ssd_scan.cu.
+bool prepare(const QuambaSsdScan& a, Params& p);
+
 constexpr int kHighest = 15;        // |M|, |h| <= 2^15
 constexpr float kNothing = -200.f;  // log2 of zero
 

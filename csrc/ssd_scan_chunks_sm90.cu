@@ -1,10 +1,10 @@
 // What heads of a group share in the SSD scan on Hopper, chunk by chunk, and dt as decays and weights.
-#include "ssd_scan_sm90.cuh"
+#include "ssd_chunks_sm90.cuh"
 
 namespace quamba::ssd::hopper {
 namespace {
 
-constexpr int kThreads = 256, kHeads = 16;  // of a block that turns to dt: a sector holds so many
+constexpr int kThreads = kSharingThreads, kHeads = 16;  // of a block that turns to dt: a sector holds so many
 constexpr unsigned kRehearsals = 256;       // blocks: each multiprocessor's first ones
 
 // B and C of a group as operands, and their products, at place ``at`` of all. Not real: nothing of it is left.
@@ -13,10 +13,8 @@ __device__ __forceinline__ void share(const Params& p, const Place& place, long 
   constexpr int kPieces = kTokens * kN / 8, kEach = kPieces / kThreads;  // of 16 bits
   __shared__ float most[3][kThreads / 32];
   const QuambaSsdScan& a = p.a;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  unsigned char* const to = const_cast<unsigned char*>(p.operands) + at * kSlotBytes;
   auto greatest = [](float x, float y) { return fmaxf(x, y); };
-  int exponents[3];
+  int exponents[2];
 #pragma unroll
   for (int is_c = 0; is_c < 2; ++is_c) {
     const int type = is_c ? a.c_dtype : a.b_dtype, size = size_of(type);
@@ -54,46 +52,7 @@ __device__ __forceinline__ void share(const Params& p, const Place& place, long 
       exponents[is_c] = e;
     }
   }
-  __syncthreads();
-#pragma unroll
-  for (int i = threadIdx.x; i < 2 * kOperands / 16; i += kThreads)
-    if (real) reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(shared)[i];
-
-  const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  constexpr int kTurns = (kBlocks - 1) / (kThreads / 32) + 1;
-  float sums[kTurns][8], largest = 0.f;
-#pragma unroll
-  for (int turn = 0; turn < kTurns; ++turn) {
-    const int i = warp + turn * (kThreads / 32);
-    if (i >= kBlocks) break;
-#pragma unroll
-    for (float& sum : sums[turn]) sum = 0.f;
-#pragma unroll
-    for (int k = 0; k < kN / 16; ++k) {
-      uint32_t left[4], right[4];
-      left_along<kTokens>(left, base + kOperands, 16 * block_row(i / 4, i % 4), k);
-      right_along<kTokens>(right, base, 16 * block_column(i / 4, i % 4), k);
-      multiply(sums[turn], left, right[0], right[1]);
-      multiply(sums[turn] + 4, left, right[2], right[3]);
-    }
-#pragma unroll
-    for (float sum : sums[turn]) largest = fmaxf(largest, fabsf(sum));
-  }
-  // products of integers, or of halves of which the largest are about as large as those
-  exponents[2] = exponent_of(block_reduce(largest, most[2], greatest), 0) + 1 - kHighest;
-  const float factor = power_of_two(-exponents[2]);
-#pragma unroll
-  for (int turn = 0; turn < kTurns; ++turn) {
-    const int i = warp + turn * (kThreads / 32);
-    if (i >= kBlocks) break;
-    uint32_t v[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) v[j] = pack_f16(sums[turn][2 * j] * factor, sums[turn][2 * j + 1] * factor);
-    if (real)
-      *reinterpret_cast<uint4*>(to + 2 * kOperands + i * kBlockBytes + 16 * lane) = make_uint4(v[0], v[1], v[2], v[3]);
-  }
-  if (real && threadIdx.x == 0)
-    reinterpret_cast<int4*>(const_cast<int*>(p.exponents))[at] = make_int4(exponents[0], exponents[1], exponents[2], 0);
+  share_products(p, at, shared, most[2], {exponents[0], exponents[1]}, real);
 }
 
 // Blocks of a slot: one for each group, then kHeads heads each. What takes longest is to fetch instructions, so the

@@ -37,6 +37,7 @@ TOLERANCE: dict[str, dict[torch.dtype, float]] = {
     "linear_w4a16": {F32: 2e-6, F16: 1e-3, BF16: 8e-3},  # and the scales of the weights
     "norm_linear": {F32: 2e-3, F16: 2e-3, BF16: 8e-3},  # a code of the input may round the other way
     "ssd_scan": {F32: 5e-6, BF16: 2e-3},
+    "ssd_prefill": {F32: 5e-6, BF16: 4e-3},  # a code of x, B or C may round the other way
     "ssd_update": {F32: 2e-6, BF16: 2e-3},
     "selective_scan": {F32: 5e-6, BF16: 2e-3},
     "selective_prefill": {F32: 5e-6, BF16: 2e-3},

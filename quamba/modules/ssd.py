@@ -70,14 +70,20 @@ class SSDMixer(Mixer):
             "B_scale": self._group_scale("B"),
             "C_scale": self._group_scale("C"),
         }
-        self._decode = (
-            self._fused(ops.ssd_decode, "causal_conv1d", "ssd_update", "gate_output")
-            if len({site.ready for site in self.sites.values()}) == 1 else None
-        )  # fmt: skip
+        alike = len({site.ready for site in self.sites.values()}) == 1
+        decode = ops.ssd_decode, "causal_conv1d", "ssd_update", "gate_output"
+        self._decode = self._fused(*decode) if alike else None
+        self._prefill = self._fused(ops.ssd_prefill, "causal_conv1d", "ssd_scan") if alike else None
 
     def _group_scale(self, name: str) -> torch.Tensor | None:
         scale = self.sites[name].per_channel()
         return None if scale is None else scale.view(self.mixer_spec.sizes["G"], -1)[:, 0].contiguous()
+
+    def prefills(self, state: RecurrentState | None, tokens: int, mask: torch.Tensor | None) -> bool:
+        """Whether this call is a prompt without padding, and nobody wants to see what lies in between."""
+        if self._prefill is None or mask is not None or (tokens == 1 and state is not None and state.filled):
+            return False
+        return not any(site.watched for site in (self.conv_input, *self.sites.values()))
 
     def forward(
         self,
@@ -97,12 +103,22 @@ class SSDMixer(Mixer):
         if self._decode is not None and state is not None and self.decodes(state, tokens, attention_mask):
             return self.project(self.decode(projected[:, 0], state), residual)
         z, mixed, dt = projected.split([s["I"], sum(self.conv_channels.values()), s["H"]], -1)
-        mixed = self.convolve(mixed, state, attention_mask)
-        parts = mixed.split(list(self.conv_channels.values()), -1)
-        x, B, C = (self.quantise_part(name, part) for name, part in zip(self.conv_channels, parts, strict=True))
         A, D, dt_bias = self._rates
         options = {**self._scales, "dt_limit": self.mixer_spec.dt_limit, "out_dtype": self.dtype}
+        fused = self._prefill if self.prefills(state, tokens, attention_mask) else None
+        if fused is None:
+            mixed = self.convolve(mixed, state, attention_mask)
         with self.linear(self.out.role).ahead(batch * tokens):
+            if fused is not None:
+                y, last = fused(
+                    mixed, dt, self.conv1d.taps, self.conv1d.bias, None if state is None else state.conv, A, D, dt_bias,
+                    self.before(state), groups=s["G"], d_state=s["N"], conv_in_scale=self._conv_in_scale,
+                    conv_weight_scale=self.conv1d.scale, conv_out_scale=self._conv_out_scale, **options,
+                )  # fmt: skip
+                self.store(last, state)
+                return self.leave(y.reshape(batch, tokens, s["I"]), z, residual)
+            parts = mixed.split(list(self.conv_channels.values()), -1)
+            x, B, C = (self.quantise_part(name, part) for name, part in zip(self.conv_channels, parts, strict=True))
             if state is not None and tokens == 1 and state.filled:
                 heads = x.view(batch, s["H"], s["P"])
                 y = self._update(

@@ -153,6 +153,25 @@ def ssd_scan(
     )
 
 
+def _why_not_ssd_prefill(setting: Setting) -> str | None:
+    shape = setting.shape
+    reason = ssd.prefill_why_not(shape.get("P"), shape.get("N"), shape.get("W")) or _why_not_ssd(setting)
+    return _why_not_hopper(setting) or reason
+
+
+@ops.ssd_prefill.backend("cuda", why_not=_why_not_ssd_prefill, rank=RANK)
+def ssd_prefill(
+    mixed, dt, conv_weight, conv_bias, conv_state, A, D, dt_bias=None, state=None, *, groups, d_state,
+    conv_in_scale=None, conv_weight_scale=None, conv_out_scale=None, x_scale=None, B_scale=None, C_scale=None,
+    dt_limit=NO_LIMIT, out_dtype=torch.float32,
+):  # fmt: skip
+    """One kernel convolves, and makes what the heads of a group share; the other is that of ssd_scan."""
+    return torch.ops.quamba.ssd_prefill.default(
+        mixed, dt, conv_weight, conv_bias, conv_state, A, D, dt_bias, state, groups, d_state, conv_in_scale,
+        conv_weight_scale, conv_out_scale, x_scale, B_scale, C_scale, *dt_limit, out_dtype,
+    )  # fmt: skip
+
+
 @ops.linear_w8a8.backend("cuda", why_not=_why_not, rank=RANK, prepack=load)
 def linear_w8a8(
     x, x_scale, weights: tuple[torch.Tensor, torch.Tensor], bias=None, residual=None, *,

@@ -43,6 +43,7 @@ HOPPER = (
     "quamba_ssd_stack_w8a8_serves", "quamba_ssd_stack_w4a8_serves", "quamba_ssd_stack_w4a16_serves",
     "quamba_selective_stack_w8a8", "quamba_selective_stack_w4a8", "quamba_selective_stack_w4a16",
     "quamba_selective_stack_w8a8_serves", "quamba_selective_stack_w4a8_serves", "quamba_selective_stack_w4a16_serves",
+    "quamba_ssd_prefill",
 )  # fmt: skip
 
 Progress = Callable[[str, int, int], None]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -37,11 +40,12 @@ def why_not(W: int) -> str | None:
     return None if W in WIDTHS else f"takes convolutions of width {WIDTHS[0]} to {WIDTHS[-1]}, got {W}"
 
 
-def causal_conv1d(
+def arguments(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, in_scale: Tensor | None,
     x_scale: Tensor | None, weight_scale: Tensor | None, out_scale: Tensor | None, out_dtype: torch.dtype,
     cu_seqlens: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> tuple[QuambaConv, Tensor, list[Tensor]]:  # fmt: skip
+    """What the kernel takes, its result, and what must live until it is launched; the state has to be contiguous."""
     if x.dim() != 3:
         raise ValueError(f"x has to be [B, T, C], got {list(x.shape)}")
     x = stream("x", x, x, FLOATS if in_scale is not None else (*FLOATS, *CODES))
@@ -68,13 +72,31 @@ def causal_conv1d(
         setattr(a, name, constant(name, scale, x, (torch.float32,), (1,), (C,)))
         setattr(a, f"{name}_count", 0 if scale is None else scale.numel())
     a.cu_seqlens = constant("cu_seqlens", cu_seqlens, x, (torch.int32,), (sequences + 1,))
+    a.state = constant("state", state, x, (torch.int8 if in_scale is not None else x.dtype,), (sequences, W - 1, C))
+    return a, y, [x]
+
+
+@contextmanager
+def contiguous(state: Tensor | None) -> Iterator[Tensor | None]:
+    """A state that a kernel updates in place, or a contiguous copy that is copied back."""
     kept = None if state is None else state.contiguous()
-    a.state = constant("state", kept, x, (torch.int8 if in_scale is not None else x.dtype,), (sequences, W - 1, C))
-    if x.numel():
-        a.expansion = waiting(x.device)
-        launch("quamba_causal_conv1d", a, x.device)
+    yield kept
     if state is not None and kept is not None and kept is not state:
         state.copy_(kept)
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, in_scale: Tensor | None,
+    x_scale: Tensor | None, weight_scale: Tensor | None, out_scale: Tensor | None, out_dtype: torch.dtype,
+    cu_seqlens: Tensor | None,
+) -> Tensor:  # fmt: skip
+    with contiguous(state) as kept:
+        a, y, _alive = arguments(
+            x, weight, bias, kept, in_scale, x_scale, weight_scale, out_scale, out_dtype, cu_seqlens
+        )
+        if x.numel():
+            a.expansion = waiting(x.device)
+            launch("quamba_causal_conv1d", a, x.device)
     return y
 
 

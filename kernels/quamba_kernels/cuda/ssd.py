@@ -1,10 +1,11 @@
-"""Mamba2's scan as custom op quamba::ssd_scan, of csrc/scan.h."""
+"""Mamba2's scan as custom ops quamba::ssd_scan and quamba::ssd_prefill, of csrc/scan.h."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from quamba_kernels.cuda import conv
 from quamba_kernels.cuda.arguments import CODES, FLOATS, Arguments, constant, fields, launch, stream
 from quamba_kernels.cuda.expansion import QuambaExpansion, waiting
 from quamba_kernels.cuda.library import DTYPES
@@ -30,6 +31,12 @@ class QuambaSsdScan(Arguments):
     ) + [("expansion", QuambaExpansion)]
 
 
+class QuambaSsdPrefill(Arguments):
+    """The struct of csrc/scan.h."""
+
+    _fields_ = fields("workspace", "workspace_bytes", "") + [("conv", conv.QuambaConv), ("scan", QuambaSsdScan)]
+
+
 def why_not(P: int | None, N: int | None, dtype: torch.dtype) -> str | None:
     """Why the kernel does not take such heads and states, or that type of outputs, in a sentence."""
     if P is not None and P not in CHANNELS:
@@ -38,6 +45,14 @@ def why_not(P: int | None, N: int | None, dtype: torch.dtype) -> str | None:
         return f"takes {', '.join(map(str, STATES))} states a channel, got {N}"
     if dtype not in HALVES:
         return f"computes outputs of 16 bits, got {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def prefill_why_not(P: int | None, N: int | None, W: int | None) -> str | None:
+    """Why the kernel that also convolves does not take such heads, states and taps, in a sentence."""
+    for what, size, wanted in (("channels a head", P, 64), ("states a channel", N, 128), ("taps", W, 4)):
+        if size not in (None, wanted):
+            return f"is written for {wanted} {what}, got {size}"
     return None
 
 
@@ -55,11 +70,12 @@ def _pieces(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> Ten
     return tensor
 
 
-def ssd_scan(
+def arguments(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None, state: Tensor | None,
     x_scale: Tensor | None, B_scale: Tensor | None, C_scale: Tensor | None, lowest: float, highest: float,
     out_dtype: torch.dtype, cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[QuambaSsdScan, Tensor, Tensor, list[Tensor | None]]:  # fmt: skip
+    """What the kernel takes, y and the last state, and what must live until it is launched."""
     if x.dim() != 4 or B.dim() != 4:
         raise ValueError(f"x and B have to be [B, T, H, P] and [B, T, G, N], got {list(x.shape)} and {list(B.shape)}")
     batch, T, H, P = x.shape
@@ -97,7 +113,18 @@ def ssd_scan(
     a.dt_bias_dtype = 0 if dt_bias is None else DTYPES[dt_bias.dtype]
     a.state = constant("state", before, x, fp32, (sequences, H, P, N))
     a.cu_seqlens = constant("cu_seqlens", cu_seqlens, x, (torch.int32,), (sequences + 1,))
-    if sequences:
+    return a, y, last, [x, B, C, dt, before]
+
+
+def ssd_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor | None, state: Tensor | None,
+    x_scale: Tensor | None, B_scale: Tensor | None, C_scale: Tensor | None, lowest: float, highest: float,
+    out_dtype: torch.dtype, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    a, y, last, _alive = arguments(
+        x, dt, A, B, C, D, dt_bias, state, x_scale, B_scale, C_scale, lowest, highest, out_dtype, cu_seqlens
+    )
+    if a.sequences:
         a.expansion = waiting(x.device)
         launch("quamba_ssd_scan", a, x.device)
     return y, last
@@ -113,6 +140,46 @@ def _fake(
     return x.new_empty(x.shape, dtype=out_dtype), last
 
 
+def ssd_prefill(
+    mixed: Tensor, dt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, conv_state: Tensor | None, A: Tensor,
+    D: Tensor, dt_bias: Tensor | None, state: Tensor | None, groups: int, d_state: int, conv_in_scale: Tensor | None,
+    conv_weight_scale: Tensor | None, conv_out_scale: Tensor | None, x_scale: Tensor | None, B_scale: Tensor | None,
+    C_scale: Tensor | None, lowest: float, highest: float, out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    heads, columns = A.numel(), groups * d_state
+    inner = mixed.shape[-1] - 2 * columns
+    if mixed.dim() != 3 or inner <= 0 or inner % heads:
+        raise ValueError(f"mixed has to be [B, T, H P + 2 G N] with {heads} heads, {groups} groups and {d_state} states, "
+                         f"got {list(mixed.shape)}")  # fmt: skip
+    with conv.contiguous(conv_state) as kept:
+        convolution, convolved, _x = conv.arguments(
+            mixed, conv_weight, conv_bias, kept, conv_in_scale, None, conv_weight_scale, conv_out_scale, out_dtype, None
+        )
+        x, B, C = convolved.split([inner, columns, columns], -1)
+        scan, y, last, _alive = arguments(
+            x.unflatten(-1, (heads, -1)), dt, A, B.unflatten(-1, (groups, -1)), C.unflatten(-1, (groups, -1)), D, dt_bias,
+            state, x_scale, B_scale, C_scale, lowest, highest, out_dtype, None,
+        )  # fmt: skip
+        if mixed.numel():
+            scan.expansion = waiting(mixed.device)
+            launch("quamba_ssd_prefill", QuambaSsdPrefill(conv=convolution, scan=scan), mixed.device)
+        else:
+            last.zero_() if state is None else last.copy_(state)
+    return y, last
+
+
+def _fake_prefill(
+    mixed: Tensor, dt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, conv_state: Tensor | None, A: Tensor,
+    D: Tensor, dt_bias: Tensor | None, state: Tensor | None, groups: int, d_state: int, conv_in_scale: Tensor | None,
+    conv_weight_scale: Tensor | None, conv_out_scale: Tensor | None, x_scale: Tensor | None, B_scale: Tensor | None,
+    C_scale: Tensor | None, lowest: float, highest: float, out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    heads = A.shape[0]
+    P = (mixed.shape[-1] - 2 * groups * d_state) // heads
+    last = mixed.new_empty((mixed.shape[0], heads, P, d_state), dtype=torch.float32)
+    return mixed.new_empty((*mixed.shape[:2], heads, P), dtype=out_dtype), last
+
+
 _LIBRARY = torch.library.Library("quamba", "FRAGMENT")
 _LIBRARY.define(
     "ssd_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? dt_bias, Tensor? state, "
@@ -122,3 +189,12 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("ssd_scan", ssd_scan, "CUDA")
 torch.library.register_fake("quamba::ssd_scan", _fake, lib=_LIBRARY)
+_LIBRARY.define(
+    "ssd_prefill(Tensor mixed, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor(a!)? conv_state, Tensor A, "
+    "Tensor D, Tensor? dt_bias, Tensor? state, int groups, int d_state, Tensor? conv_in_scale, "
+    "Tensor? conv_weight_scale, Tensor? conv_out_scale, Tensor? x_scale, Tensor? B_scale, Tensor? C_scale, "
+    "float lowest, float highest, ScalarType out_dtype) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("ssd_prefill", ssd_prefill, "CUDA")
+torch.library.register_fake("quamba::ssd_prefill", _fake_prefill, lib=_LIBRARY)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import softplus
 
+from quamba_kernels.ops.conv import causal_conv1d
 from quamba_kernels.ops.rowwise import dequantize
 from quamba_kernels.ops.sequences import scan_each
 from quamba_kernels.ops.state import load_state, quantize_state
@@ -83,6 +84,47 @@ def ssd_scan(
     for t in range(x.shape[1]):
         y[:, t], h = step(h, x[:, t], dt[:, t], A, B[:, t], C[:, t])
     return (y + x * D.float().unsqueeze(-1)).to(out_dtype), h
+
+
+@op
+def ssd_prefill(
+    mixed: torch.Tensor,
+    dt: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor | None,
+    conv_state: torch.Tensor | None,
+    A: torch.Tensor,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+    *,
+    groups: int,
+    d_state: int,
+    conv_in_scale: torch.Tensor | None = None,
+    conv_weight_scale: torch.Tensor | None = None,
+    conv_out_scale: torch.Tensor | None = None,
+    x_scale: torch.Tensor | None = None,
+    B_scale: torch.Tensor | None = None,
+    C_scale: torch.Tensor | None = None,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    out_dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What stands between in_proj of a prompt and its gate: causal_conv1d, then ssd_scan of what it gives.
+
+    mixed [B, T, H P + 2 G N] float, the channels of x, B and C, G and N being ``groups`` and ``d_state``; conv_* as
+    causal_conv1d takes them, conv_state updated in place; without conv_out_scale x, B and C have the type of y. The rest,
+    and what is returned, as in ssd_scan.
+    """
+    mixed = causal_conv1d(
+        mixed, conv_weight, conv_bias, conv_state, in_scale=conv_in_scale, weight_scale=conv_weight_scale,
+        out_scale=conv_out_scale, out_dtype=out_dtype,
+    )  # fmt: skip
+    columns = groups * d_state
+    x, B, C = mixed.split([mixed.shape[-1] - 2 * columns, columns, columns], -1)
+    return ssd_scan(
+        x.unflatten(-1, (len(A), -1)), dt, A, B.unflatten(-1, (groups, d_state)), C.unflatten(-1, (groups, d_state)), D,
+        dt_bias, state, x_scale=x_scale, B_scale=B_scale, C_scale=C_scale, dt_limit=dt_limit, out_dtype=out_dtype,
+    )  # fmt: skip
 
 
 @op
