@@ -20,6 +20,9 @@ constexpr int kThreads = kSharingThreads, kWarps = kThreads / 32;
 constexpr int kRuns = kWarps / 2, kRun = kTokens / kRuns;  // of a chunk: warps take turns at B and C
 constexpr int kResident = conv::kResident / kThreads;      // blocks of a multiprocessor
 
+constexpr int kHeads = 128, kPitchOfHead = kTokens + 1;  // that a block has dt of at a time; floats of one
+constexpr int kShared = std::max(2 * kOperands, 4 * kHeads * kPitchOfHead);
+
 struct Prefill {
   Conv conv;  // of all channels, but only those of x are stored
   Params scan;
@@ -83,6 +86,43 @@ __device__ __forceinline__ void convolve_chunk(const Prefill& all, unsigned at, 
   share_products(p, at, shared, most[1], exponents, true);
 }
 
+// dt of a chunk as decays and weights: by way of shared memory, or each head would wait for memory. A warp reads every eighth
+// token, a lane four heads of it.
+__device__ __forceinline__ void convert_dt(const Params& p, const Place& place, long long slot, float* shared) {
+  constexpr int kEach = kTokens / kWarps;
+  const QuambaSsdScan& a = p.a;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool half = a.dt_dtype == QUAMBA_F16;
+  for (int from = 0; from < a.H; from += kHeads) {
+    const int heads = min(a.H - from, kHeads), count = heads - 4 * lane;
+    const long long first = place.batch * a.dt_batch + (place.first + warp) * a.dt_token + from + 4 * lane;
+    if (from) __syncthreads();  // what is shared has been read
+    uint2 raw[kEach];
+#pragma unroll
+    for (int k = 0; k < kEach; ++k)
+      if (count > 0 && place.first + warp + k * kWarps < place.end)
+        raw[k] = __ldcg(reinterpret_cast<const uint2*>(static_cast<const unsigned short*>(a.dt) + first +
+                                                       k * kWarps * a.dt_token));
+    if (count > 0) {
+      float* const to = shared + 4 * lane * kPitchOfHead + warp;
+#pragma unroll
+      for (int k = 0; k < kEach; ++k) {
+        const float2 low = halves_to_floats(raw[k].x, half), high = halves_to_floats(raw[k].y, half);
+        const float four[4] = {low.x, low.y, high.x, high.y};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) to[j * kPitchOfHead + k * kWarps] = four[j];
+      }
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int head = 2 * warp; head < heads; head += 2 * kWarps)
+#pragma unroll
+      for (int i = head; i < head + 2; ++i)
+        if (i < heads)
+          steps_of<kTokens, true>(p, place, slot, from + i, [&](int token) { return shared[i * kPitchOfHead + token]; });
+  }
+}
+
 template <class Taps>
 __global__ void __launch_bounds__(kThreads, kResident) ssd_convolve(const __grid_constant__ Prefill all) {
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -97,12 +137,7 @@ __global__ void __launch_bounds__(kThreads, kResident) ssd_convolve(const __grid
     const long long states = static_cast<long long>(p.a.sequences) * p.a.H * (p.cuts - 1);
     for (long long i = static_cast<long long>(block) * kThreads + threadIdx.x; i < states; i += all.slots * kThreads)
       p.flags[i] = 0;
-    const Place place = place_of<kTokens>(p.a, block);
-#pragma unroll 1
-    for (int head = 2 * warp; head < p.a.H; head += 2 * kWarps) {
-      steps<kTokens, true>(p, place, block, head);
-      if (head + 1 < p.a.H) steps<kTokens, true>(p, place, block, head + 1);
-    }
+    convert_dt(p, place_of<kTokens>(p.a, block), block, reinterpret_cast<float*>(shared));
     return;
   }
   block -= all.slots;
@@ -121,6 +156,7 @@ bool convolves(const Conv& conv, const Params& p) {
   const long long inner = static_cast<long long>(a.H) * kP;
   return serves(a) && !c.cu_seqlens && !a.cu_seqlens && a.T > 0 && a.x_dtype == a.b_dtype && a.x_dtype == a.c_dtype &&
          c.B == a.sequences && c.T == a.T && c.C == inner + 2LL * a.G * kN &&
+         size_of(a.dt_dtype) == 2 && a.H % 4 == 0 && in_quads(a.dt, a.dt_dtype, a.dt_token, a.dt_batch) &&
          (conv::of_codes(conv) ? c.x_dtype != QUAMBA_I8 : conv::of_halves(conv));
 }
 
@@ -140,7 +176,7 @@ int launch_convolve(Conv conv, const Params& p, void* stream) {
                     static_cast<unsigned>(across)};
   auto kernel = codes ? half ? ssd_convolve<conv::Codes<QUAMBA_F16>> : ssd_convolve<conv::Codes<QUAMBA_BF16>>
                       : half ? ssd_convolve<conv::Halves<true>> : ssd_convolve<conv::Halves<false>>;
-  return launch(kernel, all, dim3(static_cast<unsigned>(grid)), kThreads, stream, 2 * kOperands);
+  return launch(kernel, all, dim3(static_cast<unsigned>(grid)), kThreads, stream, kShared);
 }
 
 }  // namespace

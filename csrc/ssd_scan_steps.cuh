@@ -36,10 +36,11 @@ __device__ __forceinline__ Place place_of(const QuambaSsdScan& a, long long slot
   return {0, begin + (slot - first_slot(a, begin, low, Tokens)) * Tokens, bound(low + 1)};
 }
 
-// The record of a head, by a warp. Halves: weights are pairs of fp16, and the decays themselves follow. Not real: a
-// rehearsal, for an empty place, that leaves nothing.
-template <int Tokens, bool Halves = false>
-__device__ __forceinline__ void steps(const Params& p, const Place& place, long long slot, int head, bool real = true) {
+// The record of a head, by a warp. load(i): dt of token i of the chunk, as it came. Halves: weights are pairs of fp16, and the
+// decays themselves follow. Not real: a rehearsal, for an empty place, that leaves nothing.
+template <int Tokens, bool Halves, class Load>
+__device__ __forceinline__ void steps_of(const Params& p, const Place& place, long long slot, int head, Load load,
+                                         bool real = true) {
   constexpr int kEach = Tokens / 32;
   const QuambaSsdScan& a = p.a;
   const int lane = threadIdx.x % 32;
@@ -47,12 +48,9 @@ __device__ __forceinline__ void steps(const Params& p, const Place& place, long 
   float dt[kEach], decay[kEach], sum = 0.f, most = 0.f;
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
-    const long long t = place.first + lane * kEach + e;
     dt[e] = 0.f;  // beyond the last token dt = 0 leaves the state alone
-    if (t < place.end) {
-      const float v = load_float(a.dt, a.dt_dtype, place.batch * a.dt_batch + t * a.dt_token + head);
-      dt[e] = fminf(fmaxf(softplus(v + bias), a.lowest), a.highest);
-    }
+    if (place.first + lane * kEach + e < place.end)
+      dt[e] = fminf(fmaxf(softplus(load(lane * kEach + e) + bias), a.lowest), a.highest);
   }
 #pragma unroll
   for (int e = 0; e < kEach; ++e) decay[e] = sum = __fmaf_rn(dt[e], rate, sum), most = fmaxf(most, dt[e]);
@@ -106,6 +104,16 @@ __device__ __forceinline__ void steps(const Params& p, const Place& place, long 
   const float4 sums =
       make_float4(total, log2_approximate(weights), static_cast<float>(exponent_of(most, kLeastStep)), unit);
   if (real && lane == 0) *reinterpret_cast<float4*>(record + 3 * Tokens) = sums;
+}
+
+__device__ __forceinline__ float load_dt(const QuambaSsdScan& a, const Place& place, int token, int head) {
+  return load_float(a.dt, a.dt_dtype, place.batch * a.dt_batch + (place.first + token) * a.dt_token + head);
+}
+
+// The same from memory.
+template <int Tokens, bool Halves = false>
+__device__ __forceinline__ void steps(const Params& p, const Place& place, long long slot, int head, bool real = true) {
+  steps_of<Tokens, Halves>(p, place, slot, head, [&](int token) { return load_dt(p.a, place, token, head); }, real);
 }
 
 }  // namespace quamba::ssd
