@@ -67,21 +67,21 @@ class Channels {
   const int step_;
 };
 
-// A run of tokens, from `wanted` on, of four channels.
+// A run of tokens, from `wanted` on, of four channels; y: where outputs of the row's first token would lie, y_step: bytes from
+// a token to the next.
 template <class Taps>
-__device__ __forceinline__ void convolve_run(const Conv& p, int first, int row, long long wanted) {
+__device__ __forceinline__ void convolve_run(const QuambaConv& a, int first, int row, long long wanted, int run, char* y,
+                                             int y_step) {
   using Raw = typename Taps::Raw;
   using Out = typename Taps::Out;
-  const QuambaConv& a = p.a;
   Channels<Taps> channels(a, first, row);
   wait_for_previous_kernel();
   int t = static_cast<int>(cut(a, wanted, row));
-  const int end = static_cast<int>(cut(a, wanted + p.run, row));
+  const int end = static_cast<int>(cut(a, wanted + run, row));
   if (t >= end) return;
 
-  constexpr int kOut = sizeof(Out) / 4;  // bytes of an element
-  const int x_step = channels.step(), y_step = a.C * kOut;
-  char* y = static_cast<char*>(a.y) + ((row * a.T + t) * a.C + first) * kOut;
+  const int x_step = channels.step();
+  y += static_cast<long long>(t) * y_step;
   while (t < end) {
     const Sequence s = find_sequence(a, t, row);
     const int stop = min(end, static_cast<int>(s.end));
@@ -116,7 +116,10 @@ __global__ void __launch_bounds__(kThreads, kResident / kThreads) convolve(const
   if (blockIdx.y >= static_cast<unsigned>(p.down))
     return expand<kPieces>(p.expansion, ((blockIdx.y - p.down) * gridDim.z + blockIdx.z) * gridDim.x + blockIdx.x,
                            threadIdx.x, kThreads, [] { wait_for_previous_kernel(); });
-  if (first < p.a.C && wanted < p.a.T) convolve_run<Taps>(p, first, row, wanted);
+  constexpr int kOut = sizeof(typename Taps::Out) / 4;  // bytes of an element
+  if (first < p.a.C && wanted < p.a.T)
+    convolve_run<Taps>(p.a, first, row, wanted, p.run,
+                       static_cast<char*>(p.a.y) + (row * p.a.T * p.a.C + first) * kOut, p.a.C * kOut);
 }
 
 // Whether a call is of this kind, beyond what holds for every call and for codes or floats.
@@ -126,14 +129,13 @@ inline bool in_whole_quads(const Conv& p) {
          in_quads(a.bias, a.bias_dtype) && a.T < (1 << 30) && a.token_stride < (1 << 22) && a.C < (1 << 22);
 }
 
-// How long runs are, for blocks of so many warps and columns of so many of them, which find so many places at once: that
-// long where that fills the GPU, else short ones, many times over.
-inline int run_of(long long T, int warps, long long columns, long long places) {
-  constexpr int kMany = 64, kMost = 512;
+// How long runs are, for blocks of so many warps and columns of so many of them, which find so many places at once: as long as
+// lets them fill these, but not more than `most`; else `many` tokens, many times over.
+inline int run_of(long long T, int warps, long long columns, long long places, int many, int most) {
   auto up = [](long long n, long long by) { return (n - 1) / by + 1; };
   const long long down = std::max(places / columns, 1LL), filling = up(T, down * warps);
-  const bool at_once = down * columns <= places && down * columns * 8 >= places * 7 && filling <= kMost;
-  return static_cast<int>(up(std::max(at_once ? filling : kMany, up(T, 60000LL * warps)), kAhead)) * kAhead;
+  const bool at_once = down * columns <= places && down * columns * 8 >= places * 7 && filling <= most;
+  return static_cast<int>(up(std::max(at_once ? filling : many, up(T, 60000LL * warps)), kAhead)) * kAhead;
 }
 
 inline int run_ahead(void (*kernel)(Conv), Conv p, int processors, void* stream) {
@@ -141,7 +143,7 @@ inline int run_ahead(void (*kernel)(Conv), Conv p, int processors, void* stream)
   constexpr int kWarps = kThreads / 32;
   auto up = [](long long n, long long by) { return (n - 1) / by + 1; };
   const long long across = up(a.C / 4, 32), beside = across * a.B;
-  p.run = run_of(a.T, kWarps, beside, processors * (kResident / kThreads));
+  p.run = run_of(a.T, kWarps, beside, processors * (kResident / kThreads), 64, 512);
   p.down = static_cast<int>(up(up(a.T, p.run), kWarps));
   p.expansion = expansion_of(a.expansion);
   const long long blocks = p.expansion.blocks(kThreads, kPieces), rows = blocks ? up(blocks, beside) : 0;

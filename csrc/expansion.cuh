@@ -24,9 +24,26 @@ struct Expansion {
   uint4* y;
   unsigned pieces, own;  // of 16 codes: in all, of a group
   unsigned inverse;      // 2^32 / own rounded up, where i / own is the upper half of i * inverse for all pieces; else 0
+  unsigned large = ~0u;  // blocks that take all the pieces that a thread can; those after them take `few` a thread
+  unsigned few = 0;
 
-  // Blocks of so many threads, each of which takes so many pieces.
-  unsigned blocks(int threads, int each) const { return pieces ? (pieces - 1) / (threads * each) + 1 : 0; }
+  // Blocks of so many threads, each of which can take so many pieces.
+  unsigned blocks(int threads, int each) const {
+    if (!pieces) return 0;
+    const unsigned all = (pieces - 1) / (threads * each) + 1;
+    return all <= large ? all : large + (pieces - large * threads * each - 1) / (threads * few) + 1;
+  }
+
+  // For such blocks beside a kernel that leaves them `idle` multiprocessors for so long that each takes `rounds` of them: what
+  // is left then is cut so finely that all multiprocessors share it once the kernel ends.
+  void leave_few(int threads, int each, long long idle, long long rounds, int multiprocessors) {
+    constexpr unsigned kLeast = 4;
+    const long long beside = idle * rounds, taken = beside * threads * each;
+    if (!pieces || taken >= pieces) return;
+    large = static_cast<unsigned>(beside);
+    few = static_cast<unsigned>((pieces - taken - 1) / (static_cast<long long>(multiprocessors) * threads) + 1);
+    few = few < kLeast ? kLeast : few > static_cast<unsigned>(each) ? each : few;
+  }
 };
 
 // Whether this is an expansion that the kernels take.
@@ -53,25 +70,32 @@ inline int expand_after(int status, const QuambaExpansion& e, void* stream) {
   return status != QUAMBA_OK || !e.y ? status : expand_alone(e, stream);
 }
 
-// Each pieces of every thread. The weights are constants, so they are read before ``wait`` and written after it.
+// Up to Each pieces of every thread. The weights are constants, so they are read before ``wait`` and written after it.
 template <int Each, class Wait>
 __device__ __forceinline__ void expand(const Expansion& e, unsigned block, int thread, int threads, Wait wait) {
-  const unsigned first = block * (threads * Each) + thread;
+  constexpr int kSkip = 8;  // pieces after which it is seen whether there are more
+  const unsigned small = block < e.large ? 0 : block - e.large, own = block < e.large ? Each : e.few;
+  const unsigned begin = ((block - small) * Each + small * own) * threads, first = begin + thread;
+  const unsigned end = min(e.pieces, begin + own * threads);
   uint2 words[Each];
   unsigned m[Each];
 #pragma unroll
-  for (int u = 0; u < Each; ++u)
-    if (const unsigned i = first + u * threads; i < e.pieces) {
+  for (int u = 0; u < Each; ++u) {
+    if (u && u % kSkip == 0 && u >= own) break;
+    if (const unsigned i = first + u * threads; i < end) {
       words[u] = __ldg(e.packed + i);
       m[u] = __ldg(e.multiplier + (e.inverse ? __umulhi(i, e.inverse) : i / e.own));
     }
+  }
   wait();
 #pragma unroll
-  for (int u = 0; u < Each; ++u)
-    if (const unsigned i = first + u * threads; i < e.pieces) {
+  for (int u = 0; u < Each; ++u) {
+    if (u && u % kSkip == 0 && u >= own) break;
+    if (const unsigned i = first + u * threads; i < end) {
       const uint2 low = scale_codes(words[u].x, m[u]), high = scale_codes(words[u].y, m[u]);
       e.y[i] = make_uint4(low.x, low.y, high.x, high.y);
     }
+  }
 }
 
 }  // namespace quamba

@@ -296,9 +296,14 @@ __global__ void __launch_bounds__(kThreads, 1) selective_scan_ahead(const __grid
 }
 
 template <int Float, bool Codes>
-int launch_as(const Scan& p, void* stream) {
-  const long long beside = p.expansion.blocks(kThreads, kPieces);
-  const long long grid = static_cast<long long>(p.blocks) * p.a.sequences + beside;
+int launch_as(Scan p, void* stream) {
+  const long long blocks = static_cast<long long>(p.blocks) * p.a.sequences;
+  int processors = 0;
+  if (cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, processors); error != cudaSuccess)
+    return error;
+  // on an H100 175 tokens last as long as a block that expands, or longer
+  if (blocks < processors) p.expansion.leave_few(kThreads, kPieces, processors - blocks, p.a.T / 175, processors);
+  const long long grid = blocks + p.expansion.blocks(kThreads, kPieces);
   if (grid > 0x7fffffffLL) return QUAMBA_UNSUPPORTED;
   const auto kernel = selective_scan_ahead<Float, Codes>;
   constexpr int kShared = sizeof(Shared);

@@ -20,6 +20,7 @@ constexpr int kThreads = kSharingThreads, kWarps = kThreads / 32;
 constexpr int kRuns = kWarps / 2, kRun = kTokens / kRuns;  // of a chunk: warps take turns at B and C
 constexpr int kResident = conv::kResident / kThreads;      // blocks of a multiprocessor
 
+constexpr int kStaged = 2 * kN;                            // channels of B and C
 constexpr int kHeads = 128, kPitchOfHead = kTokens + 1;  // that a block has dt of at a time; floats of one
 constexpr int kShared = std::max(2 * kOperands, 4 * kHeads * kPitchOfHead);
 
@@ -29,61 +30,48 @@ struct Prefill {
   unsigned chunks, slots, across;  // blocks of the first kind and of the second; blocks beside each other of the third
 };
 
-// B and C of a chunk and group.
-template <class Taps>
-__device__ __forceinline__ void convolve_chunk(const Prefill& all, unsigned at, unsigned char* shared) {
-  __shared__ float most[2][kWarps];
-  const Params& p = all.scan;
-  const QuambaSsdScan& a = p.a;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, is_c = warp % 2;
-  const int group = at % a.G, first = a.H * kP + (is_c * a.G + group) * kN + 4 * lane;
-  const Place place = place_of<kTokens>(a, at / a.G);
-  const int row = static_cast<int>(place.batch), tokens = static_cast<int>(a.T);
-  const int begin = static_cast<int>(place.first) + warp / 2 * kRun;
-  conv::Channels<Taps> channels(all.conv.a, first, row);
-  wait_for_previous_kernel();
-  typename Taps::Raw raw[kRun];
-#pragma unroll
-  for (int u = 0; u < kRun; ++u)
-    if (begin + u < tokens) raw[u] = channels.load(channels.at(begin) + u * channels.step());
-  if (begin < tokens) channels.begin_at(begin, 0, tokens, row);
+// B and C of a chunk and group, which are staged in shared memory a token after the other, as operands there.
+template <bool Codes>
+__device__ __forceinline__ void share_staged(const Params& p, const Place& place, long long at, unsigned char* shared) {
+  __shared__ float most[3][kWarps];
+  constexpr int kRow = kStaged * (Codes ? 1 : 2) / 16, kEach = kTokens * kRow / kThreads;  // pieces of 16 bytes
+  const int piece = threadIdx.x % kRow, first = threadIdx.x / kRow, is_c = piece / (kRow / 2);
   unsigned char* const operand = shared + is_c * kOperands;
-  auto put = [&](int u, uint2 four) {
-    *reinterpret_cast<uint2*>(operand + place_in<kTokens>(warp / 2 * kRun + u, lane / 4, lane / 2 % 2) + lane % 2 * 8) = four;
-  };
-  int exponents[2] = {0, 0};
-  if constexpr (sizeof(typename Taps::Out) == 4) {
+  uint4 v[kEach];
+  __syncthreads();
 #pragma unroll
-    for (int u = 0; u < kRun; ++u) {
-      unsigned codes = 0;
-      if (begin + u < tokens) codes = channels.taps.step(raw[u]);
-      put(u, codes_to_halves(codes));
-    }
+  for (int k = 0; k < kEach; ++k) {
+    v[k] = reinterpret_cast<const uint4*>(shared)[threadIdx.x + k * kThreads];
+    if (place.first + first + k * (kThreads / kRow) >= place.end) v[k] = make_uint4(0, 0, 0, 0);
+  }
+  int exponents[2] = {0, 0};
+  if constexpr (Codes) {
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kEach; ++k)
+      store_codes<kTokens>(operand, first + k * (kThreads / kRow), piece % (kRow / 2), v[k]);
   } else {
     float largest = 0.f;
 #pragma unroll
-    for (int u = 0; u < kRun; ++u) {
-      raw[u] = begin + u < tokens ? channels.taps.step(raw[u]) : uint2{};
-      largest = fmaxf(largest, largest_of(make_uint4(raw[u].x, raw[u].y, 0, 0), a.b_dtype));
-    }
-    const unsigned of_warp = __reduce_max_sync(~0u, __float_as_uint(largest));
-    if (lane == 0) most[0][warp] = __uint_as_float(of_warp);
+    for (int k = 0; k < kEach; ++k) largest = fmaxf(largest, largest_of(v[k], p.a.b_dtype));
+#pragma unroll
+    for (int step = kRow / 4; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+    if (threadIdx.x % (kRow / 2) == 0) most[is_c][threadIdx.x / 32] = largest;
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float of_all = 0.f;
 #pragma unroll
-      for (int w = i; w < kWarps; w += 2) of_all = fmaxf(of_all, most[0][w]);
-      exponents[i] = scale_of(of_all);
+      for (int w = 0; w < kWarps; ++w) of_all = fmaxf(of_all, most[i][w]);
+      exponents[i] = quamba::ssd::scale_of(of_all);
     }
     const float factor = power_of_two(-exponents[is_c]);
 #pragma unroll
-    for (int u = 0; u < kRun; ++u) {
-      const uint4 scaled = scaled_halves(make_uint4(raw[u].x, raw[u].y, 0, 0), a.b_dtype, factor);
-      put(u, make_uint2(scaled.x, scaled.y));
-    }
+    for (int k = 0; k < kEach; ++k)
+      *reinterpret_cast<uint4*>(operand + place_in<kTokens>(first + k * (kThreads / kRow), piece % (kRow / 2) / 2, piece % 2)) =
+          scaled_halves(v[k], p.a.b_dtype, factor);
   }
-  share_products(p, at, shared, most[1], exponents, true);
+  share_products(p, at, shared, most[2], exponents, true);
 }
 
 // dt of a chunk as decays and weights: by way of shared memory, or each head would wait for memory. A warp reads every eighth
@@ -123,30 +111,50 @@ __device__ __forceinline__ void convert_dt(const Params& p, const Place& place, 
   }
 }
 
+// All blocks that convolve run the same code, since what is fetched for a few of them alone would make them late.
 template <class Taps>
 __global__ void __launch_bounds__(kThreads, kResident) ssd_convolve(const __grid_constant__ Prefill all) {
+  constexpr int kOut = sizeof(typename Taps::Out) / 4;  // bytes of an element
   extern __shared__ __align__(1024) unsigned char shared[];
   const Params& p = all.scan;
-  launch_dependents();
+  const QuambaSsdScan& a = p.a;
+  const QuambaConv& c = all.conv.a;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   unsigned block = blockIdx.x;
-  if (block < all.chunks) return convolve_chunk<Taps>(all, block, shared);
-  block -= all.chunks;
-  const int warp = threadIdx.x / 32;
-  if (block < all.slots) {
+  if (block >= all.chunks && block < all.chunks + all.slots) {
+    launch_dependents();
     wait_for_previous_kernel();
-    const long long states = static_cast<long long>(p.a.sequences) * p.a.H * (p.cuts - 1);
+    block -= all.chunks;
+    const long long states = static_cast<long long>(a.sequences) * a.H * (p.cuts - 1);
     for (long long i = static_cast<long long>(block) * kThreads + threadIdx.x; i < states; i += all.slots * kThreads)
       p.flags[i] = 0;
-    convert_dt(p, place_of<kTokens>(p.a, block), block, reinterpret_cast<float*>(shared));
-    return;
+    return convert_dt(p, place_of<kTokens>(a, block), block, reinterpret_cast<float*>(shared));
   }
-  block -= all.slots;
-  const unsigned row = block / all.across;
-  const int first = 4 * (block % all.across * 32 + threadIdx.x % 32);
-  const unsigned down = static_cast<unsigned>(all.conv.down), sequence = row / down;
-  const long long wanted = (static_cast<long long>(row % down) * kWarps + warp) * all.conv.run;
-  if (first < p.a.H * kP && wanted < p.a.T)
-    conv::convolve_run<Taps>(all.conv, first, static_cast<int>(sequence), wanted);
+  const bool shares = block < all.chunks;
+  Place place{0, 0, 0};
+  int first, row, run, y_step;
+  long long wanted;
+  char* y;
+  if (shares) {
+    const int group = block % a.G, is_c = warp % 2;
+    place = place_of<kTokens>(a, block / a.G);
+    first = a.H * kP + (is_c * a.G + group) * kN + 4 * lane, row = static_cast<int>(place.batch);
+    run = kRun, wanted = place.first + warp / 2 * kRun, y_step = kStaged * kOut;
+    y = reinterpret_cast<char*>(shared) + (is_c * kN + 4 * lane) * kOut - place.first * y_step;
+  } else {
+    launch_dependents();
+    block -= all.chunks + all.slots;
+    const unsigned beside = block / all.across, down = static_cast<unsigned>(all.conv.down);
+    first = 4 * (block % all.across * 32 + lane), row = static_cast<int>(beside / down), run = all.conv.run;
+    wanted = (static_cast<long long>(beside % down) * kWarps + warp) * run, y_step = c.C * kOut;
+    y = static_cast<char*>(c.y) + (row * c.T * c.C + first) * kOut;
+    if (first >= a.H * kP) return;
+  }
+  if (wanted < a.T) conv::convolve_run<Taps>(c, first, row, wanted, run, y, y_step);
+  if (!shares) return;
+  // not earlier: blocks of the scan, of which a multiprocessor holds one, would gather on those that are free by now
+  launch_dependents();
+  share_staged<kOut == 1>(p, place, block, shared);
 }
 
 // Whether the kernel stands for the convolution and for the scan's first launch.
@@ -168,7 +176,8 @@ int launch_convolve(Conv conv, const Params& p, void* stream) {
   const bool codes = conv::of_codes(conv), half = conv.a.x_dtype == QUAMBA_F16;
   const long long across = up(p.a.H * kP / 4, 32), beside = across * conv.a.B, chunks = p.slots * p.a.G;
   const long long places = static_cast<long long>(processors) * kResident - chunks - p.slots;
-  conv.run = conv::run_of(p.a.T, kWarps, beside, std::max(places, 1LL));
+  // longer runs would leave idle what the other blocks leave early
+  conv.run = conv::run_of(p.a.T, kWarps, beside, std::max(places, 1LL), 32, 32);
   conv.down = static_cast<int>(up(up(p.a.T, conv.run), kWarps));
   const long long grid = chunks + p.slots + beside * conv.down;
   if (grid > 0x7fffffffLL) return QUAMBA_UNSUPPORTED;

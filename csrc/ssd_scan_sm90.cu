@@ -333,12 +333,19 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_scan_heads(const __grid_const
 template <bool Codes>
 int launch_as(const Params& p, void* stream) {
   const long long blocks = blocks_of(p.a) * p.cuts;
-  const Expansion expansion = expansion_of(p.a.expansion);
+  Expansion expansion = expansion_of(p.a.expansion);
+  int processors = 0;
+  cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, processors);
+  if (error != cudaSuccess) return error;
+  if (blocks < processors && !p.a.cu_seqlens) {
+    // on an H100 a chunk of outputs, with what precedes it, lasts about as long as half of such a block
+    const long long chunks = (p.a.T + kTokens - 1) / kTokens / p.cuts;
+    expansion.leave_few(kThreads, kPieces, processors - blocks, chunks / 2, processors);
+  }
   const long long grid = blocks + expansion.blocks(kThreads, kPieces);
   if (grid > 0x7fffffffLL) return QUAMBA_UNSUPPORTED;
   constexpr int kShared = Layout<Codes>::kBytes;
-  cudaError_t error =
-      cudaFuncSetAttribute(ssd_scan_heads<Codes>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  error = cudaFuncSetAttribute(ssd_scan_heads<Codes>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (error != cudaSuccess) return error;
   const Heads all{p, expansion, static_cast<unsigned>(blocks)};
   return launch(ssd_scan_heads<Codes>, all, dim3(static_cast<unsigned>(grid)), kThreads, stream, kShared);
