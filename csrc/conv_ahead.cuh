@@ -67,8 +67,8 @@ class Channels {
   const int step_;
 };
 
-// A run of tokens, from `wanted` on, of four channels; y: where outputs of the row's first token would lie, y_step: bytes from
-// a token to the next.
+// A run of tokens, from `wanted` on, of four channels; y: where outputs of the row's first token would lie, y_step: bytes
+// from a token to the next.
 template <class Taps>
 __device__ __forceinline__ void convolve_run(const QuambaConv& a, int first, int row, long long wanted, int run, char* y,
                                              int y_step) {
@@ -129,8 +129,8 @@ inline bool in_whole_quads(const Conv& p) {
          in_quads(a.bias, a.bias_dtype) && a.T < (1 << 30) && a.token_stride < (1 << 22) && a.C < (1 << 22);
 }
 
-// How long runs are, for blocks of so many warps and columns of so many of them, which find so many places at once: as long as
-// lets them fill these, but not more than `most`; else `many` tokens, many times over.
+// How long runs are, for blocks of so many warps and columns of so many of them, which find so many places at once: as
+// long as lets them fill these, but not more than `most`; else `many` tokens, many times over.
 inline int run_of(long long T, int warps, long long columns, long long places, int many, int most) {
   auto up = [](long long n, long long by) { return (n - 1) / by + 1; };
   const long long down = std::max(places / columns, 1LL), filling = up(T, down * warps);

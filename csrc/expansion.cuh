@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "expansion.h"
 #include "linear.h"
 
@@ -34,15 +36,15 @@ struct Expansion {
     return all <= large ? all : large + (pieces - large * threads * each - 1) / (threads * few) + 1;
   }
 
-  // For such blocks beside a kernel that leaves them `idle` multiprocessors for so long that each takes `rounds` of them: what
-  // is left then is cut so finely that all multiprocessors share it once the kernel ends.
+  // For such blocks beside a kernel that leaves them `idle` multiprocessors for so long that each takes `rounds` of
+  // them: what is left then is cut so finely that all multiprocessors share it once the kernel ends.
   void leave_few(int threads, int each, long long idle, long long rounds, int multiprocessors) {
     constexpr unsigned kLeast = 4;
     const long long beside = idle * rounds, taken = beside * threads * each;
     if (!pieces || taken >= pieces) return;
     large = static_cast<unsigned>(beside);
     few = static_cast<unsigned>((pieces - taken - 1) / (static_cast<long long>(multiprocessors) * threads) + 1);
-    few = few < kLeast ? kLeast : few > static_cast<unsigned>(each) ? each : few;
+    few = std::min(std::max(few, kLeast), static_cast<unsigned>(each));
   }
 };
 

@@ -1,5 +1,4 @@
-// What follows once B and C of a chunk lie in shared memory as operands, for what heads of a group share in the SSD scan on
-// Hopper.
+// What heads of a group share in the SSD scan on Hopper, once B and C of a chunk lie in shared memory as operands.
 #pragma once
 
 #include "ssd_scan_sm90.cuh"
@@ -8,8 +7,8 @@ namespace quamba::ssd::hopper {
 
 constexpr int kSharingThreads = 256;
 
-// B and C of a group, which lie in ``shared`` times 2^-exponents, as operands, and their products, to place ``at`` of all. Not
-// real: nothing of it is left. Of a block's memory it takes ``most``.
+// B and C of a group, which lie in ``shared`` times 2^-of_inputs, and their products, to place ``at`` of all. Not real:
+// nothing of it is left. ``most``: shared memory that nobody uses.
 __device__ __forceinline__ void share_products(const Params& p, long long at, const unsigned char* shared,
                                                float (&most)[kSharingThreads / 32], const int (&of_inputs)[2],
                                                bool real) {

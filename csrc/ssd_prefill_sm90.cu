@@ -1,8 +1,8 @@
 // The convolution of a prompt on Hopper, and what the SSD scan makes of B, C and dt before it begins: in one launch.
 //
-// B and C are convolved by blocks of a chunk each, which have them in shared memory at once, where they become operands and
-// are multiplied; they never reach memory as codes. Other blocks turn dt to decays and weights. Both kinds come first and are
-// done before the last of those that convolve x, so they take no time of their own.
+// B and C are convolved by blocks of a chunk each, which have them in shared memory at once, where they become operands
+// and are multiplied; they never reach memory as codes. Other blocks turn dt to decays and weights. Both kinds come first
+// and are done before the last of those that convolve x, so they take no time of their own.
 #include <algorithm>
 
 #include "conv_codes.cuh"
@@ -20,8 +20,9 @@ constexpr int kThreads = kSharingThreads, kWarps = kThreads / 32;
 constexpr int kRuns = kWarps / 2, kRun = kTokens / kRuns;  // of a chunk: warps take turns at B and C
 constexpr int kResident = conv::kResident / kThreads;      // blocks of a multiprocessor
 
-constexpr int kStaged = 2 * kN;                            // channels of B and C
-constexpr int kHeads = 128, kPitchOfHead = kTokens + 1;  // that a block has dt of at a time; floats of one
+constexpr int kStaged = 2 * kN;  // channels of B and C
+// Heads of which a block has dt at a time, and floats of each.
+constexpr int kHeads = 128, kPitchOfHead = kTokens + 1;
 constexpr int kShared = std::max(2 * kOperands, 4 * kHeads * kPitchOfHead);
 
 struct Prefill {
@@ -67,18 +68,21 @@ __device__ __forceinline__ void share_staged(const Params& p, const Place& place
     }
     const float factor = power_of_two(-exponents[is_c]);
 #pragma unroll
-    for (int k = 0; k < kEach; ++k)
-      *reinterpret_cast<uint4*>(operand + place_in<kTokens>(first + k * (kThreads / kRow), piece % (kRow / 2) / 2, piece % 2)) =
+    for (int k = 0; k < kEach; ++k) {
+      const int row = first + k * (kThreads / kRow), block = piece % (kRow / 2) / 2;
+      *reinterpret_cast<uint4*>(operand + place_in<kTokens>(row, block, piece % 2)) =
           scaled_halves(v[k], p.a.b_dtype, factor);
+    }
   }
   share_products(p, at, shared, most[2], exponents, true);
 }
 
-// dt of a chunk as decays and weights: by way of shared memory, or each head would wait for memory. A warp reads every eighth
-// token, a lane four heads of it.
+// dt of a chunk as decays and weights: by way of shared memory, or each head would wait for memory. A warp reads every
+// eighth token, a lane four heads of it.
 __device__ __forceinline__ void convert_dt(const Params& p, const Place& place, long long slot, float* shared) {
   constexpr int kEach = kTokens / kWarps;
   const QuambaSsdScan& a = p.a;
+  const unsigned short* const dt = static_cast<const unsigned short*>(a.dt);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool half = a.dt_dtype == QUAMBA_F16;
   for (int from = 0; from < a.H; from += kHeads) {
@@ -89,8 +93,7 @@ __device__ __forceinline__ void convert_dt(const Params& p, const Place& place, 
 #pragma unroll
     for (int k = 0; k < kEach; ++k)
       if (count > 0 && place.first + warp + k * kWarps < place.end)
-        raw[k] = __ldcg(reinterpret_cast<const uint2*>(static_cast<const unsigned short*>(a.dt) + first +
-                                                       k * kWarps * a.dt_token));
+        raw[k] = __ldcg(reinterpret_cast<const uint2*>(dt + first + k * kWarps * a.dt_token));
     if (count > 0) {
       float* const to = shared + 4 * lane * kPitchOfHead + warp;
 #pragma unroll

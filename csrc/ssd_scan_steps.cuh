@@ -36,8 +36,8 @@ __device__ __forceinline__ Place place_of(const QuambaSsdScan& a, long long slot
   return {0, begin + (slot - first_slot(a, begin, low, Tokens)) * Tokens, bound(low + 1)};
 }
 
-// The record of a head, by a warp. load(i): dt of token i of the chunk, as it came. Halves: weights are pairs of fp16, and the
-// decays themselves follow. Not real: a rehearsal, for an empty place, that leaves nothing.
+// The record of a head, by a warp. load(i): dt of token i of the chunk, as it came. Halves: weights are pairs of fp16, and
+// the decays themselves follow. Not real: a rehearsal, for an empty place, that leaves nothing.
 template <int Tokens, bool Halves, class Load>
 __device__ __forceinline__ void steps_of(const Params& p, const Place& place, long long slot, int head, Load load,
                                          bool real = true) {
