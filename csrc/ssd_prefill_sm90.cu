@@ -2,7 +2,7 @@
 //
 // B and C are convolved by blocks of a chunk each, which have them in shared memory at once, where they become operands
 // and are multiplied; they never reach memory as codes. Other blocks turn dt to decays and weights. Both kinds come first
-// and are done before the last of those that convolve x, so they take no time of their own.
+// and are done before those that convolve x, so they take little time of their own.
 #include <algorithm>
 
 #include "conv_codes.cuh"
@@ -20,6 +20,7 @@ constexpr int kThreads = kSharingThreads, kWarps = kThreads / 32;
 constexpr int kRuns = kWarps / 2, kRun = kTokens / kRuns;  // of a chunk: warps take turns at B and C
 constexpr int kResident = conv::kResident / kThreads;      // blocks of a multiprocessor
 
+constexpr int kLeast = 1024;  // tokens of a sequence, of which fewer would leave warps without a run
 constexpr int kStaged = 2 * kN;  // channels of B and C
 // Heads of which a block has dt at a time, and floats of each.
 constexpr int kHeads = 128, kPitchOfHead = kTokens + 1;
@@ -165,8 +166,8 @@ bool convolves(const Conv& conv, const Params& p) {
   const QuambaConv& c = conv.a;
   const QuambaSsdScan& a = p.a;
   const long long inner = static_cast<long long>(a.H) * kP;
-  return serves(a) && !c.cu_seqlens && !a.cu_seqlens && a.T > 0 && a.x_dtype == a.b_dtype && a.x_dtype == a.c_dtype &&
-         c.B == a.sequences && c.T == a.T && c.C == inner + 2LL * a.G * kN &&
+  return serves(a) && !c.cu_seqlens && !a.cu_seqlens && a.T >= kLeast && c.T == a.T && c.B == a.sequences &&
+         c.C == inner + 2LL * a.G * kN && a.x_dtype == a.b_dtype && a.x_dtype == a.c_dtype &&
          size_of(a.dt_dtype) == 2 && a.H % 4 == 0 && in_quads(a.dt, a.dt_dtype, a.dt_token, a.dt_batch) &&
          (conv::of_codes(conv) ? c.x_dtype != QUAMBA_I8 : conv::of_halves(conv));
 }

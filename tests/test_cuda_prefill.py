@@ -17,7 +17,7 @@ X, ONES = torch.randn(2, 3, 16), torch.ones(16)
 
 STRUCTS = [
     rowwise.QuambaRows, rowwise.QuambaGate, conv.QuambaConv, scan.QuambaScan, scan.QuambaScanCodes,
-    scan.QuambaScanRates, ssd.QuambaSsdScan, expansion.QuambaExpansion,
+    scan.QuambaScanRates, ssd.QuambaSsdScan, ssd.QuambaSsdPrefill, expansion.QuambaExpansion,
     stack.QuambaStackLinear, stack.QuambaStackLayer, stack.QuambaStack,
 ]  # fmt: skip
 
@@ -180,6 +180,39 @@ def test_scans_and_convolutions_take_along_the_weight_that_is_announced(calls) -
     assert third.expansion.y and fourth.expansion.y and not second.expansion.y and not last.expansion.y
 
 
+def ssd_prefill(mixed=None, dt=None, kept=None, state=None, heads=2, groups=1, weight=None):
+    """A call of the prefill with heads of 64 channels and 128 states, all in codes."""
+    channels = heads * 64 + 2 * groups * 128
+    mixed = torch.ones(2, 5, channels, dtype=BF16) if mixed is None else mixed
+    dt = torch.ones(*mixed.shape[:2], heads, dtype=BF16) if dt is None else dt
+    weight = torch.ones(channels, 4, dtype=torch.int8) if weight is None else weight
+    each, ones = torch.ones(channels), torch.ones(heads)
+    given = mixed, dt, weight, None, kept, -ones, ones, None, state, groups, 128, each, each, each
+    return ssd.ssd_prefill(*given, torch.ones(heads, 64), *(torch.ones(groups),) * 2, 0.0, float("inf"), BF16)
+
+
+def test_a_prompt_is_convolved_and_scanned_in_one_call(calls) -> None:
+    wide = torch.ones(2, 5, 2 * 128 + 256 + 2, dtype=BF16)
+    mixed, dt = wide[..., 128:512], wide[..., 512:]
+    kept = torch.zeros(2, 384, 3, dtype=torch.int8).transpose(1, 2)
+    y, last = ssd_prefill(mixed, dt, kept)
+    (name, a), = calls  # fmt: skip
+    assert name == "quamba_ssd_prefill" and y.shape == (2, 5, 2, 64) and last.shape == (2, 2, 64, 128)
+    assert (a.conv.x, a.conv.token_stride, a.conv.C, a.conv.W, a.conv.y_dtype) == (mixed.data_ptr(), 514, 384, 4, 3)
+    assert a.conv.state and a.conv.state != kept.data_ptr() and not a.conv.expansion.y
+    assert (a.scan.x, a.scan.b, a.scan.c) == (a.conv.y, a.conv.y + 128, a.conv.y + 256)
+    assert (a.scan.H, a.scan.P, a.scan.G, a.scan.N) == (2, 64, 1, 128)
+    assert (a.scan.T, a.scan.x_token, a.scan.x_dtype) == (5, 384, 3)
+    assert (a.scan.dt, a.scan.dt_token, a.scan.y, a.scan.last) == (dt.data_ptr(), 514, y.data_ptr(), last.data_ptr())
+
+
+def test_a_prompt_without_tokens_leaves_the_state(calls) -> None:
+    state = torch.randn(2, 2, 64, 128)
+    y, last = ssd_prefill(torch.ones(2, 0, 384, dtype=BF16), state=state)
+    assert not calls and y.shape == (2, 0, 2, 64) and torch.equal(last, state)
+    assert not ssd_prefill(torch.ones(2, 0, 384, dtype=BF16))[1].any()
+
+
 def test_rows_that_an_ssd_scan_cannot_copy_by_16_bytes_are_copied(calls) -> None:
     wide = torch.ones(2, 3, 4, 24, dtype=torch.int8)
     ssd_scan(wide[..., 8:])
@@ -217,6 +250,7 @@ REFUSED = {
     "takes heads of 16, 32, 64, 128 channels, got 24": lambda: ssd_scan(torch.ones(2, 3, 4, 24, dtype=torch.int8)),
     "takes 16, 32, 64, 128, 256 states a channel, got 8": lambda: ssd_scan(B=torch.ones(2, 3, 2, 8)),
     "computes outputs of 16 bits, got float32": lambda: ssd_scan(out_dtype=torch.float32),
+    r"with 2 heads, 1 groups and 128 states, got \[2, 3, 256\]": lambda: ssd_prefill(torch.ones(2, 3, 256).half()),
     "the 3 state groups have to divide the 4 heads": lambda: ssd_scan(B=torch.ones(2, 3, 3, 16).half()),
     "dt_limit has to rise from 0 or more": lambda: ssd_scan(limit=(-1.0, 2.0)),
     "x has to be torch.float16 or torch.bfloat16 or torch.int8, got torch.float32": lambda: ssd_scan(
@@ -258,6 +292,9 @@ def test_shapes_that_no_kernel_serves_are_passed_over_in_a_sentence() -> None:
         ("selective_prefill", {"N": 16, "R": 48, "I": 1536}, "multiple of 32 rates a token, up to 160, got 48"),
         ("ssd_scan", {"P": 24, "N": 64}, "heads of 16, 32, 64, 128 channels, got 24"),
         ("ssd_scan", {"P": 64, "N": 48}, "16, 32, 64, 128, 256 states a channel, got 48"),
+        ("ssd_prefill", {"P": 128, "N": 128, "W": 4}, "written for 64 channels a head, got 128"),
+        ("ssd_prefill", {"P": 64, "N": 64, "W": 4}, "written for 128 states a channel, got 64"),
+        ("ssd_prefill", {"P": 64, "N": 128, "W": 3}, "written for 4 taps, got 3"),
     ):
         reason = OPS[name].explain(Setting("cuda", torch.float16, shape))["cuda"]
         assert sentence in reason

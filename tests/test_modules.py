@@ -12,6 +12,7 @@ from quamba.modules.block import RecurrentBlock
 from quamba.modules.embedding import Embedding
 from quamba.modules.lowbit import LowBit
 from quamba.modules.selective import SelectiveMixer
+from quamba.modules.ssd import SSDMixer
 from quamba.modules.state import RecurrentState, reset
 from quamba.recipe import StorageSpec, parse_recipe, stock_recipes
 from quamba_kernels import OPS, Backend, ops
@@ -254,22 +255,27 @@ def test_an_embedding_is_of_the_type_that_the_first_block_adds_to(stock, name: s
     assert embedded.dtype == (torch.float32 if describe(model.config).residual_fp32 else torch.bfloat16)
 
 
-@over_stock
-def test_a_fused_prompt_equals_the_chain_of_ops(model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QUAMBA_BACKEND", "torch")
-    chained, calls = run(model, IDS), []
-    again = run(model, IDS[:, :5], cache_params=chained.cache_params).logits
-    monkeypatch.delenv("QUAMBA_BACKEND")
+def serve_alone(model, served: str, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One op has a backend, its torch body, which notes its calls; the others have theirs alone."""
     for name, op in OPS.items():
 
         def body(*args, op=op, **kwargs):
             calls.append(op.name)
             return op.reference(*args, **kwargs)
 
-        monkeypatch.setattr(op, "backends", [Backend("fused", body)] if name == "selective_prefill" else [])
+        monkeypatch.setattr(op, "backends", [Backend("fused", body)] if name == served else [])
     for module in model.modules():
         if isinstance(module, LowBit):
             module.unbind()
+
+
+@over_stock
+def test_a_fused_prompt_equals_the_chain_of_ops(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUAMBA_BACKEND", "torch")
+    chained, calls = run(model, IDS), []
+    again = run(model, IDS[:, :5], cache_params=chained.cache_params).logits
+    monkeypatch.delenv("QUAMBA_BACKEND")
+    serve_alone(model, "selective_prefill", calls, monkeypatch)
     fused = run(model, IDS)
     assert torch.equal(fused.logits, chained.logits)
     assert torch.equal(run(model, IDS[:, :5], cache_params=fused.cache_params).logits, again)
@@ -289,6 +295,34 @@ def test_a_fused_prompt_equals_the_chain_of_ops(model, monkeypatch: pytest.Monke
         module.gate.peek = None
     assert len(seen) == 3 * len(mixers) and len(calls) == 2 * len(mixers)
     for part in ("quantize", "linear_w8a8", "selective_scan", "gate_output"):
+        monkeypatch.setenv("QUAMBA_BACKEND", f"{part}=torch")
+        for module in mixers:
+            module.unbind()
+        assert torch.equal(run(model, IDS).logits, chained.logits) and len(calls) == 2 * len(mixers)
+
+
+@over_stock
+def test_a_prompt_convolved_and_scanned_in_one_op_equals_both(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    padding = (IDS > 10).long().sort(-1).values
+    monkeypatch.setenv("QUAMBA_BACKEND", "torch")
+    chained, calls, seen = run(model, IDS), [], []
+    again = run(model, IDS[:, :5], cache_params=chained.cache_params).logits
+    padded = run(model, IDS, attention_mask=padding).logits
+    monkeypatch.delenv("QUAMBA_BACKEND")
+    serve_alone(model, "ssd_prefill", calls, monkeypatch)
+    mixers = [m for m in model.modules() if isinstance(m, SSDMixer)]
+    fused = run(model, IDS)
+    assert torch.equal(fused.logits, chained.logits) and len(calls) == len(mixers)
+    assert torch.equal(run(model, IDS[:, :5], cache_params=fused.cache_params).logits, again)
+    run(model, IDS[:, :1], cache_params=fused.cache_params)
+    assert torch.equal(run(model, IDS, attention_mask=padding).logits, padded) and len(calls) == 2 * len(mixers)
+    for module in mixers:
+        module.conv_input.peek = seen.append
+    run(model, IDS)
+    for module in mixers:
+        module.conv_input.peek = None
+    assert len(seen) == len(mixers) and len(calls) == 2 * len(mixers)
+    for part in ("causal_conv1d", "ssd_scan"):
         monkeypatch.setenv("QUAMBA_BACKEND", f"{part}=torch")
         for module in mixers:
             module.unbind()

@@ -1,4 +1,4 @@
-"""ssd_prefill in CUDA on a GPU: the bits of the convolution and the scan that it stands for."""
+"""ssd_prefill in CUDA on a GPU: the bits of the convolution and the scan, which it is itself below 1,024 tokens."""
 
 from typing import Any
 
@@ -47,10 +47,10 @@ def arguments(
             "conv_in_scale": scales(channels), "conv_weight_scale": scales(channels) / 10, "conv_out_scale": out,
             "x_scale": x_scale, "B_scale": B_scale, "C_scale": C_scale,
         }  # fmt: skip
-    A, D, dt_bias = -torch.rand(H, device="cuda") * 15 - 0.01, torch.randn(H, device="cuda"), torch.randn(H, device="cuda") - 3
+    A, (D, dt_bias) = -torch.rand(H, device="cuda") * 15 - 0.01, torch.randn(2, H, device="cuda")
     state = torch.randn(batch, H, P, N, device="cuda") if stateful else None
     bias = torch.randn(channels, device="cuda").to(kind)
-    return (mixed, dt, weight, bias, kept.contiguous() if stateful else None, A, D, dt_bias, state), options
+    return (mixed, dt, weight, bias, kept.contiguous() if stateful else None, A, D, dt_bias - 3, state), options
 
 
 def chain(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +82,7 @@ def check(args: tuple[Any, ...], options: dict[str, Any], label: str) -> None:
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("coded", [True, False], ids=["codes", "floats"])
 @pytest.mark.parametrize("kind", [F16, BF16])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 15, 16, 63, 64, 65, 257, 1000, 2048])
+@pytest.mark.parametrize("tokens", [1, 3, 65, 1000, 1024, 1025, 1039, 1087, 1089, 2048, 3001])
 def test_bits_of_the_chain(tokens: int, kind: torch.dtype, coded: bool) -> None:
     for batch, H, G, stateful in ((1, 80, 1, True), (1, 24, 1, False), (3, 16, 8, True), (2, 5, 1, False)):
         check(*arguments(batch, tokens, H, G, kind, coded, stateful), f"{batch} x {tokens}, {H} heads, {G} groups")
@@ -90,19 +90,19 @@ def test_bits_of_the_chain(tokens: int, kind: torch.dtype, coded: bool) -> None:
 
 @pytest.mark.usefixtures("poison")
 def test_many_sequences_of_many_tokens() -> None:
-    check(*arguments(40, 300, 80, 1, F16, True), "40 x 300")
+    check(*arguments(12, 1100, 80, 1, F16, True), "12 x 1100")
     check(*arguments(1, 20000, 128, 8, F16, True), "1 x 20000")
 
 
 def test_layouts_that_the_kernel_does_not_take_go_through_the_chain() -> None:
-    (mixed, *rest), options = arguments(2, 130, 16, 1, F16, True)
+    (mixed, *rest), options = arguments(2, 1130, 16, 1, F16, True)
     wider = torch.cat([mixed, mixed[..., :3]], -1)[..., : mixed.shape[-1]]
     assert wider.stride(1) % 4
     check((wider, *rest), options, "rows off the grid")
 
 
 def test_replays_in_a_captured_graph() -> None:
-    args, options = arguments(1, 700, 80, 1, F16, True)
+    args, options = arguments(1, 1700, 80, 1, F16, True)
     kept = args[4].clone()
     want = kernel("ssd_prefill")(*args, **options)
     args[4].copy_(kept)

@@ -155,8 +155,8 @@ def ssd_scan(
 
 def _why_not_ssd_prefill(setting: Setting) -> str | None:
     shape = setting.shape
-    reason = ssd.prefill_why_not(shape.get("P"), shape.get("N"), shape.get("W")) or _why_not_ssd(setting)
-    return _why_not_hopper(setting) or reason
+    reason = ssd.prefill_why_not(shape.get("P"), shape.get("N"), shape.get("W"), setting.dtype)
+    return _why_not(setting) if setting.device != "cuda" else reason or _why_not_hopper(setting)
 
 
 @ops.ssd_prefill.backend("cuda", why_not=_why_not_ssd_prefill, rank=RANK)

@@ -48,12 +48,12 @@ def why_not(P: int | None, N: int | None, dtype: torch.dtype) -> str | None:
     return None
 
 
-def prefill_why_not(P: int | None, N: int | None, W: int | None) -> str | None:
+def prefill_why_not(P: int | None, N: int | None, W: int | None, dtype: torch.dtype) -> str | None:
     """Why the kernel that also convolves does not take such heads, states and taps, in a sentence."""
     for what, size, wanted in (("channels a head", P, 64), ("states a channel", N, 128), ("taps", W, 4)):
         if size not in (None, wanted):
             return f"is written for {wanted} {what}, got {size}"
-    return None
+    return why_not(P, N, dtype)
 
 
 def _strides(tensor: Tensor) -> list[int]:
@@ -149,16 +149,16 @@ def ssd_prefill(
     heads, columns = A.numel(), groups * d_state
     inner = mixed.shape[-1] - 2 * columns
     if mixed.dim() != 3 or inner <= 0 or inner % heads:
-        raise ValueError(f"mixed has to be [B, T, H P + 2 G N] with {heads} heads, {groups} groups and {d_state} states, "
-                         f"got {list(mixed.shape)}")  # fmt: skip
+        sizes = f"{heads} heads, {groups} groups and {d_state} states"
+        raise ValueError(f"mixed has to be [B, T, H P + 2 G N] with {sizes}, got {list(mixed.shape)}")
     with conv.contiguous(conv_state) as kept:
         convolution, convolved, _x = conv.arguments(
             mixed, conv_weight, conv_bias, kept, conv_in_scale, None, conv_weight_scale, conv_out_scale, out_dtype, None
         )
         x, B, C = convolved.split([inner, columns, columns], -1)
         scan, y, last, _alive = arguments(
-            x.unflatten(-1, (heads, -1)), dt, A, B.unflatten(-1, (groups, -1)), C.unflatten(-1, (groups, -1)), D, dt_bias,
-            state, x_scale, B_scale, C_scale, lowest, highest, out_dtype, None,
+            x.unflatten(-1, (heads, -1)), dt, A, B.unflatten(-1, (groups, -1)), C.unflatten(-1, (groups, -1)), D,
+            dt_bias, state, x_scale, B_scale, C_scale, lowest, highest, out_dtype, None,
         )  # fmt: skip
         if mixed.numel():
             scan.expansion = waiting(mixed.device)

@@ -27,6 +27,6 @@ __all__ = [
     "delta_update", "dequantize", "dplr_scan", "dplr_update", "elementwise_scan", "elementwise_update", "embedding",
     "gate_output", "gla_scan", "gla_update", "likeliest", "linear_w4a16", "linear_w4a8", "linear_w8a8",
     "norm_linear", "quantize", "quantize_state", "quantize_states", "rms_norm", "rotate_input", "selective_decode",
-    "selective_prefill", "selective_scan", "selective_stack", "selective_update", "ssd_decode", "ssd_prefill", "ssd_scan",
-    "ssd_stack", "ssd_update",
+    "selective_prefill", "selective_scan", "selective_stack", "selective_update", "ssd_decode", "ssd_prefill",
+    "ssd_scan", "ssd_stack", "ssd_update",
 ]

@@ -112,8 +112,8 @@ def ssd_prefill(
     """What stands between in_proj of a prompt and its gate: causal_conv1d, then ssd_scan of what it gives.
 
     mixed [B, T, H P + 2 G N] float, the channels of x, B and C, G and N being ``groups`` and ``d_state``; conv_* as
-    causal_conv1d takes them, conv_state updated in place; without conv_out_scale x, B and C have the type of y. The rest,
-    and what is returned, as in ssd_scan.
+    causal_conv1d takes them, conv_state updated in place; without conv_out_scale x, B and C have the type of y. The
+    rest, and what is returned, as in ssd_scan.
     """
     mixed = causal_conv1d(
         mixed, conv_weight, conv_bias, conv_state, in_scale=conv_in_scale, weight_scale=conv_weight_scale,
