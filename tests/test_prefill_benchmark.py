@@ -18,12 +18,14 @@ def prefill(kernel_benchmark):
 @pytest.fixture
 def problems(prefill):
     tiny = prefill.Model("tiny", D=32, I=48, conv=64, at=48, proj=160, norm_groups=2, N=8, R=6)
-    return list(prefill.problems(tiny, TOKENS, torch.Generator().manual_seed(0), "cpu"))
+    heads = tiny._replace(conv=80, N=0, heads=(4, 12, 2, 8))
+    rng = torch.Generator().manual_seed(0)
+    return [given for model in (tiny, heads) for given in prefill.problems(model, TOKENS, rng, "cpu")]
 
 
 def test_problems_are_what_the_ops_take_and_the_gate_tells_right_from_wrong(prefill, problems) -> None:
     assert {p.op for p in problems} == {
-        "rms_norm", "quantize", "causal_conv1d", "selective_scan", "gate_output"
+        "rms_norm", "quantize", "causal_conv1d", "selective_scan", "ssd_scan", "ssd_prefill", "gate_output"
     }  # fmt: skip
     for given in problems:
         right = OPS[given.op].reference

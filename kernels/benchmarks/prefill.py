@@ -113,8 +113,16 @@ def problems(model: Model, tokens: int, rng: torch.Generator, device: str = "cud
             x, B, C = mixed.split([H * P, G * N, G * N], -1)
             given = (x.unflatten(-1, (H, P)), dt, A, B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N)), D)
             options = {"x_scale": scales(H, P), "B_scale": scales(G), "C_scale": scales(G)} if int8 else {}
-            shape = {"H": H, "P": P, "G": G, "N": N}
-            yield Problem("ssd_scan", variant, given, {**options, "out_dtype": torch.float16}, shape)
+            heads = {"H": H, "P": P, "G": G, "N": N}
+            yield Problem("ssd_scan", variant, given, {**options, "out_dtype": torch.float16}, heads)
+        outs = torch.cat([scales(H * P), *(scales(G).repeat_interleave(N) for _ in "BC")])
+        codings = {
+            "conv_in_scale": rounded["in_scale"], "conv_weight_scale": rounded["weight_scale"], "conv_out_scale": outs,
+            "x_scale": outs[: H * P].view(H, P), "B_scale": outs[H * P : H * P + G * N : N].clone(),
+            "C_scale": outs[H * P + G * N :: N].clone(), "out_dtype": torch.float16, "groups": G, "d_state": N,
+        }  # fmt: skip
+        given = x, dt, *weights, state, A, D
+        yield Problem("ssd_prefill", "codes", given, codings, {**heads, "W": 4})
 
     weight = normal(model.I) if model.norm_groups else None
     gate = {"z_scale": scales(model.I), "norm_groups": model.norm_groups, "block": model.I, "out_scale": one}
@@ -149,7 +157,7 @@ def gate(call: Callable[..., Any], given: Problem, tokens: int) -> None:
     want = flat(OPS[given.op].reference(*beginning(given.args, tokens), **beginning(given.kwargs, tokens)))
     args = change(given.args, copied)
     got = flat(beginning(change(call(*args, **given.kwargs), torch.clone), tokens))
-    if given.op in ("selective_scan", "ssd_scan") and tokens > CHECKED:
+    if given.op in ("selective_scan", "ssd_scan", "ssd_prefill") and tokens > CHECKED:
         want, got = want[:1], got[:1]  # the last state is another token's
     types = TOLERANCE[given.op]
     difference = disagreement([t.cpu() for t in got], [t.cpu() for t in want], max(types.values()))
@@ -223,7 +231,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [model.name for model in MODELS]
-    ops = ["rms_norm", "quantize", "causal_conv1d", "selective_scan", "ssd_scan", "gate_output"]
+    ops = ["rms_norm", "quantize", "causal_conv1d", "selective_scan", "ssd_scan", "ssd_prefill", "gate_output"]
     made.add_argument("--models", nargs="+", choices=names, default=names)
     made.add_argument("--ops", nargs="+", choices=ops, default=ops)
     made.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS), metavar="T")
