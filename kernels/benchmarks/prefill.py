@@ -121,7 +121,7 @@ def problems(model: Model, tokens: int, rng: torch.Generator, device: str = "cud
             "x_scale": outs[: H * P].view(H, P), "B_scale": outs[H * P : H * P + G * N : N].clone(),
             "C_scale": outs[H * P + G * N :: N].clone(), "out_dtype": torch.float16, "groups": G, "d_state": N,
         }  # fmt: skip
-        given = x, dt, *weights, state, A, D
+        given = projected[..., model.at : model.at + model.conv], dt, *weights, state, A, D
         yield Problem("ssd_prefill", "codes", given, codings, {**heads, "W": 4})
 
     weight = normal(model.I) if model.norm_groups else None
