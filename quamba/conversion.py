@@ -45,8 +45,7 @@ class Conversion:
             return read(sources[0][0])
         converter = deepcopy(self._converters[target])
         for name, pattern in sources:
-            # told that it gets a future, it takes a tensor too
-            converter.add_tensor(target, name, str(pattern), read(name))  # type: ignore[arg-type]
+            converter.add_tensor(target, name, str(pattern), read(name))  # type: ignore[arg-type]  # a future or a tensor
         made = converter.convert(target, model=self.model, config=self.model.config)
         tensor = made[target]
         return tensor[0] if isinstance(tensor, list) else tensor

@@ -180,15 +180,13 @@ def test_scans_and_convolutions_take_along_the_weight_that_is_announced(calls) -
     assert third.expansion.y and fourth.expansion.y and not second.expansion.y and not last.expansion.y
 
 
-def ssd_prefill(mixed=None, dt=None, kept=None, state=None, heads=2, groups=1, weight=None):
-    """A call of the prefill with heads of 64 channels and 128 states, all in codes."""
-    channels = heads * 64 + 2 * groups * 128
-    mixed = torch.ones(2, 5, channels, dtype=BF16) if mixed is None else mixed
-    dt = torch.ones(*mixed.shape[:2], heads, dtype=BF16) if dt is None else dt
-    weight = torch.ones(channels, 4, dtype=torch.int8) if weight is None else weight
-    each, ones = torch.ones(channels), torch.ones(heads)
-    given = mixed, dt, weight, None, kept, -ones, ones, None, state, groups, 128, each, each, each
-    return ssd.ssd_prefill(*given, torch.ones(heads, 64), *(torch.ones(groups),) * 2, 0.0, float("inf"), BF16)
+def ssd_prefill(mixed, dt=None, kept=None, state=None):
+    """A call of the prefill with two heads of 64 channels, one group and 128 states, all in codes."""
+    dt = torch.ones(*mixed.shape[:2], 2, dtype=BF16) if dt is None else dt
+    each, ones, one = torch.ones(384), torch.ones(2), torch.ones(1)
+    weight = torch.ones(384, 4, dtype=torch.int8)
+    given = mixed, dt, weight, None, kept, -ones, ones, None, state, 1, 128, each, each, each
+    return ssd.ssd_prefill(*given, torch.ones(2, 64), one, one, 0.0, float("inf"), BF16)
 
 
 def test_a_prompt_is_convolved_and_scanned_in_one_call(calls) -> None:

@@ -109,29 +109,37 @@ class SSDMixer(Mixer):
         if fused is None:
             mixed = self.convolve(mixed, state, attention_mask)
         with self.linear(self.out.role).ahead(batch * tokens):
-            if fused is not None:
+            if fused is None:
+                y = self.scan(mixed, dt, state, **options)
+            else:
                 y, last = fused(
                     mixed, dt, self.conv1d.taps, self.conv1d.bias, None if state is None else state.conv, A, D, dt_bias,
                     self.before(state), groups=s["G"], d_state=s["N"], conv_in_scale=self._conv_in_scale,
                     conv_weight_scale=self.conv1d.scale, conv_out_scale=self._conv_out_scale, **options,
                 )  # fmt: skip
                 self.store(last, state)
-                return self.leave(y.reshape(batch, tokens, s["I"]), z, residual)
-            parts = mixed.split(list(self.conv_channels.values()), -1)
-            x, B, C = (self.quantise_part(name, part) for name, part in zip(self.conv_channels, parts, strict=True))
-            if state is not None and tokens == 1 and state.filled:
-                heads = x.view(batch, s["H"], s["P"])
-                y = self._update(
-                    state.recurrent, state.scale, state.rng, heads, dt[:, 0], A, B.view(batch, s["G"], s["N"]),
-                    C.view(batch, s["G"], s["N"]), D, dt_bias, **options,
-                )  # fmt: skip
-            else:
-                y, last = self._scan(
-                    x.unflatten(-1, (s["H"], s["P"])), dt, A, B.unflatten(-1, (s["G"], s["N"])),
-                    C.unflatten(-1, (s["G"], s["N"])), D, dt_bias, self.before(state), **options,
-                )  # fmt: skip
-                self.store(last, state)
             return self.leave(y.reshape(batch, tokens, s["I"]), z, residual)
+
+    def scan(
+        self, mixed: torch.Tensor, dt: torch.Tensor, state: RecurrentState | None, **options: Any
+    ) -> torch.Tensor:
+        """The recurrence over what the convolution gives, mixed [B, T, ...] -> y [B, (T,) H, P]; leaves its state."""
+        batch, tokens, _ = mixed.shape
+        s, (A, D, dt_bias) = self.mixer_spec.sizes, self._rates
+        parts = mixed.split(list(self.conv_channels.values()), -1)
+        x, B, C = (self.quantise_part(name, part) for name, part in zip(self.conv_channels, parts, strict=True))
+        if state is not None and tokens == 1 and state.filled:
+            y: torch.Tensor = self._update(
+                state.recurrent, state.scale, state.rng, x.view(batch, s["H"], s["P"]), dt[:, 0], A,
+                B.view(batch, s["G"], s["N"]), C.view(batch, s["G"], s["N"]), D, dt_bias, **options,
+            )  # fmt: skip
+            return y
+        y, last = self._scan(
+            x.unflatten(-1, (s["H"], s["P"])), dt, A, B.unflatten(-1, (s["G"], s["N"])),
+            C.unflatten(-1, (s["G"], s["N"])), D, dt_bias, self.before(state), **options,
+        )  # fmt: skip
+        self.store(last, state)
+        return y
 
     def decode(self, projected: torch.Tensor, state: RecurrentState) -> Activation:
         """One token from in_proj's output [B, ...] to out_proj's input [B, I], in one op."""

@@ -154,8 +154,8 @@ def _alike(one: Waiting, other: Waiting) -> bool:
     return store == also and (h.shape, h.device) == (g.shape, g.device) and kinds[0] == kinds[1]
 
 
-# of transformers' own two bases one has is_croppable as a property, the other as an attribute
-class HybridState(RecurrentState, LinearAttentionAndFullAttentionLayer):  # type: ignore[override]
+# is_croppable: a property of one of transformers' own two bases, an attribute of the other
+class HybridState(RecurrentState, LinearAttentionAndFullAttentionLayer):  # type: ignore[override]  # is_croppable
     """The state of a layer that has attention beside its recurrence: keys and values lie here too."""
 
     def adopt(self, layer: DynamicLayer) -> None:

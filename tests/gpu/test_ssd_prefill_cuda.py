@@ -7,7 +7,7 @@ import torch
 
 from quamba_kernels import OPS, Setting
 
-F32, F16, BF16, INT8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
+F16, BF16, INT8 = torch.float16, torch.bfloat16, torch.int8
 P, N, W = 64, 128, 4
 
 

@@ -164,7 +164,7 @@ def ssd_prefill(
             scan.expansion = waiting(mixed.device)
             launch("quamba_ssd_prefill", QuambaSsdPrefill(conv=convolution, scan=scan), mixed.device)
         else:
-            last.zero_() if state is None else last.copy_(state)
+            last.copy_(torch.zeros_like(last) if state is None else state)
     return y, last
 
 
