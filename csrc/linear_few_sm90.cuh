@@ -16,8 +16,8 @@
 #include "cute/tensor.hpp"
 
 #include "column_order.cuh"
-#include "finish.cuh"
 #include "launch.cuh"
+#include "linear_few_finish.cuh"
 #include "linear_few_grouped.cuh"
 #include "linear_few_plan.h"
 #include "mma.cuh"
@@ -30,7 +30,6 @@ using w4::Operand;
 using w4::Weights;
 
 constexpr int kThreads = 288, kMathWarps = 8;
-constexpr int kCellBytes = 1024;  // 32 channels by 8 tokens
 
 // What a block has room for, of the cells that it receives, from itself too: its share of each of the splits.
 constexpr int mail_bytes(int tokens, int splits) {
@@ -46,23 +45,27 @@ constexpr int most_mail(int tokens) {
 // How a launch is cut. inverse: 2^16 / splits rounded up. halves: those of a step may lie in two groups.
 struct Cut {
   int stages, mail, scales, inverse;  // mail, scales: bytes of a block and of a stage
-  bool halves;
+  bool halves, overlaid;
 
   __device__ __forceinline__ int split(int n) const { return n * inverse >> 16; }  // n / splits, n below 2^13
 };
 
 // kBlocks: at most so many on a multiprocessor, for their registers; how many there are is a matter of their memory.
-// kOverlaid: cells arrive where the stages were, once all blocks of the cluster are done with theirs.
+// kOverlaid: cells arrive where the stages were, once all blocks of the cluster are done with theirs; kMayOverlay: or
+// where a block has many more steps than it has stages otherwise.
 // kOrdered: the loading warp puts x in the order in which codes lie in a word, which spares half the unpacking; with
 // more tokens it comes too late. kGrouped: products of codes, which groups scale (linear_few_grouped.cuh). kPiece:
-// columns that are unpacked at a time, as registers allow.
+// columns that are unpacked at a time, as registers allow. kAhead: stages whose loads are issued by code of their own,
+// which is faster where it is in the caches: in a chain of the kernel, as few tokens have, but not behind a long one.
 template <class Element, bool Packed, int TileM>
 struct Layout {
   static constexpr bool kOverlaid = TileM == 128;
+  static constexpr bool kMayOverlay = Packed && TileM == 64 && sizeof(Element) == 1;
   static constexpr bool kGrouped = Packed && sizeof(Element) == 2 && TileM == 8;
   static constexpr bool kOrdered = Packed && (TileM == 16 || TileM == 8 && !kGrouped);
   static constexpr int kPiece = (sizeof(Element) == 1 ? TileM == 128 : TileM == 32) ? 32 : 64;
   static constexpr int kBlocks = TileM < 64 ? 3 : TileM == 64 || sizeof(Element) == 1 ? 2 : 1;
+  static constexpr int kAhead = TileM > 16 ? 1 : 4;
   static constexpr int kWBytes = kTileO * kTileK / (Packed ? 2 : 1);
   static constexpr int kXBytes = TileM * kTileK * static_cast<int>(sizeof(Element));
   static constexpr int kMaxStages = 10;
@@ -71,8 +74,9 @@ struct Layout {
 
   static constexpr int shared_bytes(int blocks) { return (228 / blocks - 1) * 1024; }  // the system takes 1 KB of each
   static constexpr int scale_bytes(bool halves) { return Packed ? (halves ? 2 : 1) * kTileO * 4 : 0; }
-  static constexpr int stages(int blocks, int mail, bool halves) {  // 1 KB to align what TMA writes
-    const int room = shared_bytes(blocks) - (kOverlaid ? 0 : mail) - kBarrierBytes - 1024;
+  // 1 KB aligns what TMA writes
+  static constexpr int stages(int blocks, int mail, bool halves, bool overlaid = kOverlaid) {
+    const int room = shared_bytes(blocks) - (overlaid ? 0 : mail) - kBarrierBytes - 1024;
     return std::min(room / (kWBytes + kXBytes + scale_bytes(halves)), kMaxStages);
   }
 };
@@ -86,29 +90,22 @@ __device__ __forceinline__ void arrive_copied(unsigned barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// 16 bytes to the same place in a block of the cluster of at least two, counted by its barrier.
-__device__ __forceinline__ void send_quad(unsigned to, unsigned barrier, int rank, const unsigned (&v)[4]) {
-  unsigned there, counter;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(to), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(barrier), "r"(rank));
+// 16 bytes to a place in a block of the cluster, counted by its barrier, both as mapped.
+__device__ __forceinline__ void send_quad(unsigned to, unsigned barrier, const unsigned (&v)[4]) {
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
-      "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(counter)
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+      "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(barrier)
       : "memory");
+}
+
+__device__ __forceinline__ unsigned mapped(unsigned address, int rank) {
+  unsigned there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
 }
 
 __device__ __forceinline__ unsigned bits(float v) { return __float_as_uint(v); }
 __device__ __forceinline__ unsigned bits(int v) { return static_cast<unsigned>(v); }
-
-template <class T>
-__device__ __forceinline__ T value_of(unsigned bits) {
-  if constexpr (std::is_same_v<T, float>) return __uint_as_float(bits);
-  return static_cast<T>(bits);
-}
-
-// Where lane 4 g + t's 16 bytes lie within half a cell: g and t are exchanged so that a quarter warp that writes, and
-// half a warp that reads 8 bytes of one token each, meet all banks.
-__device__ __forceinline__ int slot(int g, int t) { return g / 2 * 128 + ((g ^ g / 2) & 1) * 64 + (t ^ g / 2) * 16; }
 
 // Where the word that holds the scale of a channel and a column lies.
 template <class Raw>
@@ -137,7 +134,8 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
   char* smem = raw + (-shared_address(raw) & 1023);
   char *x_tiles = smem, *w_tiles = smem + stages * L::kXBytes;
   const unsigned rest = shared_address(w_tiles + stages * L::kWBytes);
-  const unsigned mail = L::kOverlaid ? shared_address(smem) : rest, scales = L::kOverlaid ? rest : mail + cut.mail;
+  const bool overlaid = L::kOverlaid || L::kMayOverlay && cut.overlaid;
+  const unsigned mail = overlaid ? shared_address(smem) : rest, scales = overlaid ? rest : mail + cut.mail;
   const unsigned mailbox = scales + stages * cut.scales, full = mailbox + 8, empty = full + 8 * stages;
   const unsigned x_full = L::kOrdered ? empty + 8 * stages : full, ordered = x_full + 8 * stages;
   launch_dependents();
@@ -164,6 +162,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
 
   if (warp == kMathWarps && lane == 0) {
     init_barrier(mailbox, splits > 1 ? 1 : 32 * kMathWarps);
+#pragma unroll L::kAhead
     for (int s = 0; s < stages; ++s) {
       init_barrier(full + 8 * s, Packed ? 1 + 32 : 1);
       init_barrier(empty + 8 * s, kMathWarps);
@@ -174,6 +173,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     if (splits > 1) arrive_expecting(mailbox, own * splits * kCellBytes);
+#pragma unroll L::kAhead
     for (int s = 0; s < stages && first_step + s < last_step; ++s) load_w(s, first_step + s);
   }
   __syncthreads();
@@ -185,35 +185,36 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     if (++stage == stages) stage = 0, parity ^= 1;
   };
 
-  if (warp == kMathWarps) {
-    using Raw = typename Op::Raw;
-    const ScaleOf<Raw> of[4] = {{w, column + lane}, {w, column + 32 + lane}, {w, column + 64 + lane},
-                                {w, column + 96 + lane}};
-    auto copy_scales = [&](int stage, int step) {
-      if constexpr (Packed) {
-        const unsigned to = scales + stage * cut.scales + lane * 4;
+  using Raw = typename Op::Raw;
+  auto copy_scales = [&](const ScaleOf<Raw> (&of)[4], int stage, int step) {
+    if constexpr (Packed) {
+      const unsigned to = scales + stage * cut.scales + lane * 4;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          copy_word(to + j * 128, of[j].word(w, step * kTileK));
-          if (cut.halves) copy_word(to + kTileO * 4 + j * 128, of[j].word(w, step * kTileK + w4::kChunk));
-        }
-        arrive_copied(full + 8 * stage);
+      for (int j = 0; j < 4; ++j) {
+        copy_word(to + j * 128, of[j].word(w, step * kTileK));
+        if (cut.halves) copy_word(to + kTileO * 4 + j * 128, of[j].word(w, step * kTileK + w4::kChunk));
       }
-    };
-    const int filled = min(first_step + stages, last_step);
-    for (int step = first_step; step < filled; ++step) copy_scales(step - first_step, step);
+      arrive_copied(full + 8 * stage);
+    }
+  };
+  const int filled = min(first_step + stages, last_step);
+
+  if (warp == kMathWarps) {
     if (lane == 0) {
       wait_for_previous_kernel();
+#pragma unroll L::kAhead
       for (int step = first_step; step < filled; ++step) load_x(step - first_step, step);
     }
     __syncwarp();
+    const ScaleOf<Raw> of[4] = {{w, column + lane}, {w, column + 32 + lane}, {w, column + 64 + lane},
+                                {w, column + 96 + lane}};
     auto load = [&](int step) {
       wait(empty + 8 * stage, parity);
       if (lane == 0) {
         load_w(stage, step);
         load_x(stage, step);
       }
-      copy_scales(stage, step);
+      copy_scales(of, stage, step);
       advance();
     };
     if constexpr (L::kOrdered) {
@@ -238,19 +239,33 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     }
     __syncwarp();
     cluster_wait();
-    if constexpr (L::kOverlaid) {
+    if (overlaid) {
       cluster_arrive();
       cluster_wait();
     }
     return;
   }
 
+  if constexpr (Packed) {  // of the first stages, a warp each: the loading warp would be late for x
+    const ScaleOf<Raw> of[4] = {{w, column + lane}, {w, column + 32 + lane}, {w, column + 64 + lane},
+                                {w, column + 96 + lane}};
+#pragma unroll 1
+    for (int s = warp; s < filled - first_step; s += kMathWarps) copy_scales(of, s, first_step + s);
+  }
   const int thread = threadIdx.x % 128, group = warp / 4;
   if (threadIdx.x < 128) {  // what the epilogue reads of the model
     int n = min(column + thread, w.O - 1);
     if (Op::kScaled && thread % 8 == 0) prefetch_l2(finish.w_scale + n);
     if (finish.bias && thread % 8 == 0)
       prefetch_l2(static_cast<const char*>(finish.bias) + n * (finish.bias_dtype == QUAMBA_F32 ? 4 : 2));
+  } else if (finish.residual) {  // what a cell adds was read a while ago
+    const int bytes = finish.residual_dtype == QUAMBA_F32 ? 4 : 2;
+#pragma unroll 1
+    for (int i = thread; i < 8 * own; i += 128) {
+      const int cell = i / 8 * splits + rank, at_row = row + cell / 4 * 8 + i % 8, at = column + cell % 4 * 32;
+      if (at_row < w.M && at < w.O)
+        prefetch_l2(static_cast<const char*>(finish.residual) + (static_cast<long long>(at_row) * w.O + at) * bytes);
+    }
   }
 
   using XTile = decltype(tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<Element>{},
@@ -260,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
   auto scatter = [&](auto value, int g = threadIdx.x % 32 / 4) {
     const unsigned to = mail + warp % 2 * 512 + slot(g, lane % 4);
     cluster_wait();
-    if constexpr (L::kOverlaid) {
+    if (overlaid) {
       cluster_arrive();
       cluster_wait();
     }
@@ -269,11 +284,13 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
 #pragma unroll
     for (int b = 0; b < TileM / 8; ++b) {
       if (4 * b + warp / 2 >= cells) break;
-      const unsigned v[4] = {bits(value(b, 0)), bits(value(b, 2)), bits(value(b, 1)), bits(value(b, 3))};
-      if (splits > 1)
-        send_quad(to + (turn * splits + rank) * kCellBytes, mailbox, to_rank, v);
-      else
+      const unsigned v[4] = {bits(value(b, 0)), bits(value(b, 1)), bits(value(b, 2)), bits(value(b, 3))};
+      if (splits > 1) {
+        const unsigned there = mapped(to, to_rank);
+        send_quad(there + (turn * splits + rank) * kCellBytes, there + (mailbox - to), v);
+      } else {
         store_shared(to + turn * kCellBytes, make_uint4(v[0], v[1], v[2], v[3]));
+      }
       to_rank += more, turn += turns;
       if (to_rank >= splits) to_rank -= splits, ++turn;
     }
@@ -428,40 +445,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
   }
 
   wait_for_previous_kernel();
-  const int q = lane % 4, token = lane / 4;
-  constexpr int kAtOnce = TileM > 32 ? 2 : 1;  // cells of a warp, which lie in the same columns
-#pragma unroll 1
-  for (int j = warp; j < own; j += kAtOnce * kMathWarps) {
-    int token_row[kAtOnce];
-#pragma unroll
-    for (int r = 0; r < kAtOnce; ++r) {
-      const int at = j + r * kMathWarps;
-      token_row[r] = at < own ? row + (at * splits + rank) / 4 * 8 + token : w.M;
-    }
-    Sum sum[4][2];  // of blocks of eight channels: channels 2 q, 2 q + 1
-    const int first = column + (j * splits + rank) % 4 * 32;
-    finish_tile<kAtOnce, kGroup, Op::kScaled>(finish, token_row, first, [&](int r, int b) {
-      if (r == 0 && b == 0) wait(mailbox, 0);  // what else the epilogue needs is on its way
-      if (b == 0) {
-        const unsigned from = mail + (j + r * kMathWarps) * splits * kCellBytes + token % 2 * 8;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sum[i / 2][i % 2] = 0;
-        const int count = j + r * kMathWarps < own ? splits : 0;
-#pragma unroll 2
-        for (int s = 0; s < count; ++s)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            unsigned low, high;
-            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                         : "=r"(low), "=r"(high)
-                         : "r"(from + s * kCellBytes + i / 2 * 512 + slot(2 * q + i % 2, token / 2)));
-            sum[i / 2 * 2][i % 2] += value_of<Sum>(low);
-            sum[i / 2 * 2 + 1][i % 2] += value_of<Sum>(high);
-          }
-      }
-      return make_float2(static_cast<float>(sum[b][0]), static_cast<float>(sum[b][1]));
-    });
-  }
+  finish_cells<Sum, Op::kScaled, TileM>(finish, mail, own, splits, rank, row, column, [&] { wait(mailbox, 0); });
   wait(mailbox, 0);  // cells beyond O are sent too, and must find this block
 #endif
 }
@@ -520,9 +504,11 @@ struct Launch {
     const int mail = mail_bytes(std::min(a.M, TileM), plan.splits);
     const bool halves = Packed && a.S % kTileK != 0;
     int stages = L::stages(plan.blocks, mail, halves);
+    const bool overlaid = L::kMayOverlay && 2 * stages * kTileK * plan.splits < a.K;
+    if (overlaid) stages = L::stages(plan.blocks, mail, halves, true);
     // a long share lives from memory, and weights that are asked for far ahead keep x waiting, which must be ordered
     if (L::kOrdered && sizeof(Element) == 2 && a.K > 3 * stages * kTileK * plan.splits) stages = std::min(stages, 4);
-    const Cut cut{stages, mail, L::scale_bytes(halves), (65535 + plan.splits) / plan.splits, halves};
+    const Cut cut{stages, mail, L::scale_bytes(halves), (65535 + plan.splits) / plan.splits, halves, overlaid};
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attributes[2] = {};
     configure(config, attributes, dim3(plan.splits, (a.M + TileM - 1) / TileM, (a.O + kTileO - 1) / kTileO),

@@ -75,6 +75,6 @@ typedef struct {         // quamba_ssd_scan, with quamba_ssd_scan_workspace
 typedef struct {  // quamba_ssd_prefill, with quamba_ssd_prefill_workspace: a convolution, then the scan of what it gives
   void* workspace;
   long long workspace_bytes;
-  QuambaConv conv;     // of the channels of x, B and C; what follows them in y need not be stored
+  QuambaConv conv;     // of the channels of x, B and C; of y only those of x are stored
   QuambaSsdScan scan;  // x, b and c: y of the convolution; workspace: none
 } QuambaSsdPrefill;
