@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "finish.cuh"
+#include "quads.cuh"
 #include "tma.cuh"
 
 namespace quamba::few {
@@ -41,11 +42,6 @@ __device__ __forceinline__ uint4 raw_four(const void* data, int type, long long 
   if (type == QUAMBA_F32) return __ldcg(reinterpret_cast<const uint4*>(static_cast<const float*>(data) + at));
   const uint2 two = __ldcg(reinterpret_cast<const uint2*>(static_cast<const unsigned short*>(data) + at));
   return make_uint4(two.x, two.y, 0, 0);
-}
-
-template <class F>
-__device__ __forceinline__ float4 each(float4 a, float4 b, F f) {
-  return make_float4(f(a.x, b.x), f(a.y, b.y), f(a.z, b.z), f(a.w, b.w));
 }
 
 // Of the cells of TileM tokens from `row` and 128 channels from `column` on the block has `own`, every `splits`th from
@@ -107,9 +103,9 @@ __device__ __forceinline__ void finish_cells(const Finish& p, unsigned mail, int
     const long long to = static_cast<long long>(at) * p.O + n;
     float4 v = make_float4(static_cast<float>(sum[0]), static_cast<float>(sum[1]), static_cast<float>(sum[2]),
                            static_cast<float>(sum[3]));
-    if (Scaled) v = each(each(v, make_float4(x, x, x, x), times), w, times);
-    v = each(v, bias, add);
-    if (p.residual) v = each(v, four_of(residual, p.residual_dtype), add);
+    if (Scaled) v = each(times, each(times, v, make_float4(x, x, x, x)), w);
+    v = each(add, v, bias);
+    if (p.residual) v = each(add, v, four_of(residual, p.residual_dtype));
     at += kAtOnce / 4 * splits * 8;
     if (j + kAtOnce < own) ask();
     if (!stores) continue;
