@@ -116,6 +116,7 @@ struct Segment {
   long long batch, first, slot;
   int tokens, group, head, heads, index, sequence;  // head: the first of the block's
   int own, ahead;
+  int rest;  // tokens of the sequence from `first` on, less than none where its last chunk is not full and lies before it
 };
 
 __device__ __forceinline__ Segment segment_of(const QuambaSsdScan& a, int cuts, int sequence, int index) {
@@ -130,8 +131,9 @@ __device__ __forceinline__ Segment segment_of(const QuambaSsdScan& a, int cuts, 
   const long long first = begin + static_cast<long long>(from) * kTokens;
   const int tokens = static_cast<int>(max(min(static_cast<long long>(chunks) * kTokens, end - first), 0LL));
   const int ahead = cuts > 1 ? shares.piece(index + 1) - piece : 0;
+  const int rest = static_cast<int>(min(end - first, 1LL << 30));
   return {batch, first, first_slot(a, begin, sequence, kTokens) + from, tokens, 0, 0, 0, index, sequence, from - piece,
-          ahead};
+          ahead, rest};
 }
 
 constexpr int kTells = 2 + kMost;  // and the one after it: the named barriers of what the heads leave behind
@@ -171,7 +173,7 @@ __device__ __forceinline__ void produce(const Params& p, const Segment& s, unsig
   const long long vector_head = copies_exponents ? 0 : kHeadRecord;
   auto fetch = [&](int turn, int stage) {
     if (turn < all) {
-      const int chunk = turn < first ? turn - s.own : turn - first, left = s.tokens - chunk * kTokens;
+      const int chunk = turn < first ? turn - s.own : turn - first, left = s.rest - chunk * kTokens;
       if (turn >= kStages) quamba::wait(barriers.read(stage), (turn / kStages - 1) & 1);
       if (thread == 0) {
         const int bytes = turn < first ? kOperands : kSlotBytes;

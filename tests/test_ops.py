@@ -10,7 +10,7 @@ import torch
 from quamba_kernels import OPS, Backend
 from quamba_kernels.ops.rowwise import dequantize
 from quamba_kernels.ops.ssd import group_scale
-from quamba_kernels.testing import PER_TOKEN, TOLERANCE, Case, cases, disagreement, error, outcome
+from quamba_kernels.testing import PER_TOKEN, TOLERANCE, Case, cases, disagreement, error, followed, outcome
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PAIRS = [
@@ -47,7 +47,8 @@ def test_every_op_has_cases_and_a_tolerance() -> None:
 def test_backend_agrees_with_the_torch_body(name: str, backend: Backend, device: str) -> None:
     for case in served(name, backend, device):
         want = outcome(torch_body(name), case)
-        difference = disagreement(outcome(backend, case, device), want, TOLERANCE[name][case.dtype], case.flips)
+        got = outcome(backend, case, device, followed)
+        difference = disagreement(got, want, TOLERANCE[name][case.dtype], case.flips)
         assert difference is None, f"{case.label}: {difference}"
 
 
