@@ -7,8 +7,6 @@
 // ones. Results leave as gemm_w4_finish.cuh says.
 #pragma once
 
-#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // instructions of 160 tokens
-
 #include <algorithm>
 
 #include "cute/tensor.hpp"
@@ -18,6 +16,7 @@
 #include "gemm_w4_rest.cuh"
 #include "launch.cuh"
 #include "operand_w4.cuh"
+#include "wgmma_160.cuh"
 
 namespace quamba::w4 {
 
@@ -192,8 +191,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<252 - kLoading / 2>();
-    using Atom = decltype(SM90::GMMA::rs_op_selector<Element, Element, typename Op::Accumulator,
-                                                     Shape<_64, Int<TileM>, Int<kChunk>>>());
+    using Atom = std::conditional_t<TileM == 160, Columns160<Element, false>,
+                                    decltype(SM90::GMMA::rs_op_selector<Element, Element, typename Op::Accumulator,
+                                                                        Shape<_64, Int<TileM>, Int<kChunk>>>())>;
     using XTile = decltype(tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<Element>{},
                                          Shape<Int<TileM>, Int<kTileK>, Int<kStages>>{}));
     int thread = threadIdx.x % 128, group = threadIdx.x / 128 - 1, lane = thread % 32;

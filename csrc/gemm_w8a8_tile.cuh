@@ -7,7 +7,6 @@
 
 // Defining CUTLASS_ENABLE_GDC_FOR_SM90 before lets a kernel be set up while the one before it still runs; CUTLASS's
 // stream-K does not compile with it.
-#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // instructions of 160 columns
 
 #include <cstdlib>
 #include <type_traits>
@@ -23,6 +22,7 @@
 #include "finish.cuh"
 #include "gemm_w8a8_choice.h"
 #include "tma.cuh"
+#include "wgmma_160.cuh"
 
 namespace quamba::w8a8 {
 
@@ -194,16 +194,29 @@ constexpr bool kEarly = true;
 constexpr bool kEarly = false;
 #endif
 
+// A main loop whose instructions span the columns of its tile: as it was built, but for 160 of them.
+template <int TileN, class Mainloop>
+struct Spanning {
+  using type = Mainloop;
+};
+template <class Policy, class Tile, class A, class StrideA, class B, class StrideB, class Mma, class... Copies>
+struct Spanning<160, gemm::collective::CollectiveMma<Policy, Tile, A, StrideA, B, StrideB, Mma, Copies...>> {
+  static_assert(size(Mma{}) == 128, "a warp group has the whole tile");
+  using type = gemm::collective::CollectiveMma<Policy, Tile, A, StrideA, B, StrideB,
+                                               decltype(make_tiled_mma(Columns160<int8_t, true>{})), Copies...>;
+};
+
 template <int TileM, int TileN, int ClusterM, class Schedule, class Scheduler, int Ring>
 struct Config {
   using Tile = Shape<Int<TileM>, Int<TileN>, _128>;
   using Cluster = Shape<Int<ClusterM>, _1, _1>;
   using Finisher = Epilogue<TileM, TileN, Ring>;
-  using Mainloop = typename gemm::collective::CollectiveBuilder<
+  using Built = typename gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, int8_t, cutlass::layout::RowMajor, 16, int8_t,
       cutlass::layout::ColumnMajor, 16, int32_t, Tile, Cluster,
       gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Finisher::TensorStorage))>,
       Schedule>::CollectiveOp;
+  using Mainloop = typename Spanning<TileN, Built>::type;
   using Kernel = gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Finisher, Scheduler>;
   static constexpr bool kStreamK = std::is_same_v<Scheduler, gemm::StreamKScheduler>;
 
