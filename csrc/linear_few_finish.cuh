@@ -25,25 +25,6 @@ __device__ __forceinline__ T value_of(unsigned bits) {
   return static_cast<T>(bits);
 }
 
-__device__ __forceinline__ float4 four_of(uint4 raw, int type) {
-  if (type == QUAMBA_F32)
-    return make_float4(__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z), __uint_as_float(raw.w));
-  if (type == QUAMBA_F16) {
-    const float2 low = __half22float2(reinterpret_cast<__half2&>(raw.x));
-    const float2 high = __half22float2(reinterpret_cast<__half2&>(raw.y));
-    return make_float4(low.x, low.y, high.x, high.y);
-  }
-  return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16),
-                     __uint_as_float(raw.y & 0xffff0000u));
-}
-
-// Four neighbours of any float type, through L2: L1 may hold what a buffer of activations had before.
-__device__ __forceinline__ uint4 raw_four(const void* data, int type, long long at) {
-  if (type == QUAMBA_F32) return __ldcg(reinterpret_cast<const uint4*>(static_cast<const float*>(data) + at));
-  const uint2 two = __ldcg(reinterpret_cast<const uint2*>(static_cast<const unsigned short*>(data) + at));
-  return make_uint4(two.x, two.y, 0, 0);
-}
-
 // Of the cells of TileM tokens from `row` and 128 channels from `column` on the block has `own`, every `splits`th from
 // `rank` on; what the blocks have sent of each lies at `mail` by rank. arrived() returns when all of it is there.
 template <class Sum, bool Scaled, int TileM, class Arrived>
@@ -73,12 +54,12 @@ __device__ __forceinline__ void finish_cells(const Finish& p, unsigned mail, int
   uint4 residual = make_uint4(0, 0, 0, 0);
   auto ask = [&] {
     if (p.residual && exists && at < p.M)
-      residual = raw_four(p.residual, p.residual_dtype, static_cast<long long>(at) * p.O + n);
+      residual = load_raw(p.residual, p.residual_dtype, static_cast<long long>(at) * p.O + n, 4, true);
   };
   ask();
   if (exists) {
     if (Scaled) w = __ldg(reinterpret_cast<const float4*>(p.w_scale + n));
-    if (p.bias) bias = four_of(raw_four(p.bias, p.bias_dtype, n), p.bias_dtype);
+    if (p.bias) bias = load_quad(p.bias, p.bias_dtype, n, 4, true);
     if (p.out_scale) {
       const float* const s = p.out_scale + n * p.out_step;
       scale = make_float4(__ldg(s), __ldg(s + p.out_step), __ldg(s + 2 * p.out_step), __ldg(s + 3 * p.out_step));
@@ -105,7 +86,7 @@ __device__ __forceinline__ void finish_cells(const Finish& p, unsigned mail, int
                            static_cast<float>(sum[3]));
     if (Scaled) v = each(times, each(times, v, make_float4(x, x, x, x)), w);
     v = each(add, v, bias);
-    if (p.residual) v = each(add, v, four_of(residual, p.residual_dtype));
+    if (p.residual) v = each(add, v, to_floats(residual, p.residual_dtype));
     at += kAtOnce / 4 * splits * 8;
     if (j + kAtOnce < own) ask();
     if (!stores) continue;
