@@ -72,8 +72,6 @@ TOKENS = ((1, 1), (2, 3), (3, 63), (1, 130))
 """Batch and tokens."""
 LENGTHS = (0, 1, 3, 63, 0, 255, 257, 1000, 0)
 """Tokens of the sequences that share a batch."""
-BEHIND = 1 << 18
-"""Elements that lie behind the last one of an input."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +118,11 @@ def flat(value: Any) -> list[torch.Tensor]:
     return [tensor for part in inside for tensor in flat(part)]
 
 
-def followed(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values with what no kernel may use behind them: NaN, or the largest integer."""
-    number = tensor.is_floating_point()
-    unusable = math.nan if number else True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max
-    held = torch.full((tensor.numel() + BEHIND,), unusable, dtype=tensor.dtype, device=tensor.device)
-    held[: tensor.numel()] = tensor.flatten()
-    return held[: tensor.numel()].view(tensor.shape)
+def followed(tensor: torch.Tensor, behind: int = 1 << 18) -> torch.Tensor:
+    """The same values, and behind them elements that no kernel may use: NaN, or the largest integer."""
+    unusable = math.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+    rest = torch.full((behind,), unusable, dtype=tensor.dtype, device=tensor.device)
+    return torch.cat([tensor.flatten(), rest])[: tensor.numel()].view(tensor.shape)
 
 
 def outcome(
