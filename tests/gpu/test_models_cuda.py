@@ -2,7 +2,8 @@
 
 Where a value lies on the edge between two codes its last bit decides, and what that changes grows from layer to layer:
 noise of 1e-6 after each linear moves the logits of these models by 0.4 to 1.6%. So the CPU's own logits with such noise
-say how near those of the GPU can be.
+say how near those of the GPU can be. It is a coarse measure, for what lies between operators, which have their own
+tests: an A twice as large in one layer is 1.6 to 7 times as far away, one layer without D 15 to 53 times.
 """
 
 from collections.abc import Iterator
