@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quamba_kernels import OPS, Backend, BackendUnavailable, Setting
-from quamba_kernels.testing import TOLERANCE, Case, cases, change, disagreement, flat
+from quamba_kernels.testing import TOLERANCE, Case, cases, change, disagreement, flat, followed
 
 NAMES = ["ssd_decode", "selective_decode", "conv_decode"]
 STEPS = ["ssd_decode", "selective_decode"]
@@ -54,13 +54,13 @@ def model_case(model: str, batch: int, kind: torch.dtype, noisy: bool = False, s
     made: dict[str, Any] = {"generator": rng, "device": "cuda"}
 
     def codes(*size: int) -> torch.Tensor:
-        return torch.randint(-127, 128, size, dtype=torch.int8, **made)
+        return followed(torch.randint(-127, 128, size, dtype=torch.int8, **made))
 
     def positive(*size: int) -> torch.Tensor:
-        return torch.rand(size, **made) * 0.02 + 0.005
+        return followed(torch.rand(size, **made) * 0.02 + 0.005)
 
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(size, **made)
+        return followed(torch.randn(size, **made))
 
     int8 = kind == torch.int8
     noise = torch.tensor([7, 3], device="cuda") if noisy else None

@@ -7,7 +7,7 @@ import torch
 
 from quamba_kernels import OPS, Backend, BackendUnavailable, Setting
 from quamba_kernels.cuda import linear
-from quamba_kernels.testing import TOLERANCE, disagreement
+from quamba_kernels.testing import TOLERANCE, disagreement, followed
 
 NAMES = ["linear_w8a8", "linear_w4a8", "linear_w4a16"]
 ROWS = [1, 3, 17, 63, 129, 1000]
@@ -57,10 +57,11 @@ def draw(name: str, rows: int, shape: tuple[int, int, int], dtype: torch.dtype =
     if name == "linear_w4a16":
         x = torch.randn(rows, K, generator=rng, device="cuda").to(dtype)
         x[-1] = 0 if rows > 1 else 1
-        return [x, weights]
+        return [followed(x), tuple(map(followed, weights))]
     x = codes(-127, 127, rows, K)
     x[0] = 127
-    return [x, positive(rows, 1) if rows % 2 else torch.tensor([0.02], device="cuda"), weights]
+    scale = positive(rows, 1) if rows % 2 else torch.tensor([0.02], device="cuda")
+    return [followed(x), followed(scale), tuple(map(followed, weights))]
 
 
 def variants(name: str, rows: int, outputs: int) -> list[dict[str, Any]]:
@@ -69,7 +70,7 @@ def variants(name: str, rows: int, outputs: int) -> list[dict[str, Any]]:
     scales = torch.rand(outputs, device="cuda") * 0.5 + 0.05
     floats = (torch.bfloat16, torch.float16, torch.float32)
     plain = [{"out_dtype": dtype} for dtype in floats]
-    added = [{"bias": bias.to(d), "residual": residual.to(d), "out_dtype": d} for d in floats]
+    added = [{"bias": followed(bias.to(d)), "residual": followed(residual.to(d)), "out_dtype": d} for d in floats]
     mixed = [{"bias": bias.bfloat16(), "residual": residual, "out_dtype": torch.bfloat16}]
     codes = [{"out_scale": scales}, {"out_scale": scales[:1].clone(), "residual": residual.bfloat16()}]
     return plain + added + mixed + codes

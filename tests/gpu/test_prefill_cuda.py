@@ -7,7 +7,7 @@ import torch
 
 from quamba_kernels import OPS, Backend, Setting
 from quamba_kernels.cuda import scan
-from quamba_kernels.testing import TOLERANCE, change, disagreement, flat
+from quamba_kernels.testing import TOLERANCE, change, disagreement, flat, followed
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 NAMES = [
@@ -31,15 +31,15 @@ def backend(name: str) -> Backend:
 
 
 def normal(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
-    return torch.randn(shape, device="cuda").to(dtype)
+    return followed(torch.randn(shape, device="cuda").to(dtype))
 
 
 def codes(*shape: int) -> torch.Tensor:
-    return torch.randint(-127, 128, shape, device="cuda", dtype=torch.int8)
+    return followed(torch.randint(-127, 128, shape, device="cuda", dtype=torch.int8))
 
 
 def scales(*shape: int) -> torch.Tensor:
-    return torch.rand(shape, device="cuda") * 0.02 + 0.005
+    return followed(torch.rand(shape, device="cuda") * 0.02 + 0.005)
 
 
 def part_of_wider(tensor: torch.Tensor, left: int = 24, right: int = 40) -> torch.Tensor:

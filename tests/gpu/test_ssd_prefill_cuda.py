@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quamba_kernels import OPS, Setting
+from quamba_kernels.testing import followed
 
 F16, BF16, INT8 = torch.float16, torch.bfloat16, torch.int8
 P, N, W = 64, 128, 4
@@ -34,7 +35,7 @@ def arguments(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """mixed and dt are columns of one projection, as in_proj leaves them."""
     channels = H * P + 2 * G * N
-    projected = torch.randn(batch, tokens, H * P + channels + H, device="cuda").to(kind)
+    projected = followed(torch.randn(batch, tokens, H * P + channels + H, device="cuda").to(kind))
     _, mixed, dt = projected.split([H * P, channels, H], -1)
     options: dict[str, Any] = {"groups": G, "d_state": N, "out_dtype": kind}
     kept, weight = torch.randn(batch, W - 1, channels, device="cuda").to(kind), torch.randn(channels, W, device="cuda")
