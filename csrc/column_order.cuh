@@ -15,9 +15,10 @@ __device__ __forceinline__ void store_shared(unsigned to, const uint4& v) {
 // Put the columns of a tile's first Rows rows in that order, by one warp. TMA has laid them out in rows of 128 bytes,
 // 64 columns of 16 bits of all TileM rows before the next 64, by its 128-byte swizzle. A lane takes 32 columns of every
 // eighth row. In 8 bits the even ones come first, then the odd ones; in 16 bits columns 8 t + q and 8 t + q + 4 become
-// 8 q + 2 t and 8 q + 2 t + 1.
-template <int Bytes, int Rows, int TileM>
-__device__ __forceinline__ void order_columns(unsigned tile) {
+// 8 q + 2 t and 8 q + 2 t + 1. seen(i, v): what a lane has of row 8 i + lane / 4 (8 bits) or lane % 8 (16 bits), as it
+// lay.
+template <int Bytes, int Rows, int TileM, class Seen>
+__device__ __forceinline__ void order_columns(unsigned tile, Seen seen) {
   constexpr int kQuads = 2 * Bytes;  // 16 bytes of 32 columns
   const unsigned lane = threadIdx.x % 32;
   const unsigned row = Bytes == 1 ? lane / 4 : lane % 8, part = Bytes == 1 ? lane % 4 : lane / 8;
@@ -28,6 +29,7 @@ __device__ __forceinline__ void order_columns(unsigned tile) {
     uint4 v[kQuads];
 #pragma unroll
     for (int t = 0; t < kQuads; ++t) v[t] = load_shared((from ^ t * 16) + i * 1024);
+    seen(i, v);
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
       const unsigned select = Bytes == 1 ? (q ? 0x7531 : 0x6420) : q % 2 ? 0x7632 : 0x5410;

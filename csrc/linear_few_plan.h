@@ -8,7 +8,7 @@
 
 namespace quamba::few {
 
-constexpr int kTileO = 128, kTileK = 128, kMaxSplits = 8, kMaxBlocks = 3, kTiles = 5;
+constexpr int kTileO = 128, kTileK = 128, kMaxSplits = 8, kMaxBlocks = 4, kTiles = 5;
 
 struct Plan {
   int tokens, splits, blocks;  // tokens 0: none fits
@@ -30,12 +30,23 @@ struct Rates {
 // finds no room beside them: there only beyond 128 tokens, where the choice is between them and the GEMM.
 inline bool may_be_wide(const QuambaLinear& a) { return a.M > (a.x_dtype == QUAMBA_I8 ? 64 : 128); }
 
+// Whether a wide linear over int4 weights has three blocks of 64 tokens on a multiprocessor: with so many tiles that two
+// would be shared out unevenly, and so few that they take one wave.
+inline bool dense(const QuambaLinear& a, bool packed, int multiprocessors) {
+  const int tiles = (a.O + kTileO - 1) / kTileO;
+  return packed && a.M > 32 && a.M <= 64 && 5 * tiles > 3 * multiprocessors && tiles <= 3 * multiprocessors;
+}
+
 // Fitted to the times of all plans on an H100.
-inline Rates rates(const QuambaLinear& a, bool packed) {
+inline Rates rates(const QuambaLinear& a, bool packed, bool three) {
+  const bool codes = a.x_dtype == QUAMBA_I8;
+  if (three) return codes ? Rates{0.f, 0.3f, 0.5f, 0.15f, 0.06f, 0.65f} : Rates{0.f, 0.35f, 0.44f, 0.15f, 0.04f, 2.f};
+  if (packed && a.M <= 16 && a.M > 8 && !codes) return {0.f, 8.f, 0.5f, 0.f, 0.04f, 0.2f};
   if (packed && a.M <= 16) return {0.f, 17.f, 0.85f, 0.f, 0.08f, 0.65f};
+  if (!packed && may_be_wide(a)) return {1.72f, 27.f, 1.39f, 1.f, 0.63f, 11.1f};
+  if (!packed) return {0.f, 4.f, 0.5f, 0.f, 0.1f, 2.f};
   if (!may_be_wide(a)) return {0.f, 4.f, 0.15f, 0.f, 0.8f, 0.25f};
-  if (!packed) return {1.72f, 27.f, 1.39f, 1.f, 0.63f, 11.1f};
-  return a.x_dtype == QUAMBA_I8 ? Rates{1.7f, 8.f, 0.6f, 0.2f, 0.8f, 0.3f} : Rates{1.3f, 4.4f, 0.67f, 1.f, 0.93f, 0.4f};
+  return codes ? Rates{1.7f, 8.f, 0.6f, 0.2f, 0.8f, 0.3f} : Rates{1.3f, 4.4f, 0.67f, 1.f, 0.93f, 0.4f};
 }
 
 inline float cost(const QuambaLinear& a, const Plan& plan, const Rates& r, int clusters, int multiprocessors) {
@@ -52,11 +63,13 @@ inline float cost(const QuambaLinear& a, const Plan& plan, const Rates& r, int c
 
 inline Plan choose(const QuambaLinear& a, bool packed, const Limits (&limits)[kTiles]) {
   const int steps = (a.K + kTileK - 1) / kTileK, first = a.M <= 8 ? 0 : a.M <= 16 ? 1 : a.M <= 32 ? 2 : 3;
-  const Rates r = rates(a, packed);
+  const bool three = dense(a, packed, limits[3].clusters[1][1]) && limits[3].clusters[3][1];
+  const Rates r = rates(a, packed, three);
+  const int from = three ? 3 : 1, to = three ? 3 : first == 3 && (packed || may_be_wide(a)) ? 2 : kMaxBlocks;
   Plan best{0, 0, 0};
   float least = 0;
   for (int i = first; i <= (may_be_wide(a) ? 4 : first); ++i)
-    for (int blocks = 1; blocks <= kMaxBlocks; ++blocks)
+    for (int blocks = from; blocks <= to; ++blocks)
       for (int splits = 1; splits <= kMaxSplits && splits <= steps; ++splits) {
         if (!limits[i].clusters[blocks][splits]) continue;
         const Plan plan{8 << i, splits, blocks};

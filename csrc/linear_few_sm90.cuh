@@ -19,6 +19,7 @@
 #include "launch.cuh"
 #include "linear_few_finish.cuh"
 #include "linear_few_grouped.cuh"
+#include "linear_few_layout.cuh"
 #include "linear_few_plan.h"
 #include "mma.cuh"
 #include "operand_w4.cuh"
@@ -30,56 +31,6 @@ using w4::Operand;
 using w4::Weights;
 
 constexpr int kThreads = 288, kMathWarps = 8;
-
-// What a block has room for, of the cells that it receives, from itself too: its share of each of the splits.
-constexpr int mail_bytes(int tokens, int splits) {
-  return ((tokens + 7) / 8 * (kTileO / 32) + splits - 1) / splits * splits * kCellBytes;
-}
-
-constexpr int most_mail(int tokens) {
-  int most = 0;
-  for (int splits = 1; splits <= kMaxSplits; ++splits) most = std::max(most, mail_bytes(tokens, splits));
-  return most;
-}
-
-// How a launch is cut. inverse: 2^16 / splits rounded up. halves: those of a step may lie in two groups.
-struct Cut {
-  int stages, mail, scales, inverse;  // mail, scales: bytes of a block and of a stage
-  bool halves, overlaid;
-
-  __device__ __forceinline__ int split(int n) const { return n * inverse >> 16; }  // n / splits, n below 2^13
-};
-
-// kBlocks: at most so many on a multiprocessor, for their registers; how many there are is a matter of their memory.
-// kOverlaid: cells arrive where the stages were, once all blocks of the cluster are done with theirs; kMayOverlay: or
-// where a block has many more steps than it has stages otherwise.
-// kOrdered: the loading warp puts x in the order in which codes lie in a word, which spares half the unpacking; with
-// more tokens it comes too late. kGrouped: products of codes, which groups scale (linear_few_grouped.cuh). kPiece:
-// columns that are unpacked at a time, as registers allow. kAhead: stages whose loads are issued by code of their own,
-// which is faster where it is in the caches: in a chain of the kernel, as few tokens have, but not behind a long one.
-template <class Element, bool Packed, int TileM>
-struct Layout {
-  static constexpr bool kOverlaid = TileM == 128;
-  static constexpr bool kMayOverlay = Packed && TileM == 64 && sizeof(Element) == 1;
-  static constexpr bool kGrouped = Packed && sizeof(Element) == 2 && TileM == 8;
-  static constexpr bool kOrdered = Packed && (TileM == 16 || TileM == 8 && !kGrouped);
-  static constexpr int kPiece = (sizeof(Element) == 1 ? TileM == 128 : TileM == 32) ? 32 : 64;
-  static constexpr int kBlocks = TileM < 64 ? 3 : TileM == 64 || sizeof(Element) == 1 ? 2 : 1;
-  static constexpr int kAhead = TileM > 16 ? 1 : 4;
-  static constexpr int kWBytes = kTileO * kTileK / (Packed ? 2 : 1);
-  static constexpr int kXBytes = TileM * kTileK * static_cast<int>(sizeof(Element));
-  static constexpr int kMaxStages = 10;
-  static constexpr int kBarrierBytes = 8 * (1 + (kOrdered ? 4 : 2) * kMaxStages);
-  static_assert(!kOverlaid || 3 * (kWBytes + kXBytes) >= most_mail(TileM), "a plan has three stages or more");
-
-  static constexpr int shared_bytes(int blocks) { return (228 / blocks - 1) * 1024; }  // the system takes 1 KB of each
-  static constexpr int scale_bytes(bool halves) { return Packed ? (halves ? 2 : 1) * kTileO * 4 : 0; }
-  // 1 KB aligns what TMA writes
-  static constexpr int stages(int blocks, int mail, bool halves, bool overlaid = kOverlaid) {
-    const int room = shared_bytes(blocks) - (overlaid ? 0 : mail) - kBarrierBytes - 1024;
-    return std::min(room / (kWBytes + kXBytes + scale_bytes(halves)), kMaxStages);
-  }
-};
 
 // A word of the scales, which arrives at the barrier together with what else this thread has copied.
 __device__ __forceinline__ void copy_word(unsigned to, const void* p) {
@@ -96,6 +47,10 @@ __device__ __forceinline__ void send_quad(unsigned to, unsigned barrier, const u
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
       "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(barrier)
       : "memory");
+}
+
+__device__ __forceinline__ void store_word(unsigned to, int v) {
+  asm volatile("st.shared.s32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
 }
 
 __device__ __forceinline__ unsigned mapped(unsigned address, int rank) {
@@ -120,13 +75,13 @@ struct ScaleOf {
   }
 };
 
-template <class Element, bool Packed, int TileM>
-__global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlocks)
+template <class Element, bool Packed, int TileM, bool Dense>
+__global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense>::kBlocks)
     linear_few(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
                const __grid_constant__ Weights w, const __grid_constant__ Finish finish,
                const __grid_constant__ Cut cut) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using L = Layout<Element, Packed, TileM>;
+  using L = Layout<Element, Packed, TileM, Dense>;
   using Op = Operand<Element>;
   using Sum = typename Op::Accumulator;
   extern __shared__ char raw[];
@@ -138,6 +93,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
   const unsigned mail = overlaid ? shared_address(smem) : rest, scales = overlaid ? rest : mail + cut.mail;
   const unsigned mailbox = scales + stages * cut.scales, full = mailbox + 8, empty = full + 8 * stages;
   const unsigned x_full = L::kOrdered ? empty + 8 * stages : full, ordered = x_full + 8 * stages;
+  const unsigned summed = ordered + 8 * stages, sums = summed + 8;  // of each token's x over the columns of the block
   launch_dependents();
 
   const int splits = gridDim.x, rank = blockIdx.x, lane = threadIdx.x % 32;
@@ -162,6 +118,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
 
   if (warp == kMathWarps && lane == 0) {
     init_barrier(mailbox, splits > 1 ? 1 : 32 * kMathWarps);
+    if (L::kAdds) init_barrier(summed, 8);
 #pragma unroll L::kAhead
     for (int s = 0; s < stages; ++s) {
       init_barrier(full + 8 * s, Packed ? 1 + 32 : 1);
@@ -218,21 +175,38 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
       advance();
     };
     if constexpr (L::kOrdered) {
-      int at = 0;
+      int at = 0, sum[TileM / 8] = {};
       unsigned phase = 0;
+      auto add = [&](int i, const auto& v) {
+        if constexpr (L::kAdds) {
+#pragma unroll
+          for (const uint4& quad : v)
+            for (unsigned word : {quad.x, quad.y, quad.z, quad.w})
+              sum[i] = __dp4a(static_cast<int>(word), 0x01010101, sum[i]);
+        }
+      };
       for (int step = first_step; step < last_step; ++step) {
         wait(x_full + 8 * at, phase);
         const unsigned tile = shared_address(x_tiles + at * L::kXBytes);
         if (TileM == 8 || w.M - row <= 8)  // the others are zeros
-          order_columns<sizeof(Element), 8, TileM>(tile);
+          order_columns<sizeof(Element), 8, TileM>(tile, add);
         else
-          order_columns<sizeof(Element), TileM, TileM>(tile);
+          order_columns<sizeof(Element), TileM, TileM>(tile, add);
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncwarp();
         if (lane == 0) arrive(ordered + 8 * at);
         if (++at == stages) at = 0, phase ^= 1;
         const int next = step - 1 + stages;  // into the stage that was multiplied while this one was put in order
         if (step > first_step && next < last_step) load(next);
+      }
+      if constexpr (L::kAdds) {
+#pragma unroll
+        for (int i = 0; i < TileM / 8; ++i) {
+          sum[i] += __shfl_xor_sync(~0u, sum[i], 1);
+          sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
+          if (lane % 4 == 0) store_word(sums + (8 * i + lane / 4) * 4, sum[i]);
+        }
+        if (lane % 4 == 0) arrive(summed);
       }
     } else {
       for (int step = first_step + stages; step < last_step; ++step) load(step);
@@ -309,14 +283,17 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     }
     scatter([&](int b, int i) { return total[i]; }, grouped.channel % 8);
   } else if constexpr (Packed) {
-    using Atom = decltype(SM90::GMMA::rs_op_selector<Element, Element, Sum, Shape<_64, Int<TileM>, Int<w4::kChunk>>>());
+    using Code = std::conditional_t<L::kOrdered, typename Op::InOrder, Element>;
+    using Atom = decltype(SM90::GMMA::rs_op_selector<Code, Element, Sum, Shape<_64, Int<TileM>, Int<w4::kChunk>>>());
     auto mma = make_tiled_mma(Atom{});
     auto mine = mma.get_slice(thread);
     Tensor fx = mine.make_fragment_B(mine.partition_B(sx));
     Tensor acc = partition_fragment_C(mma, Shape<_64, Int<TileM>>{});
+    Tensor total = make_fragment_like(acc);  // of the groups that are done, scaled
+    if constexpr (L::kSummed) clear(total), clear(acc);
     constexpr int kPiece = L::kPiece, kPieces = kTileK / kPiece;
     constexpr int kSlices = decltype(size<2>(fx))::value / kPieces;  // of one wgmma in a piece
-    Tensor a0 = make_tensor<Element>(partition_shape_A(mma, Shape<_64, Int<kPiece>>{}));
+    Tensor a0 = make_tensor<Code>(partition_shape_A(mma, Shape<_64, Int<kPiece>>{}));
     Tensor a1 = make_fragment_like(a0);
     constexpr int kRegisters = decltype(size(a0))::value * sizeof(Element) / 4;
     static_assert(kRegisters == Op::kRegisters * kPiece / w4::kChunk, "as they are made");
@@ -332,13 +309,15 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     using Factor = typename Op::Factor;
     const unsigned first_scale = static_cast<unsigned>(column + channel) * w.groups;
     Factor factor[1][2];
-    auto load_factors = [&](int step, int chunk) {
+    auto raw_scales = [&](int step, int chunk, auto take) {
       const unsigned from = scales + stage * cut.scales + (chunk & second) * kTileO * 4 + channel * 4;
       const int group = w.group(step * kTileK + chunk * w4::kChunk);
-      const unsigned shift = w4::shift_in_word<typename Op::Raw>(first_scale + group);
+      const unsigned shift = w4::shift_in_word<Raw>(first_scale + group);
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        factor[0][h] = Op::factor(static_cast<typename Op::Raw>(load_word(from + h * 32) >> shift));
+      for (int h = 0; h < 2; ++h) take(h, static_cast<Raw>(load_word(from + h * 32) >> shift));
+    };
+    auto load_factors = [&](int step, int chunk) {
+      raw_scales(step, chunk, [&](int h, Raw raw) { factor[0][h] = Op::factor(raw); });
     };
     auto product = [&](auto& a, int piece) {
       warpgroup_arrive();
@@ -349,6 +328,14 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
       }
       warpgroup_commit_batch();
     };
+    float scale[2] = {};  // of the group whose codes are multiplied
+    auto end_group = [&] {
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(acc);
+#pragma unroll
+      for (int i = 0; i < decltype(size(acc))::value; ++i) total(i) += scale[i / 2 % 2] * acc(i);
+      mma.accumulate_ = SM90::GMMA::ScaleOut::Zero;
+    };
     mma.accumulate_ = SM90::GMMA::ScaleOut::Zero;
     int previous = -1;
     auto release = [&] {
@@ -358,14 +345,14 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
     for (int step = first_step; step < last_step; ++step) {
       wait(full + 8 * stage, parity);
       if constexpr (L::kOrdered) wait(ordered + 8 * stage, parity);
-      load_factors(step, 0);
+      if constexpr (!L::kSummed) load_factors(step, 0);
       unsigned held[kPieces][kRegisters];
       auto fetch = [&](int piece) {  // a lane reads the words of its own codes
         const unsigned from = words + stage * L::kWBytes;
         if constexpr (L::kOrdered) {  // the tth of every 32 columns
 #pragma unroll
           for (int i = 0; i < kPiece / 16; ++i)
-            held[piece][i] = load_word((from ^ (piece * 32 + i / 2 * 16)) + i % 2 * 512);
+            held[piece][i] = load_word((from ^ (piece * kPiece / 2 + i / 2 * 16)) + i % 2 * 512);
         } else if constexpr (Op::kScaled) {  // the (t / 2)th of every 16
 #pragma unroll
           for (int i = 0; i < kRegisters; ++i)
@@ -374,13 +361,16 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
       };
       auto unpack = [&](auto& a, int piece) {
         unsigned* const to = reinterpret_cast<unsigned*>(raw_pointer_cast(a.data()));
-        if (piece * kPiece == w4::kChunk && second) load_factors(step, 1);
+        if (!L::kSummed && piece * kPiece == w4::kChunk && second) load_factors(step, 1);
         if constexpr (L::kOrdered) {
           constexpr int kOf = kRegisters * 32 / kPiece;  // registers of 32 columns, which are made of two words
           for_each(make_int_sequence<kRegisters>{}, [&](auto i) {
             constexpr int at = decltype(i)::value;
             const unsigned word = held[piece][at / kOf * 2 + at % 2];
-            to[at] = Op::template in_order<at % kOf / 2>(word, factor[0][at % 2], bias);
+            if constexpr (L::kSummed)
+              to[at] = Op::template codes<at % kOf / 2>(word, bias);
+            else
+              to[at] = Op::template in_order<at % kOf / 2>(word, factor[0][at % 2], bias);
           });
         } else if constexpr (Op::kScaled) {
 #pragma unroll
@@ -400,19 +390,39 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
       if (kPieces == 2) fetch(0), fetch(1);
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
-        auto& a = piece % 2 ? a1 : a0;
+        auto& a = piece % 2 && !L::kAlone ? a1 : a0;
         if (kPieces > 2) fetch(piece);
         unpack(a, piece);
+        if (L::kSummed && (piece == 0 || piece * kPiece == w4::kChunk && second)) {
+          end_group();
+          raw_scales(step, piece * kPiece / w4::kChunk,
+                     [&](int h, Raw raw) { scale[h] = __half2float(__ushort_as_half(raw)); });
+        }
         product(a, piece);
-        warpgroup_wait<1>();
+        warpgroup_wait<L::kAlone ? 0 : 1>();
         if (piece == 0) release();
       }
       previous = stage;
       advance();
     }
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(acc);  // or sums are copied before they are complete
-    scatter([&](int b, int i) { return acc(make_coord(i % 2, i / 2, b), 0, 0); });
+    if constexpr (L::kSummed) {
+      end_group();
+      scatter([&](int b, int i) { return total(make_coord(i % 2, i / 2, b), 0, 0); });
+    } else {
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(acc);  // or sums are copied before they are complete
+      if constexpr (L::kAdds) {
+        wait(summed, 0);
+#pragma unroll
+        for (int b = 0; b < TileM / 8; ++b) {
+          const uint2 over = load_pair(sums + (8 * b + 2 * t) * 4);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            acc(make_coord(i % 2, i / 2, b), 0, 0) -= Op::kOver * static_cast<int>(i % 2 ? over.y : over.x);
+        }
+      }
+      scatter([&](int b, int i) { return acc(make_coord(i % 2, i / 2, b), 0, 0); });
+    }
   } else {
     using Atom = decltype(SM90::GMMA::ss_op_selector<Element, Element, Sum, Shape<_128, Int<TileM>, Int<kTileK>>>());
     using WTile = decltype(tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<Element>{},
@@ -450,10 +460,16 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM>::kBlo
 #endif
 }
 
-template <class Element, bool Packed, int TileM>
+// Whether the two halves of a step may lie in two groups.
+template <bool Packed>
+bool halves(const QuambaLinear& a) {
+  return Packed && a.S % kTileK != 0;
+}
+
+template <class Element, bool Packed, int TileM, bool Dense = false>
 struct Launch {
   using Op = Operand<Element>;
-  using L = Layout<Element, Packed, TileM>;
+  using L = Layout<Element, Packed, TileM, Dense>;
 
   static void configure(cudaLaunchConfig_t& config, cudaLaunchAttribute (&attributes)[2], dim3 grid, int blocks) {
     attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -468,14 +484,15 @@ struct Launch {
     config.numAttrs = 2;
   }
 
-  static cudaError_t limits(Limits& found) {
-    auto kernel = linear_few<Element, Packed, TileM>;
+  static cudaError_t limits(Limits& found, bool halves) {
+    auto kernel = linear_few<Element, Packed, TileM, Dense>;
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::shared_bytes(1));
     if (error == cudaSuccess)
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                    cudaSharedmemCarveoutMaxShared);
-    for (int blocks = 1; blocks <= L::kBlocks; ++blocks) {
-      const int most = L::stages(blocks, most_mail(TileM), true) >= 3 ? kMaxSplits : 0;
+    for (int blocks = Dense ? L::kBlocks : 1; blocks <= L::kBlocks; ++blocks) {
+      const bool overlaid = L::kOverlaid || L::kMayOverlay;
+      const int most = L::stages(blocks, most_mail(TileM), halves, overlaid) >= 3 ? kMaxSplits : 0;
       for (int splits = 1; splits <= most && error == cudaSuccess; ++splits) {
         cudaLaunchConfig_t config = {};
         cudaLaunchAttribute attributes[2] = {};
@@ -502,12 +519,13 @@ struct Launch {
                     Packed ? static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S) : 0u,
                     L::kOrdered || L::kGrouped ? Op::kInOrder : Op::kNatural};
     const int mail = mail_bytes(std::min(a.M, TileM), plan.splits);
-    const bool halves = Packed && a.S % kTileK != 0;
+    const bool halves = few::halves<Packed>(a);
     int stages = L::stages(plan.blocks, mail, halves);
-    const bool overlaid = L::kMayOverlay && 2 * stages * kTileK * plan.splits < a.K;
+    const bool overlaid =
+        L::kMayOverlay && (stages < 3 || Packed && !L::kHalf && 2 * stages * kTileK * plan.splits < a.K);
     if (overlaid) stages = L::stages(plan.blocks, mail, halves, true);
     // a long share lives from memory, and weights that are asked for far ahead keep x waiting, which must be ordered
-    if (L::kOrdered && sizeof(Element) == 2 && a.K > 3 * stages * kTileK * plan.splits) stages = std::min(stages, 4);
+    if (L::kOrdered && L::kHalf && a.K > 3 * stages * kTileK * plan.splits) stages = std::min(stages, 4);
     const Cut cut{stages, mail, L::scale_bytes(halves), (65535 + plan.splits) / plan.splits, halves, overlaid};
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attributes[2] = {};
@@ -515,27 +533,29 @@ struct Launch {
               plan.blocks);
     config.stream = stream;
     const cudaError_t error = cudaLaunchKernelEx(
-        &config, linear_few<Element, Packed, TileM>, x_map, w_map, w,
+        &config, linear_few<Element, Packed, TileM, Dense>, x_map, w_map, w,
         make_finish(a, Op::kScaled ? static_cast<const float*>(a.w_scale) : nullptr), cut);
     return error != cudaSuccess ? error : cudaGetLastError();
   }
 };
 
-// What each device allows; a host thread asks once.
+// What each device allows a step of one group and one of halves; a host thread asks once.
 template <class Element, bool Packed>
-cudaError_t limits_here(const Limits (*&limits)[kTiles]) {
+cudaError_t limits_here(const Limits (*&limits)[kTiles], bool halves) {
   constexpr int kDevices = 64;
-  static thread_local Limits known[kDevices][kTiles] = {};
+  static thread_local Limits known[kDevices][2][kTiles] = {};
   int ordinal = 0;
   cudaError_t error = cudaGetDevice(&ordinal);
   if (error != cudaSuccess) return error;
-  Limits(&here)[kTiles] = known[ordinal % kDevices];
+  Limits(&here)[kTiles] = known[ordinal % kDevices][halves];
   if (!here[kTiles - 1].clusters[1][1]) {
-    error = Launch<Element, Packed, 8>::limits(here[0]);
-    if (error == cudaSuccess) error = Launch<Element, Packed, 16>::limits(here[1]);
-    if (error == cudaSuccess) error = Launch<Element, Packed, 32>::limits(here[2]);
-    if (error == cudaSuccess) error = Launch<Element, Packed, 64>::limits(here[3]);
-    if (error == cudaSuccess) error = Launch<Element, Packed, 128>::limits(here[4]);
+    error = Launch<Element, Packed, 8>::limits(here[0], halves);
+    if (error == cudaSuccess) error = Launch<Element, Packed, 16>::limits(here[1], halves);
+    if (error == cudaSuccess) error = Launch<Element, Packed, 32>::limits(here[2], halves);
+    if (error == cudaSuccess) error = Launch<Element, Packed, 64>::limits(here[3], halves);
+    if constexpr (Packed)
+      if (error == cudaSuccess) error = Launch<Element, Packed, 64, true>::limits(here[3], halves);
+    if (error == cudaSuccess) error = Launch<Element, Packed, 128>::limits(here[4], halves);
   }
   limits = &here;
   return error;
@@ -547,7 +567,7 @@ int run(const QuambaLinear& a, cudaStream_t stream) {
   if (Packed && (a.S <= 0 || a.S % w4::kChunk || a.K % a.S || static_cast<long long>(a.K) * a.S >> 32))
     return QUAMBA_UNSUPPORTED;
   const Limits(*limits)[kTiles];
-  const cudaError_t error = limits_here<Element, Packed>(limits);
+  const cudaError_t error = limits_here<Element, Packed>(limits, halves<Packed>(a));
   if (error != cudaSuccess) return error;
   Plan plan = choose(a, Packed, *limits);
   plan = {tuned("QUAMBA_TOKENS", plan.tokens), tuned("QUAMBA_SPLITS", plan.splits),
@@ -556,7 +576,11 @@ int run(const QuambaLinear& a, cudaStream_t stream) {
     case 8: return Launch<Element, Packed, 8>::run(a, plan, stream);
     case 16: return Launch<Element, Packed, 16>::run(a, plan, stream);
     case 32: return Launch<Element, Packed, 32>::run(a, plan, stream);
-    case 64: return Launch<Element, Packed, 64>::run(a, plan, stream);
+    case 64:
+      if constexpr (Packed)
+        if (plan.blocks > Layout<Element, Packed, 64>::kBlocks)
+          return Launch<Element, Packed, 64, true>::run(a, plan, stream);
+      return Launch<Element, Packed, 64>::run(a, plan, stream);
     case 128: return Launch<Element, Packed, 128>::run(a, plan, stream);
     default: return QUAMBA_UNSUPPORTED;
   }

@@ -64,6 +64,7 @@ struct HalfOperand {
 
 template <>
 struct Operand<half_t> : HalfOperand<Operand<half_t>, unsigned short> {
+  using InOrder = half_t;
   using Factor = __half2;
   static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   __device__ __forceinline__ static Factor factor(Raw raw) { return __half2half2(__ushort_as_half(raw)); }
@@ -75,13 +76,6 @@ struct Operand<half_t> : HalfOperand<Operand<half_t>, unsigned short> {
     unsigned biased = ((word >> I / 2 * 8) & (I % 2 ? 0x00f000f0u : 0x000f000fu)) | bias[I % 2];
     __half2 code = __hadd2(reinterpret_cast<__half2&>(biased), __float2half2_rn(I % 2 ? -72.f : -1032.f));
     return reinterpret_cast<unsigned&>(code);
-  }
-  // The same, then one rounding.
-  template <int I>
-  __device__ __forceinline__ static unsigned in_order(unsigned word, Factor scale, const unsigned (&bias)[2]) {
-    unsigned code = codes<I>(word, bias);
-    __half2 scaled = __hmul2(reinterpret_cast<__half2&>(code), scale);
-    return reinterpret_cast<unsigned&>(scaled);
   }
   // 1024 + n in the low half, 1024 + 16 n in the high, made n - 8 exactly by one fma, then one rounding
   __device__ __forceinline__ static unsigned pair(unsigned word, unsigned select, Factor scale, unsigned constant) {
@@ -96,6 +90,7 @@ struct Operand<half_t> : HalfOperand<Operand<half_t>, unsigned short> {
 
 template <>
 struct Operand<bfloat16_t> : HalfOperand<Operand<bfloat16_t>, unsigned short> {
+  using InOrder = bfloat16_t;
   // An fp16 scale is the sum of two bf16, and the product with the small one is exact, so the fma rounds only once.
   struct Factor {
     __nv_bfloat162 high, low;
@@ -112,12 +107,6 @@ struct Operand<bfloat16_t> : HalfOperand<Operand<bfloat16_t>, unsigned short> {
   template <int I>  // codes I and I + 4 of a word, less 8
   __device__ __forceinline__ static unsigned codes(unsigned word, const unsigned (&bias)[2]) {
     __nv_bfloat162 code = less_8(word >> 4 * I, bias[0]);
-    return reinterpret_cast<unsigned&>(code);
-  }
-  template <int I>
-  __device__ __forceinline__ static unsigned in_order(unsigned word, Factor scale, const unsigned (&bias)[2]) {
-    __nv_bfloat162 code = less_8(word >> 4 * I, bias[0]);
-    code = __hfma2(code, scale.high, __hmul2(code, scale.low));
     return reinterpret_cast<unsigned&>(code);
   }
   __device__ __forceinline__ static unsigned pair(unsigned word, unsigned select, Factor scale, unsigned constant) {
@@ -154,11 +143,14 @@ struct Operand<int8_t> {
     return (codes * f.multiplier + f.offset) ^ 0x80808080u;
   }
 
+  // Every other code of a word, from code I on, as unsigned bytes, kOver more than they are.
+  using InOrder = uint8_t;
+  static constexpr int kOver = 128;
   static constexpr unsigned kInOrder = 0, kNatural = 0;
   __device__ static unsigned second_bias(unsigned) { return 0; }
-  template <int I>  // every other code of a word, from code I on
+  template <int I>
   __device__ __forceinline__ static unsigned in_order(unsigned word, const Factor& f, const unsigned (&)[2]) {
-    return ((word >> 4 * I & 0x0f0f0f0fu) * f.multiplier + f.offset) ^ 0x80808080u;
+    return (word >> 4 * I & 0x0f0f0f0fu) * f.multiplier + f.offset;
   }
 };
 
