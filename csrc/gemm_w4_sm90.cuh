@@ -1,5 +1,6 @@
 // y = x w^T for many rows on Hopper with packed int4 weights: x fp16 or bf16 and w = q4 * scale, or x int8 and
-// w = q4 * multiplier. q4 is int32 [O, K/8], scales (fp16) and multipliers (int8) are [O, K/S], all as they are stored.
+// w = q4 * multiplier. q4 is int32 [O, K/8], as it is stored or in the order of x of 16 bits (operand_w4.cuh); scales
+// (fp16) and multipliers (int8) are [O, K/S].
 //
 // What is computed is y^T: weights are the operand that wgmma takes from registers, so unpacked ones never meet shared
 // memory. One warp has TMA bring tiles of x and of packed words; each of two multiplying warp groups makes the operand
@@ -213,8 +214,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     int channel = group * 64 + thread / 32 * 16 + lane / 4;
     unsigned select = Op::selector(lane % 4);
     // a row is 64 bytes, its four 16-byte pieces exchanged by row: the 64-byte swizzle of TMA
-    unsigned words = shared_address(w_tiles) + channel * 64 + (Op::kScaled ? lane % 4 / 2 * 4 : 0),
+    constexpr bool kWhole = Parts == 1;  // a lane has whole words
+    unsigned words = shared_address(w_tiles) + channel * 64 +
+                     (kWhole ? lane % 4 * 4 : Op::kScaled ? lane % 4 / 2 * 4 : 0),
              turn = (channel / 2 & 3) << 4;
+    unsigned bias[2] = {w.constant, Op::second_bias(w.constant)};
+    asm("" : "+r"(bias[1]));  // or it is made anew at each use
 
     unsigned place[4];  // of the words that a lane takes of every 32 columns
 #pragma unroll
@@ -235,6 +240,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int i = 0; i < Op::kRegisters; ++i)
           to[i] = Op::four(word[i], select, factor[i * Parts / Op::kRegisters][i % 2]);
+      } else if constexpr (kWhole) {
+        for_each(make_int_sequence<2>{}, [&](auto i) {  // of every 32 columns the tth word
+          const unsigned at = from + ((chunk * 32 + decltype(i)::value * 16) ^ turn);
+          const unsigned word[2] = {load_word(at), load_word(at + 512)};
+          for_each(make_int_sequence<8>{}, [&](auto j) {
+            constexpr int r = decltype(j)::value;
+            to[decltype(i)::value * 8 + r] = Op::template whole<r / 2>(word[r % 2], factor[0][r % 2], bias);
+          });
+        });
       } else {
         unsigned word[2][8];
 #pragma unroll
@@ -414,7 +428,7 @@ int launch(const QuambaLinear& a, const Cut& cut, int sms, cudaStream_t stream) 
       return cudaErrorInvalidValue;
   }
   Weights w{Op::kScaled ? a.w_multiplier : a.w_scale, a.M, a.O, a.K, a.K / a.S,
-            static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S), Op::kNatural};
+            static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S), Op::kBias};
   auto kernel = multiply<Element, TileM, Parts, Rests>;
   constexpr int kBytes = Buffers<Element, TileM>::kBytes;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);

@@ -30,9 +30,10 @@ struct Cut {
 // kBlocks: at most so many on a multiprocessor, for their registers; how many there are is a matter of their memory.
 // kOverlaid: cells arrive where the stages were, once all blocks of the cluster are done with theirs; kMayOverlay: or
 // where there is no room for both, or a block has many more steps than it has stages otherwise.
-// kOrdered: the loading warp puts x in the order in which codes lie in a word, which spares half the unpacking; with
-// more tokens it comes too late. kAdds: it adds x up, too, for weights that are multiplied as unsigned numbers.
-// kGrouped: products of codes, which groups scale, by mma.sync (linear_few_grouped.cuh); kSummed: by wgmma.
+// kOrdered: the loading warp puts int8 x in the order in which codes lie in a word, which spares half the unpacking;
+// with more tokens it comes too late. It adds x up, too, for weights that are multiplied as unsigned numbers. kWhole: a
+// lane has whole words (operand_w4.cuh). kGrouped: products of codes, which groups scale, by mma.sync
+// (linear_few_grouped.cuh); kSummed: by wgmma.
 // kPiece: columns that are unpacked at a time, as registers allow. kAlone: a warp waits for each product, and has
 // registers for one piece; others are at work meanwhile. Dense: three blocks of 64 tokens on a multiprocessor. kAhead:
 // stages whose loads are issued by code of their own, which is faster where it is in the caches: in a chain of the
@@ -44,9 +45,9 @@ struct Layout {
   static constexpr bool kOverlaid = TileM == 128;
   static constexpr bool kMayOverlay = TileM == 64 && (Dense || !Packed || !kHalf);
   static constexpr bool kGrouped = Packed && kHalf && TileM == 8;
-  static constexpr bool kOrdered = Packed && (TileM == 16 || TileM == 8 && !kGrouped);
-  static constexpr bool kAdds = kOrdered && !kHalf;
-  static constexpr bool kSummed = kOrdered && kHalf;
+  static constexpr bool kSummed = Packed && kHalf && TileM == 16;
+  static constexpr bool kOrdered = Packed && !kHalf && TileM <= 16;
+  static constexpr bool kWhole = Packed && kHalf || kOrdered;
   static constexpr bool kAlone = kHalf && Dense;
   static constexpr int kPiece = Dense || (kHalf ? TileM == 16 || TileM == 32 : TileM == 128) ? 32 : 64;
   static constexpr int kBlocks =
@@ -55,7 +56,7 @@ struct Layout {
   static constexpr int kWBytes = kTileO * kTileK / (Packed ? 2 : 1);
   static constexpr int kXBytes = TileM * kTileK * static_cast<int>(sizeof(Element));
   static constexpr int kMaxStages = 10;
-  static constexpr int kBarrierBytes = 8 * (2 + (kOrdered ? 4 : 2) * kMaxStages) + (kAdds ? TileM * 4 : 0);  // and sums
+  static constexpr int kBarrierBytes = 8 * (2 + (kOrdered ? 4 : 2) * kMaxStages) + (kOrdered ? TileM * 4 : 0);  // and sums
   static_assert(!kOverlaid && !kMayOverlay || 3 * (kWBytes + kXBytes) >= most_mail(TileM), "a plan has three stages");
 
   static constexpr int shared_bytes(int blocks) { return (228 / blocks - 1) * 1024; }  // the system takes 1 KB of each

@@ -41,7 +41,7 @@ inline bool dense(const QuambaLinear& a, bool packed, int multiprocessors) {
 inline Rates rates(const QuambaLinear& a, bool packed, bool three) {
   const bool codes = a.x_dtype == QUAMBA_I8;
   if (three) return codes ? Rates{0.f, 0.3f, 0.5f, 0.15f, 0.06f, 0.65f} : Rates{0.f, 0.35f, 0.44f, 0.15f, 0.04f, 2.f};
-  if (packed && a.M <= 16 && a.M > 8 && !codes) return {0.f, 8.f, 0.5f, 0.f, 0.04f, 0.2f};
+  if (packed && a.M <= 16 && a.M > 8 && !codes) return {0.f, 6.f, 0.75f, 0.f, 0.15f, 1.3f};
   if (packed && a.M <= 16) return {0.f, 17.f, 0.85f, 0.f, 0.08f, 0.65f};
   if (!packed && may_be_wide(a)) return {1.72f, 27.f, 1.39f, 1.f, 0.63f, 11.1f};
   if (!packed) return {0.f, 4.f, 0.5f, 0.f, 0.1f, 2.f};

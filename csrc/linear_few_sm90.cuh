@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
 
   if (warp == kMathWarps && lane == 0) {
     init_barrier(mailbox, splits > 1 ? 1 : 32 * kMathWarps);
-    if (L::kAdds) init_barrier(summed, 8);
+    if (L::kOrdered) init_barrier(summed, 8);
 #pragma unroll L::kAhead
     for (int s = 0; s < stages; ++s) {
       init_barrier(full + 8 * s, Packed ? 1 + 32 : 1);
@@ -178,20 +178,18 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
       int at = 0, sum[TileM / 8] = {};
       unsigned phase = 0;
       auto add = [&](int i, const auto& v) {
-        if constexpr (L::kAdds) {
 #pragma unroll
-          for (const uint4& quad : v)
-            for (unsigned word : {quad.x, quad.y, quad.z, quad.w})
-              sum[i] = __dp4a(static_cast<int>(word), 0x01010101, sum[i]);
-        }
+        for (const uint4& quad : v)
+          for (unsigned word : {quad.x, quad.y, quad.z, quad.w})
+            sum[i] = __dp4a(static_cast<int>(word), 0x01010101, sum[i]);
       };
       for (int step = first_step; step < last_step; ++step) {
         wait(x_full + 8 * at, phase);
         const unsigned tile = shared_address(x_tiles + at * L::kXBytes);
         if (TileM == 8 || w.M - row <= 8)  // the others are zeros
-          order_columns<sizeof(Element), 8, TileM>(tile, add);
+          order_columns<8>(tile, add);
         else
-          order_columns<sizeof(Element), TileM, TileM>(tile, add);
+          order_columns<TileM>(tile, add);
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncwarp();
         if (lane == 0) arrive(ordered + 8 * at);
@@ -199,15 +197,13 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
         const int next = step - 1 + stages;  // into the stage that was multiplied while this one was put in order
         if (step > first_step && next < last_step) load(next);
       }
-      if constexpr (L::kAdds) {
 #pragma unroll
-        for (int i = 0; i < TileM / 8; ++i) {
-          sum[i] += __shfl_xor_sync(~0u, sum[i], 1);
-          sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
-          if (lane % 4 == 0) store_word(sums + (8 * i + lane / 4) * 4, sum[i]);
-        }
-        if (lane % 4 == 0) arrive(summed);
+      for (int i = 0; i < TileM / 8; ++i) {
+        sum[i] += __shfl_xor_sync(~0u, sum[i], 1);
+        sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
+        if (lane % 4 == 0) store_word(sums + (8 * i + lane / 4) * 4, sum[i]);
       }
+      if (lane % 4 == 0) arrive(summed);
     } else {
       for (int step = first_step + stages; step < last_step; ++step) load(step);
     }
@@ -246,8 +242,8 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
                                        Shape<Int<TileM>, Int<kTileK>, Int<L::kMaxStages>>{}));
   Tensor sx = make_tensor(make_smem_ptr(reinterpret_cast<Element*>(x_tiles)), XTile{});
   // value(b, i): of tokens 8 b + 2 t and the next channel g, then g + 8
-  auto scatter = [&](auto value, int g = threadIdx.x % 32 / 4) {
-    const unsigned to = mail + warp % 2 * 512 + slot(g, lane % 4);
+  auto scatter = [&](auto value) {
+    const unsigned to = mail + warp % 2 * 512 + slot(lane / 4, lane % 4);
     cluster_wait();
     if (overlaid) {
       cluster_arrive();
@@ -281,9 +277,9 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
       if (lane == 0) arrive(empty + 8 * stage);
       advance();
     }
-    scatter([&](int b, int i) { return total[i]; }, grouped.channel % 8);
+    scatter([&](int b, int i) { return total[i]; });
   } else if constexpr (Packed) {
-    using Code = std::conditional_t<L::kOrdered, typename Op::InOrder, Element>;
+    using Code = std::conditional_t<L::kWhole, typename Op::Whole, Element>;
     using Atom = decltype(SM90::GMMA::rs_op_selector<Code, Element, Sum, Shape<_64, Int<TileM>, Int<w4::kChunk>>>());
     auto mma = make_tiled_mma(Atom{});
     auto mine = mma.get_slice(thread);
@@ -299,10 +295,10 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
     static_assert(kRegisters == Op::kRegisters * kPiece / w4::kChunk, "as they are made");
 
     const int channel = group * 64 + thread / 32 * 16 + lane / 4, t = lane % 4;
-    const unsigned select = Op::selector(t);
+    [[maybe_unused]] const unsigned select = Op::selector(t);
     // a row is 64 bytes, its four 16-byte pieces exchanged by row: the 64-byte swizzle of TMA
     const unsigned words = shared_address(w_tiles) + channel * 64 + ((channel / 2 & 3) << 4) +
-                           (L::kOrdered ? t * 4 : Op::kScaled ? t / 2 * 4 : 0);
+                           (L::kWhole ? t * 4 : t / 2 * 4);
     const int second = cut.halves;  // whether the latter half of a step has words of its own
     unsigned bias[2] = {w.constant, Op::second_bias(w.constant)};
     asm("" : "+r"(bias[1]));  // or it is made anew at each use
@@ -349,11 +345,11 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
       unsigned held[kPieces][kRegisters];
       auto fetch = [&](int piece) {  // a lane reads the words of its own codes
         const unsigned from = words + stage * L::kWBytes;
-        if constexpr (L::kOrdered) {  // the tth of every 32 columns
+        if constexpr (L::kWhole) {  // the tth of every 32 columns
 #pragma unroll
           for (int i = 0; i < kPiece / 16; ++i)
             held[piece][i] = load_word((from ^ (piece * kPiece / 2 + i / 2 * 16)) + i % 2 * 512);
-        } else if constexpr (Op::kScaled) {  // the (t / 2)th of every 16
+        } else {  // the (t / 2)th of every 16
 #pragma unroll
           for (int i = 0; i < kRegisters; ++i)
             held[piece][i] = load_word((from ^ (piece * kPiece / 2 + i / 4 * 16)) + i % 2 * 512 + i / 2 % 2 * 8);
@@ -362,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
       auto unpack = [&](auto& a, int piece) {
         unsigned* const to = reinterpret_cast<unsigned*>(raw_pointer_cast(a.data()));
         if (!L::kSummed && piece * kPiece == w4::kChunk && second) load_factors(step, 1);
-        if constexpr (L::kOrdered) {
+        if constexpr (L::kWhole) {
           constexpr int kOf = kRegisters * 32 / kPiece;  // registers of 32 columns, which are made of two words
           for_each(make_int_sequence<kRegisters>{}, [&](auto i) {
             constexpr int at = decltype(i)::value;
@@ -370,21 +366,11 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
             if constexpr (L::kSummed)
               to[at] = Op::template codes<at % kOf / 2>(word, bias);
             else
-              to[at] = Op::template in_order<at % kOf / 2>(word, factor[0][at % 2], bias);
+              to[at] = Op::template whole<at % kOf / 2>(word, factor[0][at % 2], bias);
           });
-        } else if constexpr (Op::kScaled) {
+        } else {
 #pragma unroll
           for (int i = 0; i < kRegisters; ++i) to[i] = Op::four(held[piece][i], select, factor[0][i % 2]);
-        } else {
-          unsigned word[2][kPiece / 8];
-#pragma unroll
-          for (int h = 0; h < 2; ++h)
-#pragma unroll
-            for (int i = 0; i < kPiece / 32; ++i) {
-              uint4 v = load_shared(((words + stage * L::kWBytes) ^ (piece * kPiece / 2 + i * 16)) + h * 512);
-              word[h][4 * i] = v.x, word[h][4 * i + 1] = v.y, word[h][4 * i + 2] = v.z, word[h][4 * i + 3] = v.w;
-            }
-          Op::template fill<1>(to, word, factor, select, w.constant);
         }
       };
       if (kPieces == 2) fetch(0), fetch(1);
@@ -411,7 +397,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
     } else {
       warpgroup_wait<0>();
       warpgroup_fence_operand(acc);  // or sums are copied before they are complete
-      if constexpr (L::kAdds) {
+      if constexpr (L::kOrdered) {
         wait(summed, 0);
 #pragma unroll
         for (int b = 0; b < TileM / 8; ++b) {
@@ -516,16 +502,13 @@ struct Launch {
                   Packed ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B))
       return cudaErrorInvalidValue;
     const Weights w{Op::kScaled ? a.w_multiplier : a.w_scale, a.M, a.O, a.K, Packed ? a.K / a.S : 1,
-                    Packed ? static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S) : 0u,
-                    L::kOrdered || L::kGrouped ? Op::kInOrder : Op::kNatural};
+                    Packed ? static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S) : 0u, Op::kBias};
     const int mail = mail_bytes(std::min(a.M, TileM), plan.splits);
     const bool halves = few::halves<Packed>(a);
     int stages = L::stages(plan.blocks, mail, halves);
     const bool overlaid =
         L::kMayOverlay && (stages < 3 || Packed && !L::kHalf && 2 * stages * kTileK * plan.splits < a.K);
     if (overlaid) stages = L::stages(plan.blocks, mail, halves, true);
-    // a long share lives from memory, and weights that are asked for far ahead keep x waiting, which must be ordered
-    if (L::kOrdered && L::kHalf && a.K > 3 * stages * kTileK * plan.splits) stages = std::min(stages, 4);
     const Cut cut{stages, mail, L::scale_bytes(halves), (65535 + plan.splits) / plan.splits, halves, overlaid};
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attributes[2] = {};

@@ -40,6 +40,15 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], float a0, float a1, floa
         "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
+// Four matrices of 8 x 8 halves in shared memory, lane i having the address of row i % 8 of matrix i / 8: of each, row
+// lane/4, columns 2 (lane%4) and the next.
+__device__ __forceinline__ void load_matrices(uint32_t (&v)[4], uint32_t at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(at)
+               : "memory");
+}
+
 // Two halves in a word: a - b, a * b + c.
 __device__ __forceinline__ uint32_t sub_f16x2(uint32_t a, uint32_t b) {
   uint32_t d;

@@ -2,8 +2,12 @@
 //
 // A lane's piece of the operand is natural in K. Lane 4 g + t of a warp holds channels g and g + 8, and of every eight
 // columns 2 t and 2 t + 1 (16 bit), which is byte t of a word; of every sixteen 4 t to 4 t + 3 (int8), which is half t
-// of two words. So four lanes read the same words, and a byte permutation that depends on t picks from them. Where x is
-// put in the order of the codes instead (in_order), a lane has whole words: of every 32 columns 8 t to 8 t + 7.
+// of two words. So four lanes read the same words, and a byte permutation that depends on t picks from them.
+//
+// A lane has whole words, which take fewer instructions, where int8 x is put in the order of the codes instead: of every
+// 32 columns 8 t to 8 t + 7; and for x of 16 bits where S is a multiple of 64, since such weights are put in its order
+// once (quamba_kernels.cuda.int4_order): word t of the four of 32 columns holds, of each eight columns from 8 q on, the
+// codes of 2 t and 2 t + 1 as nibbles q and q + 4.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -23,7 +27,7 @@ struct Weights {
   const void* scale;  // fp16 or, for int8 x, int8 multipliers
   int M, O, K, groups;
   unsigned inverse;  // 2^32 / S rounded up: k / S is the upper half of k * inverse, for K S below 2^32
-  unsigned constant;  // Operand::kInOrder or kNatural: known to the compiler, it would take an instruction at each use
+  unsigned constant;  // Operand::kBias: known to the compiler, it would take an instruction at each use
 
   __device__ __forceinline__ int group(int column) const {
     return min(static_cast<int>(__umulhi(column, inverse)), groups - 1);
@@ -37,8 +41,9 @@ __device__ __forceinline__ unsigned shift_in_word(unsigned at) {
 }
 
 // How each type of x has its weights made. Raw: a scale as stored. Factor: it, ready for use. kBox: columns of x that
-// are 128 bytes. kFixed: what a GEMM's tile takes besides its tokens, in tokens, fitted to measured times. fill<Parts>:
-// the registers of 64 columns from eight words of each of two channels, Parts scales each.
+// are 128 bytes. kFixed: what a GEMM's tile takes besides its tokens, in tokens, fitted to measured times. whole<I>: a
+// register from a lane's whole word, the Ith of its codes. fill<Parts>: the registers of 64 columns from eight words of
+// each of two channels as they are stored, Parts scales each.
 template <class Element>
 struct Operand;
 
@@ -53,23 +58,21 @@ struct HalfOperand {
 
   template <int Parts, int Words, class Factor>
   __device__ __forceinline__ static void fill(unsigned* a, const unsigned (&word)[2][Words],
-                                              const Factor (&factor)[Parts][2], unsigned select,
-                                              unsigned constant = Derived::kNatural) {
+                                              const Factor (&factor)[Parts][2], unsigned select) {
 #pragma unroll
     for (int i = 0; i < 2 * Words; ++i)  // of every 16 columns: channel g, g + 8, then the same eight columns on
-      a[i] = Derived::pair(word[i % 2][i / 4 * 2 + i % 4 / 2], select, factor[i * Parts / (2 * Words)][i % 2],
-                           constant);
+      a[i] = Derived::pair(word[i % 2][i / 4 * 2 + i % 4 / 2], select, factor[i * Parts / (2 * Words)][i % 2]);
   }
 };
 
 template <>
 struct Operand<half_t> : HalfOperand<Operand<half_t>, unsigned short> {
-  using InOrder = half_t;
+  using Whole = half_t;
   using Factor = __half2;
   static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   __device__ __forceinline__ static Factor factor(Raw raw) { return __half2half2(__ushort_as_half(raw)); }
-  static constexpr unsigned kInOrder = 0x64006400u, kNatural = 0x2c003c00u;  // 1024 twice; 1/16 and 1
-  // Codes I and I + 4 of a word, less 8: made of 1024 + n or 64 + n by the exponents in bias[I % 2].
+  static constexpr unsigned kBias = 0x64006400u;  // 1024 twice
+  // Nibbles I and I + 4 of a word, less 8: made of 1024 + n or 64 + n by the exponents in bias[I % 2].
   __device__ static unsigned second_bias(unsigned constant) { return constant - 0x10001000u; }
   template <int I>
   __device__ __forceinline__ static unsigned codes(unsigned word, const unsigned (&bias)[2]) {
@@ -77,11 +80,17 @@ struct Operand<half_t> : HalfOperand<Operand<half_t>, unsigned short> {
     __half2 code = __hadd2(reinterpret_cast<__half2&>(biased), __float2half2_rn(I % 2 ? -72.f : -1032.f));
     return reinterpret_cast<unsigned&>(code);
   }
+  template <int I>
+  __device__ __forceinline__ static unsigned whole(unsigned word, const Factor& scale, const unsigned (&bias)[2]) {
+    const unsigned code = codes<I>(word, bias);
+    const __half2 scaled = __hmul2(reinterpret_cast<const __half2&>(code), scale);
+    return reinterpret_cast<const unsigned&>(scaled);
+  }
   // 1024 + n in the low half, 1024 + 16 n in the high, made n - 8 exactly by one fma, then one rounding
-  __device__ __forceinline__ static unsigned pair(unsigned word, unsigned select, Factor scale, unsigned constant) {
-    const unsigned kOffset = 0xd480e408u;  // (-72, -1032)
+  __device__ __forceinline__ static unsigned pair(unsigned word, unsigned select, Factor scale) {
+    const unsigned kFactor = 0x2c003c00u, kOffset = 0xd480e408u;  // (1/16, 1), (-72, -1032)
     unsigned biased = __byte_perm(word, 0x64646464u, select) & 0xfff0ff0fu;
-    __half2 code = __hfma2(reinterpret_cast<__half2&>(biased), reinterpret_cast<const __half2&>(constant),
+    __half2 code = __hfma2(reinterpret_cast<__half2&>(biased), reinterpret_cast<const __half2&>(kFactor),
                            reinterpret_cast<const __half2&>(kOffset));
     code = __hmul2(code, scale);
     return reinterpret_cast<unsigned&>(code);
@@ -90,7 +99,7 @@ struct Operand<half_t> : HalfOperand<Operand<half_t>, unsigned short> {
 
 template <>
 struct Operand<bfloat16_t> : HalfOperand<Operand<bfloat16_t>, unsigned short> {
-  using InOrder = bfloat16_t;
+  using Whole = bfloat16_t;
   // An fp16 scale is the sum of two bf16, and the product with the small one is exact, so the fma rounds only once.
   struct Factor {
     __nv_bfloat162 high, low;
@@ -102,15 +111,21 @@ struct Operand<bfloat16_t> : HalfOperand<Operand<bfloat16_t>, unsigned short> {
     return {__bfloat162bfloat162(high), __float2bfloat162_rn(scale - __bfloat162float(high))};
   }
   __device__ static unsigned selector(int t) { return 0x0400 + 0x0101 * t; }  // byte t of a word and of it >> 4
-  static constexpr unsigned kInOrder = 0x43004300u, kNatural = kInOrder;  // 128 twice
+  static constexpr unsigned kBias = 0x43004300u;  // 128 twice
   __device__ static unsigned second_bias(unsigned constant) { return constant; }
-  template <int I>  // codes I and I + 4 of a word, less 8
+  template <int I>  // nibbles I and I + 4 of a word, less 8
   __device__ __forceinline__ static unsigned codes(unsigned word, const unsigned (&bias)[2]) {
     __nv_bfloat162 code = less_8(word >> 4 * I, bias[0]);
     return reinterpret_cast<unsigned&>(code);
   }
-  __device__ __forceinline__ static unsigned pair(unsigned word, unsigned select, Factor scale, unsigned constant) {
-    __nv_bfloat162 code = less_8(__byte_perm(word, word >> 4, select), constant);
+  template <int I>
+  __device__ __forceinline__ static unsigned whole(unsigned word, const Factor& scale, const unsigned (&bias)[2]) {
+    return scaled(less_8(word >> 4 * I, bias[0]), scale);
+  }
+  __device__ __forceinline__ static unsigned pair(unsigned word, unsigned select, Factor scale) {
+    return scaled(less_8(__byte_perm(word, word >> 4, select), kBias), scale);
+  }
+  __device__ __forceinline__ static unsigned scaled(__nv_bfloat162 code, const Factor& scale) {
     code = __hfma2(code, scale.high, __hmul2(code, scale.low));
     return reinterpret_cast<unsigned&>(code);
   }
@@ -143,13 +158,13 @@ struct Operand<int8_t> {
     return (codes * f.multiplier + f.offset) ^ 0x80808080u;
   }
 
-  // Every other code of a word, from code I on, as unsigned bytes, kOver more than they are.
-  using InOrder = uint8_t;
+  // Every other code of a word, from the Ith on, as unsigned bytes, kOver more than they are.
+  using Whole = uint8_t;
   static constexpr int kOver = 128;
-  static constexpr unsigned kInOrder = 0, kNatural = 0;
+  static constexpr unsigned kBias = 0;
   __device__ static unsigned second_bias(unsigned) { return 0; }
   template <int I>
-  __device__ __forceinline__ static unsigned in_order(unsigned word, const Factor& f, const unsigned (&)[2]) {
+  __device__ __forceinline__ static unsigned whole(unsigned word, const Factor& f, const unsigned (&)[2]) {
     return (word >> 4 * I & 0x0f0f0f0fu) * f.multiplier + f.offset;
   }
 };

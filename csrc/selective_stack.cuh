@@ -221,7 +221,8 @@ __device__ __forceinline__ void take_step(const Params& p, const Ring& ring,
       if (adds) {
         unsigned long long* const to = total + blockIdx.x % kCopies * common;
         if (channels > 0) {
-          const auto sum = share_of_row<KIND>(p, mixer.more, between.inputs, threadIdx.x, octets, first_group);
+          const auto sum = share_of_row<KIND>(p, mixer.more, between.inputs, threadIdx.x, channel0 / kOctet, octets,
+                                              first_group);
           if constexpr (kCodes)
             add_to(to, sum);
           else

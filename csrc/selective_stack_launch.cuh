@@ -57,7 +57,8 @@ int plan(const QuambaSelectiveStack& s, Params& p, int& sms, int& bytes) {
 
   const int channels = most_rows(p.matrix[0], sms);
   if (channels > kMostChannels) return QUAMBA_UNSUPPORTED;
-  p.pitch = (channels / kOctet | 1) * kOctetBytes<KIND>;  // odd, for the banks
+  // octets: an odd number, for the banks
+  p.pitch = kInteger<KIND> ? (channels / kOctet | 1) * kOctetBytes<KIND> : most_pieces<KIND>(channels / kOctet) * 16;
   p.dt_at = 0, p.x_at = (channels * s.R + 15) / 16 * 16;
   p.multipliers_at = (p.x_at + common_of(s) * p.pitch + 15) / 16 * 16;
   const int more = p.multipliers_at + (KIND == Kind::kW8A8 ? 0 : 2 * common_of(s) * (kCodes ? 1 : 2));

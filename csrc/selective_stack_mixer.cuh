@@ -14,6 +14,18 @@ constexpr int kCopies = 4;          // of a sum, since L2 adds to one line a wor
 
 template <Kind KIND>
 constexpr int kOctetBytes = KIND == Kind::kW8A8 ? 8 : 4;  // of a row of x_proj
+template <Kind KIND>
+constexpr int kTogether = kInteger<KIND> ? 1 : 4;  // octets whose codes lie in the same words (operand_w4.cuh)
+
+// Pieces of a row that octets lie in, and at most, wherever they begin.
+template <Kind KIND>
+__host__ __device__ constexpr int pieces_of(int first, int octets) {
+  return (first + octets + kTogether<KIND> - 1) / kTogether<KIND> - first / kTogether<KIND>;
+}
+template <Kind KIND>
+constexpr int most_pieces(int octets) {
+  return pieces_of<KIND>(kTogether<KIND> - 1, octets);
+}
 
 struct Params {
   QuambaDecode mixer;
@@ -87,15 +99,17 @@ __device__ __forceinline__ void bring_mixer(const Params& p, const QuambaSelecti
   const QuambaDecode& q = p.mixer;
   const int lane = threadIdx.x % 32, inner = q.H, common = p.R + 2 * kStates;
 
-  // x_proj: eight lanes take a row, an octet of channels each
-  constexpr int kBytes = kOctetBytes<KIND>;
-  const int piece = lane % 8;
-  if (piece * kOctet < share.rows) {
-    const int64_t row_bytes = static_cast<int64_t>(inner / kOctet) * kBytes;
-    const char* from = static_cast<const char*>(l.x.w) + lane / 8 * row_bytes + (share.first / kOctet + piece) * kBytes;
-    uint32_t into = shared_address(to.more + p.x_at) + lane / 8 * p.pitch + piece * kBytes;
+  // x_proj: some lanes take a row, an octet of channels each, or four
+  constexpr int kBytes = kOctetBytes<KIND> * kTogether<KIND>, kLanes = kInteger<KIND> ? 8 : 4, kRows = 32 / kLanes;
+  static_assert(most_pieces<KIND>(kMostChannels / kOctet) <= kLanes, "a lane takes one");
+  const int piece = lane % kLanes, first_octet = share.first / kOctet;
+  if (piece < pieces_of<KIND>(first_octet, share.rows / kOctet)) {
+    const int64_t row_bytes = static_cast<int64_t>(inner / kOctet) * kOctetBytes<KIND>;
+    const char* from = static_cast<const char*>(l.x.w) + lane / kLanes * row_bytes +
+                       (first_octet / kTogether<KIND> + piece) * kBytes;
+    uint32_t into = shared_address(to.more + p.x_at) + lane / kLanes * p.pitch + piece * kBytes;
 #pragma unroll 4
-    for (int row = lane / 8; row < common; row += 4, from += 4 * row_bytes, into += 4 * p.pitch)
+    for (int row = lane / kLanes; row < common; row += kRows, from += kRows * row_bytes, into += kRows * p.pitch)
       copy_piece<kBytes>(into, from);
   }
   arrive_behind_copies(full);
@@ -198,11 +212,11 @@ __device__ __forceinline__ void put_channel(char* x, int channel, float v) {
     reinterpret_cast<float*>(x)[channel] = v;
 }
 
-// What the block's channels, octets of them, add to row `row` of x_proj: int32, or a float. early: octets in the first
-// group.
+// What the block's channels, octets of them from `first_octet` on, add to row `row` of x_proj: int32, or a float. early:
+// octets in the first group.
 template <Kind KIND>
-__device__ __forceinline__ auto share_of_row(const Params& p, const char* more, const char* x, int row, int octets,
-                                             int early) {
+__device__ __forceinline__ auto share_of_row(const Params& p, const char* more, const char* x, int row, int first_octet,
+                                             int octets, int early) {
   const char* const w = more + p.x_at + row * p.pitch;
   if constexpr (KIND == Kind::kW8A8) {
     int sum = 0;
@@ -228,14 +242,16 @@ __device__ __forceinline__ auto share_of_row(const Params& p, const char* more, 
     float first = 0.f, rest = 0.f;
 #pragma unroll 2
     for (int i = 0; i < octets; ++i) {
-      const uint32_t a = reinterpret_cast<const uint32_t*>(w)[i];
+      const int at = first_octet % kTogether<KIND> + i, shift = at % 4 * 4;
+      const uint4 v = reinterpret_cast<const uint4*>(w)[at / 4];
+      const uint32_t a[4] = {v.x >> shift, v.y >> shift, v.z >> shift, v.w >> shift};
       const float4* const quads = reinterpret_cast<const float4*>(x) + 2 * i;
       const float4 low = quads[0], high = quads[1];
       const float b[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       float sum = 0.f;
 #pragma unroll
       for (int j = 0; j < 8; ++j)  // a nibble behind the bits of 2^23 is a float whose last places it fills
-        sum = fmaf(__uint_as_float((a >> (4 * j) & 15u) | 0x4b000000u) - 8388616.f, b[j], sum);
+        sum = fmaf(__uint_as_float((a[j / 2] >> j % 2 * 16 & 15u) | 0x4b000000u) - 8388616.f, b[j], sum);
       (i < early ? first : rest) += sum;
     }
     const __half2 m = reinterpret_cast<const __half2*>(more + p.multipliers_at)[row];

@@ -22,13 +22,6 @@ __device__ __forceinline__ int place(int row, int column) {
   return (column / 64) * (Rows * kPitch) + row * kPitch + (((column % 64) / 8) ^ (row & 7)) * 16 + (column % 8) * 2;
 }
 
-__device__ __forceinline__ void load_matrices(uint32_t (&v)[4], uint32_t at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(at)
-               : "memory");
-}
-
 __device__ __forceinline__ void load_matrices_across(uint32_t (&v)[4], uint32_t at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])

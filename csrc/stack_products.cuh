@@ -8,8 +8,9 @@
 // product, in columns that would be the same token again. So they take the instructions of int8.
 //
 // Where x lies in shared memory: int8 for int8 weights in the order of K; for int4 ones eight elements are a word of the even
-// and a word of the odd ones, as the nibbles come apart; of floats, the upper digits before the lower ones in each half of a
-// lane's elements.
+// and a word of the odd ones, as the nibbles come apart; of floats, whose weights are in an order of their own
+// (operand_w4.cuh), a word of the low and one of the high nibbles' elements, the upper digits before the lower ones in each half
+// of a lane's.
 #pragma once
 
 #include "linear_skinny_epilogue.cuh"

@@ -159,14 +159,21 @@ __device__ __forceinline__ float put_input(Quads& v, int channels, float scale, 
 #pragma unroll
         for (int j = 0; j < 4; ++j)
           code[j] = (__float_as_uint(__fmaf_rn(v[i][j], grid.inverse, kRounder)) + off) ^ kMiddle;
-        unsigned short* const pair = reinterpret_cast<unsigned short*>(
-            to + octet / 2 % 2 * (kDigits * kDigitBytes) + octet / 4 * 16 + octet % 2 * 4 + second * 2);
+        // a word is of two columns of an octet and of the next but one: lanes exchange them, and write a word each
+        const bool later = octet & 2;
+        unsigned other[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          other[j] = __shfl_xor_sync(~0u, later ? code[j] : code[j + 2], 4);
+          code[j] = later ? code[j + 2] : code[j];
+        }
+        unsigned* const word =
+            reinterpret_cast<unsigned*>(to + second * (kDigits * kDigitBytes) + octet / 4 * 16 + octet % 2 * 8) + later;
 #pragma unroll
         for (int d = 0; d < kDigits; ++d) {
-          unsigned short* const digit = pair + d * (kDigitBytes / 2);
-          const unsigned bytes = 0x0040 + (kDigits - 1 - d) * 0x0011;
-          digit[0] = static_cast<unsigned short>(__byte_perm(code[0], code[2], bytes));
-          digit[4] = static_cast<unsigned short>(__byte_perm(code[1], code[3], bytes));
+          const unsigned bytes = (later ? 0x0004 : 0x0040) + (kDigits - 1 - d) * 0x0011;
+          word[d * (kDigitBytes / 4)] = __byte_perm(__byte_perm(code[0], other[0], bytes),
+                                                    __byte_perm(code[1], other[1], bytes), 0x5410);
         }
       }
     }

@@ -10,7 +10,7 @@ import torch
 
 from quamba_kernels import OPS
 from quamba_kernels.cuda import build as building
-from quamba_kernels.cuda import expansion, linear
+from quamba_kernels.cuda import expansion, int4_order, linear
 from quamba_kernels.cuda import library as loading
 from quamba_kernels.cuda.library import Library
 from quamba_kernels.cuda.toolchain import CannotBuild
@@ -35,7 +35,10 @@ static float at(const void* p, int dtype, long i) {
 }
 static int code(const QuambaLinear* a, int packed, long o, long k) {
   if (!packed) return ((const int8_t*)a->w)[o * a->K + k];
-  int q = (int)(((const uint32_t*)a->w)[(o * a->K + k) / 8] >> 4 * (k % 8) & 15) - 8;
+  const uint32_t* w = (const uint32_t*)a->w + (o * a->K + k) / 32 * 4;
+  int ordered = packed == 2 && a->S % 64 == 0;
+  int word = ordered ? k % 8 / 2 : k % 32 / 8, nibble = ordered ? k % 32 / 8 + k % 2 * 4 : k % 8;
+  int q = (int)(w[word] >> 4 * nibble & 15) - 8;
   return a->w_multiplier ? q * ((const int8_t*)a->w_multiplier)[(o * a->K + k) / a->S] : q;
 }
 static int run(const QuambaLinear* a, int packed) {
@@ -68,10 +71,10 @@ LINEAR(quamba_linear_w8a8_skinny, 0)
 LINEAR(quamba_linear_w4a8_skinny, 1)
 LINEAR(quamba_linear_w4a16_skinny, 1)
 LINEAR(quamba_linear_w4a8_gemm, 1)
-LINEAR(quamba_linear_w4a16_gemm, 1)
+LINEAR(quamba_linear_w4a16_gemm, 2)
 LINEAR(quamba_linear_w8a8_few, 0)
 LINEAR(quamba_linear_w4a8_few, 1)
-LINEAR(quamba_linear_w4a16_few, 1)
+LINEAR(quamba_linear_w4a16_few, 2)
 long long quamba_linear_w8a8_gemm_workspace(const QuambaLinear* a) { return 4 * a->O; }
 int quamba_linear_w8a8_gemm(const QuambaLinear* a, void* s) {
   last = "quamba_linear_w8a8_gemm";
@@ -122,12 +125,19 @@ def last(library: Library) -> str:
     return ctypes.c_char_p.in_dll(library._loaded, "last").value.decode()
 
 
+def prepacked(name: str, case: Case) -> tuple[torch.Tensor, ...]:
+    """The weights in the order that the library's kernels take."""
+    w, *rest = case.args[case.weights]
+    ordered = name == "linear_w4a16" and linear.takes_order(case.shape["S"], w.device)
+    return (int4_order.order(w) if ordered else w, *rest)
+
+
 def call(name: str, case: Case, **changes) -> torch.Tensor:
     """An op's implementation, called as the dispatcher would call it for tensors on a GPU."""
     first = case.args[: case.weights]
     rest = (*case.args[case.weights + 1 :], None, None)[:2]
     options = {"out_scale": None, "out_dtype": torch.float32, **case.kwargs, **changes}
-    return getattr(linear, name)(*first, *case.args[case.weights], *rest, options["out_scale"], options["out_dtype"])
+    return getattr(linear, name)(*first, *prepacked(name, case), *rest, options["out_scale"], options["out_dtype"])
 
 
 def served(name: str) -> list[Case]:
@@ -158,7 +168,8 @@ def test_arguments_reach_the_kernels(
         want = OPS[name].reference(*case.args, **case.kwargs)
         assert disagreement([call(name, case)], [want], TOLERANCE[name][case.dtype]) is None, case.label
         gemm = f"quamba_{name}_gemm" if arch == "sm_90a" else "quamba_linear_w8a8_gemm"
-        assert last(library) == (f"quamba_{name}_skinny" if rows else gemm)
+        skinny = rows and prepacked(name, case)[0].dim() == 2
+        assert last(library) == (f"quamba_{name}_skinny" if skinny else gemm)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -201,15 +212,15 @@ def test_a_norm_holds_back_what_only_waits_for_it(
     for constant in ("W8A8_SKINNY_ROWS", "W4A8_SKINNY_ROWS", "W4A16_SKINNY_ROWS"):
         monkeypatch.setattr(linear, constant, most)
     for case in served(name):
-        x, weights = case.args[0], case.args[case.weights]
+        x, weights, given = case.args[0], case.args[case.weights], prepacked(name, case)
         scale = None if name == "linear_w4a16" else torch.tensor([0.02])
-        w, multiplier, w_scale = weights if len(weights) == 3 else (weights[0], None, weights[1])
+        w, multiplier, w_scale = given if len(given) == 3 else (given[0], None, given[1])
         halves = torch.bfloat16, torch.bfloat16
         got = linear.norm_linear(x.float(), None, 1e-5, w, multiplier, w_scale, None, None, scale, False, *halves)
         want = OPS[name].reference(*((x,) if scale is None else (x, scale)), weights, out_dtype=torch.bfloat16)
         assert disagreement([got], [want], TOLERANCE[name][torch.bfloat16]) is None, case.label
         assert held.pop() == (name == "linear_w8a8" and last(library) == "quamba_linear_w8a8_gemm"), case.label
-        assert last(library).endswith("_skinny") == bool(most), case.label
+        assert last(library).endswith("_skinny") == bool(most and w.dim() == 2), case.label
 
 
 def test_w4a16_is_expanded_where_there_is_no_kernel(kernels, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,18 @@ import torch
 from quamba_kernels import OPS, Backend
 from quamba_kernels.ops.rowwise import dequantize
 from quamba_kernels.ops.ssd import group_scale
-from quamba_kernels.testing import PER_TOKEN, TOLERANCE, Case, cases, disagreement, error, followed, outcome
+from quamba_kernels.testing import (
+    PER_TOKEN,
+    TOLERANCE,
+    Case,
+    cases,
+    change,
+    disagreement,
+    error,
+    flat,
+    followed,
+    outcome,
+)  # fmt: skip
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PAIRS = [
@@ -84,10 +95,10 @@ def test_strided_inputs_are_read_right_or_refused(name: str, backend: Backend, d
 @pytest.mark.parametrize("name, backend, device", [p for p in PAIRS if cases(p.values[0])[0].weights is not None])
 def test_unpack_undoes_prepack(name: str, backend: Backend, device: str) -> None:
     for case in served(name, backend, device):
-        weights = tuple(w.to(device) for w in case.args[case.weights])
+        weights = change(case.args[case.weights], lambda t: t.to(device))
         back = backend.unpack(backend.prepack(weights))
         assert len(back) == len(weights)
-        for a, b in zip(back, weights, strict=True):
+        for a, b in zip(flat(back), flat(weights), strict=True):
             assert a.dtype == b.dtype and torch.equal(a, b), case.label
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from quamba_kernels.backends.cuda import of_blocks
+from quamba_kernels.cuda import int4_order, stack
 from quamba_kernels.cuda import selective_stack as cuda
-from quamba_kernels.cuda import stack
 from quamba_kernels.testing_selective_stack import Sizes, draw
 
 SIZES = Sizes(256, 512, 16, 16, 512)
@@ -13,6 +14,11 @@ SIZES = Sizes(256, 512, 16, 16, 512)
 @pytest.fixture
 def launches(launches_of):
     return launches_of(stack, cuda.QuambaSelectiveStackLayer)
+
+
+def in_order(weights):
+    w, *scales = weights
+    return (int4_order.order(w), *scales) if w.dtype == torch.int32 else weights
 
 
 def launch(drawn, linear="linear_w4a8", x=None, dtype=torch.float16):
@@ -25,6 +31,8 @@ def launch(drawn, linear="linear_w4a8", x=None, dtype=torch.float16):
 def test_all_layers_reach_one_launch(linear, launches):
     rng = torch.Generator().manual_seed(0)
     drawn = [draw(linear, rng, SIZES, torch.float16, torch.int8, noisy=True) for _ in range(3)]
+    if linear == "linear_w4a16":
+        drawn = list(zip(of_blocks(in_order)(tuple(b for b, _ in drawn)), (m for _, m in drawn), strict=True))
     assert launch(drawn, linear).shape == (1, SIZES.D)
     [(name, problem, layer)] = launches
     block, memory = drawn[0]

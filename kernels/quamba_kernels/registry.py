@@ -38,7 +38,7 @@ class Setting:
     shape: dict[str, int] = field(default_factory=dict)
 
 
-def identity(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def identity(weights: tuple[Any, ...]) -> tuple[Any, ...]:
     """Keep the canonical layout of the weights."""
     return weights
 
@@ -53,7 +53,7 @@ def _always(setting: Setting) -> str | None:
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of one op; ``unpack(prepack(w)) == w`` for the weights of a linear.
+    """One implementation of one op; ``unpack(prepack(w)) == w`` for the weights of a linear, or the blocks of a stack.
 
     ``ahead(weights, rows)`` surrounds what runs before a linear of so many rows, and the linear: inside, other ops of
     the backend may make ready what the linear would begin with.
@@ -63,8 +63,8 @@ class Backend:
     fn: Callable[..., Any]
     why_not: Callable[[Setting], str | None] = _always
     rank: int = 50
-    prepack: Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]] = identity
-    unpack: Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]] = identity
+    prepack: Callable[[tuple[Any, ...]], tuple[Any, ...]] = identity
+    unpack: Callable[[tuple[Any, ...]], tuple[Any, ...]] = identity
     ahead: Callable[[tuple[torch.Tensor, ...], int], AbstractContextManager[None]] = _nothing_ahead
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -76,8 +76,8 @@ LENGTHS = (0, 1, 3, 63, 0, 255, 257, 1000, 0)
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of one call; ``weights`` is the position of a linear's weights, which a backend may prepack; ``flips``:
-    share of int8 codes that may be off by one."""
+    """Arguments of one call; ``weights`` is the position of a linear's weights, or of a stack's blocks, which a backend
+    may prepack; ``flips``: share of int8 codes that may be off by one."""
 
     label: str
     args: tuple[Any, ...]

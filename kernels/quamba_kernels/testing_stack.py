@@ -97,4 +97,4 @@ def _ssd_stack(name: str, rng: torch.Generator, dtype: torch.dtype) -> Iterator[
             x = _normal(rng, 1, made.D)
             label = f"{linear} {made} {len(drawn)} layers {kind} rng={noisy} static={static} {dtype}"
             flips = FLIPS if linear != "linear_w4a16" else FLOAT_FLIPS[dtype]
-            yield Case(label, (x, blocks, memories), options, made.shape(linear, kind), dtype, flips=flips)
+            yield Case(label, (x, blocks, memories), options, made.shape(linear, kind), dtype, 1, flips)

@@ -1,5 +1,6 @@
 """The CUDA linears on a GPU, beyond the loop of test_ops.py: real sizes, streams, graphs, torch.compile, refusals."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,8 +27,20 @@ def why_skip() -> str | None:
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(why_skip()), reason=str(why_skip()))]
 
 
-def backend(name: str) -> Backend:
+def kernel(name: str) -> Backend:
     return next(b for b in OPS[name].backends if b.name == "cuda")
+
+
+def prepacked(name: str, weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    found = kernel(name).prepack(weights)
+    return weights if found is weights else tuple(map(followed, found))
+
+
+def backend(name: str) -> Callable[..., Any]:
+    """The kernel for weights as they are stored."""
+    return lambda *given, **options: kernel(name)(
+        *(prepacked(name, part) if isinstance(part, tuple) else part for part in given), **options
+    )
 
 
 def draw(name: str, rows: int, shape: tuple[int, int, int], dtype: torch.dtype = torch.bfloat16, seed=0) -> list[Any]:
@@ -281,19 +294,23 @@ def test_leading_dimensions_and_no_rows(name: str) -> None:
 @pytest.mark.parametrize("rows", [3, 200])
 @pytest.mark.parametrize("name", NAMES)
 def test_layouts_are_read_right_or_refused(name: str, rows: int) -> None:
-    x, *scale, weights = draw(name, rows, (512, 192, 64))
-    want = backend(name)(x, *scale, weights)
+    run, (x, *scale, stored) = kernel(name), draw(name, rows, (512, 192, 64))
+    weights = run.prepack(stored)
+    want = run(x, *scale, weights)
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view(x.shape).copy_(x)
     for same in (x.T.contiguous().T, torch.cat([x, x], 1)[:, :512], shifted):
-        assert torch.equal(backend(name)(same, *scale, weights), want)
-    transposed = (weights[0].T.contiguous().T, *weights[1:])
+        assert torch.equal(run(same, *scale, weights), want)
+    transposed = (weights[0].transpose(0, 1).contiguous().transpose(0, 1), *weights[1:])
     with pytest.raises(ValueError, match="w .* is not contiguous"):
-        backend(name)(x, *scale, transposed)
+        run(x, *scale, transposed)
     flat = torch.empty(weights[0].numel() + 1, dtype=weights[0].dtype, device="cuda")[1:]
-    with pytest.raises(ValueError, match="w does not start at a multiple of 16 bytes"):
-        backend(name)(x, *scale, (flat.view(weights[0].shape).copy_(weights[0]), *weights[1:]))
+    with pytest.raises(ValueError, match="w .*does not start at a multiple of 16 bytes"):
+        run(x, *scale, (flat.view(weights[0].shape).copy_(weights[0]), *weights[1:]))
     with pytest.raises(ValueError, match="lies on cpu"):
-        backend(name)(x, *scale, (weights[0].cpu(), *weights[1:]))
+        run(x, *scale, (weights[0].cpu(), *weights[1:]))
+    if name == "linear_w4a16" and linear.library(0).arch == "sm_90a":
+        with pytest.raises(ValueError, match=r"w as prepacked has to be \[192, 16, 4\], got \[192, 64\]"):
+            run(x, *scale, stored)
 
 
 @pytest.mark.parametrize("rows", [2, 300])
@@ -341,9 +358,10 @@ def test_same_inputs_give_the_same_bits(name: str, rows: int) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_compiles_into_one_graph(name: str) -> None:
     torch.compiler.reset()
-    x, *rest = draw(name, 4, (512, 192, 64))
-    compiled = torch.compile(lambda x: backend(name).fn(x, *rest, out_dtype=torch.bfloat16) * 2, fullgraph=True)
-    assert torch.equal(compiled(x), backend(name)(x, *rest, out_dtype=torch.bfloat16) * 2)
+    run, (x, *rest) = kernel(name), draw(name, 4, (512, 192, 64))
+    rest[-1] = run.prepack(rest[-1])
+    compiled = torch.compile(lambda x: run.fn(x, *rest, out_dtype=torch.bfloat16) * 2, fullgraph=True)
+    assert torch.equal(compiled(x), run(x, *rest, out_dtype=torch.bfloat16) * 2)
     checks = ("test_schema", "test_faketensor")
     arguments = (*(t for part in (x, *rest) for t in (part if isinstance(part, tuple) else (part,))), None, None, None)
     torch.library.opcheck(getattr(torch.ops.quamba, name).default, (*arguments, torch.bfloat16), test_utils=checks)

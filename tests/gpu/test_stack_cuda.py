@@ -56,7 +56,7 @@ def case(family: str, model: str, linear: str, dtype=torch.float16, kind=torch.i
     given = {"linear": linear, "eps": 1e-5, "block": sizes.block, "in_dtype": dtype, **options(sizes)}
     x = torch.randn(1, sizes.D, generator=rng)
     shape = sizes.shape(linear, kind)
-    return Case("", (x, tuple(b for b, _ in drawn), tuple(m for _, m in drawn)), given, shape, dtype)
+    return Case("", (x, tuple(b for b, _ in drawn), tuple(m for _, m in drawn)), given, shape, dtype, 1)
 
 
 @pytest.mark.parametrize("family, model", MODELS)
@@ -81,7 +81,8 @@ def test_layers_follow_each_other(linear: str, family: str) -> None:
         args = change(given.args, lambda t: t.cuda())
         x, blocks, memories = args
         want_memories = change(memories, torch.clone)
-        got = kernel(family)(*args, **given.kwargs)
+        run = kernel(family)
+        got = run(x, run.prepack(blocks), memories, **given.kwargs)
         for block, memory in zip(blocks, want_memories, strict=True):
             x = OPS[FAMILIES[family].op](x, (block,), (memory,), **given.kwargs)
         for label, a, b in (("y", got, x), *remembered(memories, want_memories)):
@@ -108,10 +109,11 @@ def test_the_same_bits_every_time_and_in_a_captured_graph(linear: str, family: s
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(first, outcome(run, given, "cuda"), strict=True))
     args = change(given.args, lambda t: t.cuda())
-    run(*args, **given.kwargs)
+    blocks = run.prepack(args[1])
+    run(args[0], blocks, args[2], **given.kwargs)
     graph, fresh = torch.cuda.CUDAGraph(), change(given.args, lambda t: t.cuda())
     with torch.cuda.graph(graph):
-        y = run(*args, **given.kwargs)
+        y = run(args[0], blocks, args[2], **given.kwargs)
     for a, b in zip(flat(args), flat(fresh), strict=True):
         a.copy_(b)
     graph.replay()
@@ -125,7 +127,8 @@ def test_what_is_no_number_comes_through() -> None:
     x, blocks, memories = change(given.args, lambda t: t.cuda())
     memories[0].conv_state[0, 0, 5] = float("nan")
     memories[0].state[0, 9, 1] = float("inf")
-    assert not kernel("mamba1")(x, blocks, memories, **given.kwargs).isfinite().any()
+    run = kernel("mamba1")
+    assert not run(x, run.prepack(blocks), memories, **given.kwargs).isfinite().any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from quamba_kernels import ops
-from quamba_kernels.cuda import conv, decode, linear, objects, rowwise, scan, ssd, stack
+from quamba_kernels.cuda import conv, decode, int4_order, linear, objects, rowwise, scan, ssd, stack
 from quamba_kernels.cuda import selective_stack as selective
 from quamba_kernels.cuda.library import library
 from quamba_kernels.cuda.toolchain import CannotBuild, of_device
 from quamba_kernels.ops import Activation
+from quamba_kernels.ops.linear import NIBBLES
 from quamba_kernels.ops.ssd import NO_LIMIT
 from quamba_kernels.registry import Setting
 
@@ -70,6 +74,32 @@ def load(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     if weights[0].is_cuda:
         library(weights[0].device.index)
     return weights
+
+
+def load_w4a16(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """As ``load``; int4 weights of group scales alone in the order that this device's kernels take, if any. Tensors on
+    another device than a GPU stay as they are."""
+    weights = load(weights)
+    w, *scales = weights
+    if not w.is_cuda or w.dtype != torch.int32 or len(scales) != 1:
+        return weights
+    group_size = w.shape[1] * NIBBLES // scales[0].shape[1]
+    return (int4_order.order(w), *scales) if linear.takes_order(group_size, w.device) else weights
+
+
+def stored_w4a16(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Undo ``load_w4a16``."""
+    w, *scales = weights
+    return (int4_order.stored(w) if w.dim() == 3 else w, *scales)
+
+
+def of_blocks(change: Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]) -> Callable[[Any], Any]:
+    """The same for the weights of all linears of a stack's blocks."""
+
+    def changed(block: Any) -> Any:
+        return block._replace(**{n: change(getattr(block, n)) for n in block._fields if n.endswith("_weights")})
+
+    return lambda blocks: tuple(map(changed, blocks))
 
 
 def _activation(done: tuple[torch.Tensor, torch.Tensor], static: torch.Tensor | None, per_token: bool) -> Activation:
@@ -187,13 +217,13 @@ def linear_w4a8(x, x_scale, weights, bias=None, residual=None, *, out_scale=None
     return torch.ops.quamba.linear_w4a8.default(x, x_scale, *weights, bias, residual, out_scale, out_dtype)
 
 
-@ops.linear_w4a16.backend("cuda", why_not=_why_not_w4a16, rank=RANK, prepack=load)
+@ops.linear_w4a16.backend("cuda", why_not=_why_not_w4a16, rank=RANK, prepack=load_w4a16, unpack=stored_w4a16)
 def linear_w4a16(x, weights, bias=None, residual=None, *, out_scale=None, out_dtype=torch.float32):
     """16-bit tensor cores; few rows expand the weights in registers, many in registers or scratch memory."""
     return torch.ops.quamba.linear_w4a16.default(x, *weights, bias, residual, out_scale, out_dtype)
 
 
-@ops.norm_linear.backend("cuda", why_not=_why_not, rank=RANK, prepack=load)
+@ops.norm_linear.backend("cuda", why_not=_why_not, rank=RANK, prepack=load_w4a16, unpack=stored_w4a16)
 def norm_linear(
     x, norm_weight, eps, weights, bias=None, residual=None, *, linear, in_scale=None, per_token=False,
     in_dtype=torch.float32, out_dtype=torch.float32,
@@ -271,7 +301,9 @@ def _why_not_selective_stack(setting: Setting) -> str | None:
     return _why_not_hopper(setting) or (selective.why_not(setting.shape, setting.dtype) if setting.shape else None)
 
 
-@ops.ssd_stack.backend("cuda", why_not=_why_not_stack, rank=RANK)
+@ops.ssd_stack.backend(
+    "cuda", why_not=_why_not_stack, rank=RANK, prepack=of_blocks(load_w4a16), unpack=of_blocks(stored_w4a16)
+)
 def ssd_stack(
     x, blocks, memories, *, linear, eps, gate_eps, dt_limit=NO_LIMIT, norm_groups=0, block=0, in_dtype=torch.float32
 ):  # fmt: skip
@@ -282,7 +314,10 @@ def ssd_stack(
     )
 
 
-@ops.selective_stack.backend("cuda", why_not=_why_not_selective_stack, rank=RANK)
+@ops.selective_stack.backend(
+    "cuda", why_not=_why_not_selective_stack, rank=RANK, prepack=of_blocks(load_w4a16),
+    unpack=of_blocks(stored_w4a16),
+)  # fmt: skip
 def selective_stack(x, blocks, memories, *, linear, eps, block=0, in_dtype=torch.float32):
     """As ssd_stack; what x_proj makes is added up by all blocks."""
     kept = [[tensor for tensor in tensors if tensor is not None] for tensors in zip(*memories, strict=True)]

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quamba_kernels.cuda import int4_order
 from quamba_kernels.cuda.expansion import ahead, expanded
+from quamba_kernels.cuda.int4_order import WORDS
 from quamba_kernels.cuda.library import DTYPES, QuambaLinear, library
 from quamba_kernels.cuda.rowwise import rms_norm
 from quamba_kernels.ops.linear import NIBBLES, finish
@@ -86,6 +88,11 @@ def check(
 def on_hopper(device: torch.device) -> bool:
     """Whether the object for this device has the GEMMs over int4 weights, and the kernels that split K."""
     return library(device.index).arch == "sm_90a"
+
+
+def takes_order(group_size: int, device: torch.device) -> bool:
+    """Whether this device's kernels take int4 weights for 16-bit activations in the order of ``int4_order``."""
+    return on_hopper(device) and group_size % int4_order.MULTIPLE == 0
 
 
 def few_tiles(kind: str, rows: int, out_features: int) -> bool:
@@ -205,6 +212,8 @@ class Problem:
             a.x_scale, a.x_scale_count = x_scale.data_ptr(), x_scale.numel()
         if grouped is None:
             a.w = check("w", w, device, int8, (O, K))
+        elif self.kind == "w4a16" and takes_order(S, device):
+            a.w = check("w as prepacked", w, device, (torch.int32,), (O, K // (NIBBLES * WORDS), WORDS))
         else:
             a.w = check("w", w, device, (torch.int32,), (O, K // NIBBLES))
         if w_multiplier is not None:
@@ -273,8 +282,9 @@ def ahead_w4a8(weights: tuple[Tensor, ...], rows: int) -> AbstractContextManager
 def linear_w4a16(x: Tensor, w: Tensor, w_scale: Tensor, *epilogue: Any) -> Tensor:
     """Many rows: a mixed-input kernel on sm_90a; elsewhere the weight is expanded to x's type for torch's product."""
     p = Problem(x, None, w, w_scale, None, *epilogue)
-    if splits("w4a16", p.linear.M, p.linear.O, p.linear.S, p.device):
-        return p.run("quamba_linear_w4a16_few")
+    if takes_order(p.linear.S, p.device):
+        few = splits("w4a16", p.linear.M, p.linear.O, p.linear.S, p.device)
+        return p.run("quamba_linear_w4a16_few" if few else "quamba_linear_w4a16_gemm")
     if few_rows(p.linear.M, p.linear.O, W4A16_SKINNY_ROWS, p.device):
         return p.run("quamba_linear_w4a16_skinny")
     if on_hopper(p.device):
