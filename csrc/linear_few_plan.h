@@ -31,10 +31,13 @@ struct Rates {
 inline bool may_be_wide(const QuambaLinear& a) { return a.M > (a.x_dtype == QUAMBA_I8 ? 64 : 128); }
 
 // Whether a wide linear over int4 weights has three blocks of 64 tokens on a multiprocessor: with so many tiles that two
-// would be shared out unevenly, and so few that they take one wave.
+// would be shared out unevenly, for int8 x so few that they take one wave, and so many that what follows, which finds no
+// room beside three, loses less.
 inline bool dense(const QuambaLinear& a, bool packed, int multiprocessors) {
+  if (!packed || a.M <= 32 || a.M > 64) return false;
   const int tiles = (a.O + kTileO - 1) / kTileO;
-  return packed && a.M > 32 && a.M <= 64 && 5 * tiles > 3 * multiprocessors && tiles <= 3 * multiprocessors;
+  if (a.x_dtype != QUAMBA_I8) return 5 * tiles > 3 * multiprocessors;
+  return 4 * tiles > 3 * multiprocessors && tiles <= 3 * multiprocessors;
 }
 
 // Fitted to the times of all plans on an H100.
