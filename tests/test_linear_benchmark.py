@@ -149,6 +149,8 @@ def test_verdicts_follow_the_targets(modules) -> None:
     assert marks(modules, few) == {"peer": True, "fp16": False}
     many = [row("cublas-fp16", 100.0, "fp16", 2048), row("quamba/cuda", 60.0, "linear_w8a8", 2048)]
     assert marks(modules, many) == {"fp16": True}
+    in_turns = [many[0], row("quamba/cuda", 60.0, "linear_w8a8", 2048, fp16_us=90.0)]
+    assert marks(modules, in_turns) == {"fp16": False}
 
 
 def test_a_failed_peer_is_no_rival_and_our_failure_misses(modules) -> None:

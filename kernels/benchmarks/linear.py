@@ -21,7 +21,7 @@ import torch
 from peers import NAMES, Packed, Peer, installed
 from problems import FP16, ROWS, SHAPES, Inputs, Problem, Shape, inputs, problem, reference, sampled
 from report import Row, add_options, header, write
-from timing import Time, copies_needed, copy_bandwidth, launches_needed, replay
+from timing import LARGE, Captured, Time, capture, copies_needed, copy_bandwidth, in_turns, launches_needed
 
 WIDEST_INPUTS = 128 << 20
 """Bytes of rotating activations."""
@@ -99,18 +99,27 @@ def gate(it: Implementation, given: Problem, copies: Sequence[Packed], x: Inputs
 
 def measure(
     it: Implementation, given: Problem, rows: int, xs: Sequence[Inputs], want: torch.Tensor, copies: list[Packed],
-    replays: int, bandwidth: float,
+    replays: int, bandwidth: float, fp16: Captured | None = None,
 ) -> Row:  # fmt: skip
-    """Gate, then time; a row with status "ok" or "failed"."""
+    """Gate, then time, in turns with cuBLAS where that is given; a row with status "ok" or "failed"."""
     row = labelled(it, given, rows)
     try:
         row["error"] = gate(it, given, copies, xs[0], want)
-        call = it.call(given, rows)
-        launches = launches_needed(len(copies), rows, given.weight_bytes)
-        taken = replay(lambda i: call(copies[i % len(copies)], xs[i % len(xs)]), launches, replays, warm=2)
+        taken, *beside = in_turns([launched(it, given, rows, xs, copies), *([fp16] if fp16 else [])], replays)
     except Exception as error:
         return failed(it, given, rows, error)
+    if beside:
+        row["fp16_us"] = beside[0].median
     return {**row, "status": "ok", **timed(taken, given.weight_bytes, bandwidth), "copies": len(copies)}
+
+
+def launched(
+    it: Implementation, given: Problem, rows: int, xs: Sequence[Inputs], copies: Sequence[Packed]
+) -> Captured:  # fmt: skip
+    """A graph of launches over all copies and inputs."""
+    call, held = it.call(given, rows), list(copies)
+    launches = launches_needed(len(held), rows, given.weight_bytes)
+    return capture(lambda i: call(held[i % len(held)], xs[i % len(xs)]), launches, warm=2)
 
 
 def timed(taken: Time, weight_bytes: int, bandwidth: float) -> Row:
@@ -143,6 +152,7 @@ def run_shape(
     Raises BrokenDevice when a failure left the device unusable.
     """
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    fp16: dict[int, Captured] = {}  # cuBLAS over many rows, which the others take turns with
     for op in (FP16, *arguments.ops):
         runs = [*ours(shape, op), *(theirs(p) for p in peers if op in p.ops)]
         if not runs:
@@ -167,10 +177,12 @@ def run_shape(
                     return
                 while len(copies) < copies_needed(given.weight_bytes, l2, m):
                     copies.append(tuple(t.clone() for t in packed))
-                found.append(measure(it, given, m, xs, want, copies, arguments.replays, bandwidth))
+                found.append(measure(it, given, m, xs, want, copies, arguments.replays, bandwidth, fp16.get(m)))
                 print(line(found[-1]), flush=True)
                 if found[-1]["status"] == "failed":
                     check_device(found[-1])
+                elif it.name == targets.FP16 and m >= LARGE:
+                    fp16[m] = launched(it, given, m, xs, copies)
             del copies, packed
             torch.cuda.empty_cache()
 

@@ -73,6 +73,8 @@ class Comparison(NamedTuple):
             return None
         if measure == "copy":
             return float(self.ours["copy_share"])
+        if measure == "fp16" and "fp16_us" in self.ours:  # in turns with ours
+            return float(self.ours["fp16_us"] / self.ours["us"])
         other = self.peer if measure == "peer" else self.fp16
         return other["us"] / self.ours["us"] if other else None
 

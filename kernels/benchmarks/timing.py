@@ -57,11 +57,17 @@ def summary(milliseconds: Sequence[float], launches: int) -> Time:
     return Time(statistics.median(each), percentile(each, 0.1), percentile(each, 0.9), launches, len(each))
 
 
-def replay(launch: Callable[[int], object], launches: int, replays: int, warm: int) -> Time:
-    """Capture ``launch(0) .. launch(launches - 1)`` in one graph, replay it, time each replay with events.
+class Captured(NamedTuple):
+    """``launch(0) .. launch(launches - 1)`` in one graph; ``launch`` keeps what the graph points at."""
 
-    ``warm`` different launches run before the capture, so that whatever is compiled or tuned at a first call is done.
-    """
+    graph: torch.cuda.CUDAGraph
+    launches: int
+    launch: Callable[[int], object]
+
+
+def capture(launch: Callable[[int], object], launches: int, warm: int) -> Captured:
+    """``warm`` different launches run before the capture, so that whatever is compiled or tuned at a first call is
+    done."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -72,15 +78,35 @@ def replay(launch: Callable[[int], object], launches: int, replays: int, warm: i
     with torch.cuda.graph(graph):
         for i in range(launches):
             launch(i)
-    for _ in range(3):
-        graph.replay()
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
-    for start, end in marks:
-        start.record()
-        graph.replay()
-        end.record()
+    return Captured(graph, launches, launch)
+
+
+def in_turns(captured: Sequence[Captured], replays: int) -> list[Time]:
+    """Each replay timed by events, of all graphs one after the other: what sets the clock they share, which decides
+    where a kernel is bound by arithmetic."""
+
+    def mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    found: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in captured]
+    for i in range(3 + replays):
+        for marks, (graph, _, _) in zip(found, captured, strict=True):
+            start = mark()
+            graph.replay()
+            if i >= 3:
+                marks.append((start, mark()))
     torch.cuda.synchronize()
-    return summary([start.elapsed_time(end) for start, end in marks], launches)
+    return [
+        summary([start.elapsed_time(end) for start, end in marks], made.launches)
+        for marks, made in zip(found, captured, strict=True)
+    ]
+
+
+def replay(launch: Callable[[int], object], launches: int, replays: int, warm: int) -> Time:
+    """Capture ``launch(0) .. launch(launches - 1)`` in one graph, replay it, time each replay with events."""
+    return in_turns([capture(launch, launches, warm)], replays)[0]
 
 
 def copy_bandwidth(gigabytes: float = 1.0, repeats: int = 20) -> float:

@@ -1,4 +1,4 @@
-"""Int4 weights for activations of 16 bits in the order in which Hopper's products take them (csrc/operand_w4.cuh).
+"""Int4 weights for 16-bit activations in the order in which products on Hopper take them (csrc/operand_w4.cuh).
 
 As stored, a word holds eight neighbours in K. A lane's piece of a product of tensor cores is two neighbours of every
 eight, so that four lanes would pick from the same words. In this order each of the four words of 32 columns is one
