@@ -125,11 +125,10 @@ def last(library: Library) -> str:
     return ctypes.c_char_p.in_dll(library._loaded, "last").value.decode()
 
 
-def prepacked(name: str, case: Case) -> tuple[torch.Tensor, ...]:
+def prepacked(case: Case) -> tuple[torch.Tensor, ...]:
     """The weights in the order that the library's kernels take."""
-    w, *rest = case.args[case.weights]
-    ordered = name == "linear_w4a16" and linear.takes_order(case.shape["S"], w.device)
-    return (int4_order.order(w) if ordered else w, *rest)
+    weights = case.args[case.weights]
+    return int4_order.ordered(weights) if linear.on_hopper(weights[0].device) else weights
 
 
 def call(name: str, case: Case, **changes) -> torch.Tensor:
@@ -137,7 +136,7 @@ def call(name: str, case: Case, **changes) -> torch.Tensor:
     first = case.args[: case.weights]
     rest = (*case.args[case.weights + 1 :], None, None)[:2]
     options = {"out_scale": None, "out_dtype": torch.float32, **case.kwargs, **changes}
-    return getattr(linear, name)(*first, *prepacked(name, case), *rest, options["out_scale"], options["out_dtype"])
+    return getattr(linear, name)(*first, *prepacked(case), *rest, options["out_scale"], options["out_dtype"])
 
 
 def served(name: str) -> list[Case]:
@@ -168,7 +167,7 @@ def test_arguments_reach_the_kernels(
         want = OPS[name].reference(*case.args, **case.kwargs)
         assert disagreement([call(name, case)], [want], TOLERANCE[name][case.dtype]) is None, case.label
         gemm = f"quamba_{name}_gemm" if arch == "sm_90a" else "quamba_linear_w8a8_gemm"
-        skinny = rows and prepacked(name, case)[0].dim() == 2
+        skinny = rows and prepacked(case)[0].dim() == 2
         assert last(library) == (f"quamba_{name}_skinny" if skinny else gemm)
 
 
@@ -212,7 +211,7 @@ def test_a_norm_holds_back_what_only_waits_for_it(
     for constant in ("W8A8_SKINNY_ROWS", "W4A8_SKINNY_ROWS", "W4A16_SKINNY_ROWS"):
         monkeypatch.setattr(linear, constant, most)
     for case in served(name):
-        x, weights, given = case.args[0], case.args[case.weights], prepacked(name, case)
+        x, weights, given = case.args[0], case.args[case.weights], prepacked(case)
         scale = None if name == "linear_w4a16" else torch.tensor([0.02])
         w, multiplier, w_scale = given if len(given) == 3 else (given[0], None, given[1])
         halves = torch.bfloat16, torch.bfloat16

@@ -16,11 +16,6 @@ def launches(launches_of):
     return launches_of(stack, cuda.QuambaSelectiveStackLayer)
 
 
-def in_order(weights):
-    w, *scales = weights
-    return (int4_order.order(w), *scales) if w.dtype == torch.int32 else weights
-
-
 def launch(drawn, linear="linear_w4a8", x=None, dtype=torch.float16):
     x = torch.zeros(1, SIZES.D) if x is None else x
     kept = [[t for t in tensors if t is not None] for tensors in zip(*(m for _, m in drawn), strict=True)]
@@ -32,7 +27,7 @@ def test_all_layers_reach_one_launch(linear, launches):
     rng = torch.Generator().manual_seed(0)
     drawn = [draw(linear, rng, SIZES, torch.float16, torch.int8, noisy=True) for _ in range(3)]
     if linear == "linear_w4a16":
-        drawn = list(zip(of_blocks(in_order)(tuple(b for b, _ in drawn)), (m for _, m in drawn), strict=True))
+        drawn = list(zip(of_blocks(int4_order.ordered)(tuple(b for b, _ in drawn)), (m for _, m in drawn), strict=True))
     assert launch(drawn, linear).shape == (1, SIZES.D)
     [(name, problem, layer)] = launches
     block, memory = drawn[0]

@@ -113,9 +113,7 @@ def measure(
     return {**row, "status": "ok", **timed(taken, given.weight_bytes, bandwidth), "copies": len(copies)}
 
 
-def launched(
-    it: Implementation, given: Problem, rows: int, xs: Sequence[Inputs], copies: Sequence[Packed]
-) -> Captured:  # fmt: skip
+def launched(it: Implementation, given: Problem, rows: int, xs: Sequence[Inputs], copies: list[Packed]) -> Captured:
     """A graph of launches over all copies and inputs."""
     call, held = it.call(given, rows), list(copies)
     launches = launches_needed(len(held), rows, given.weight_bytes)

@@ -13,7 +13,6 @@ from quamba_kernels.cuda import selective_stack as selective
 from quamba_kernels.cuda.library import library
 from quamba_kernels.cuda.toolchain import CannotBuild, of_device
 from quamba_kernels.ops import Activation
-from quamba_kernels.ops.linear import NIBBLES
 from quamba_kernels.ops.ssd import NO_LIMIT
 from quamba_kernels.registry import Setting
 
@@ -77,20 +76,9 @@ def load(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 
 
 def load_w4a16(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """As ``load``; int4 weights of group scales alone in the order that this device's kernels take, if any. Tensors on
-    another device than a GPU stay as they are."""
-    weights = load(weights)
-    w, *scales = weights
-    if not w.is_cuda or w.dtype != torch.int32 or len(scales) != 1:
-        return weights
-    group_size = w.shape[1] * NIBBLES // scales[0].shape[1]
-    return (int4_order.order(w), *scales) if linear.takes_order(group_size, w.device) else weights
-
-
-def stored_w4a16(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Undo ``load_w4a16``."""
-    w, *scales = weights
-    return (int4_order.stored(w) if w.dim() == 3 else w, *scales)
+    """As ``load``, and int4 weights for 16-bit activations in the order that this device's kernels take."""
+    w, *_ = load(weights)
+    return int4_order.ordered(weights) if w.is_cuda and linear.on_hopper(w.device) else weights
 
 
 def of_blocks(change: Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]) -> Callable[[Any], Any]:
@@ -217,13 +205,13 @@ def linear_w4a8(x, x_scale, weights, bias=None, residual=None, *, out_scale=None
     return torch.ops.quamba.linear_w4a8.default(x, x_scale, *weights, bias, residual, out_scale, out_dtype)
 
 
-@ops.linear_w4a16.backend("cuda", why_not=_why_not_w4a16, rank=RANK, prepack=load_w4a16, unpack=stored_w4a16)
+@ops.linear_w4a16.backend("cuda", why_not=_why_not_w4a16, rank=RANK, prepack=load_w4a16, unpack=int4_order.restored)
 def linear_w4a16(x, weights, bias=None, residual=None, *, out_scale=None, out_dtype=torch.float32):
     """16-bit tensor cores; few rows expand the weights in registers, many in registers or scratch memory."""
     return torch.ops.quamba.linear_w4a16.default(x, *weights, bias, residual, out_scale, out_dtype)
 
 
-@ops.norm_linear.backend("cuda", why_not=_why_not, rank=RANK, prepack=load_w4a16, unpack=stored_w4a16)
+@ops.norm_linear.backend("cuda", why_not=_why_not, rank=RANK, prepack=load_w4a16, unpack=int4_order.restored)
 def norm_linear(
     x, norm_weight, eps, weights, bias=None, residual=None, *, linear, in_scale=None, per_token=False,
     in_dtype=torch.float32, out_dtype=torch.float32,
@@ -302,7 +290,7 @@ def _why_not_selective_stack(setting: Setting) -> str | None:
 
 
 @ops.ssd_stack.backend(
-    "cuda", why_not=_why_not_stack, rank=RANK, prepack=of_blocks(load_w4a16), unpack=of_blocks(stored_w4a16)
+    "cuda", why_not=_why_not_stack, rank=RANK, prepack=of_blocks(load_w4a16), unpack=of_blocks(int4_order.restored)
 )
 def ssd_stack(
     x, blocks, memories, *, linear, eps, gate_eps, dt_limit=NO_LIMIT, norm_groups=0, block=0, in_dtype=torch.float32
@@ -316,7 +304,7 @@ def ssd_stack(
 
 @ops.selective_stack.backend(
     "cuda", why_not=_why_not_selective_stack, rank=RANK, prepack=of_blocks(load_w4a16),
-    unpack=of_blocks(stored_w4a16),
+    unpack=of_blocks(int4_order.restored),
 )  # fmt: skip
 def selective_stack(x, blocks, memories, *, linear, eps, block=0, in_dtype=torch.float32):
     """As ssd_stack; what x_proj makes is added up by all blocks."""

@@ -10,11 +10,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quamba_kernels.ops.linear import NIBBLES
+
 WORDS, MULTIPLE = 4, 64
 """Words of 32 columns; groups of a multiple of so many columns are multiplied in this order."""
 
 _STORED, _ORDERED = (8, 4), (4, 16)
 """Bits from the place of one code of a word to the next: by the word that it lies in otherwise, by the neighbour."""
+
+
+def shape(O: int, K: int) -> tuple[int, int, int]:
+    """Of a weight [O, K] in this order."""
+    return O, K // (NIBBLES * WORDS), WORDS
+
+
+def ordered(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The weights of a linear, int4 ones that groups of a multiple of MULTIPLE columns alone scale in this order."""
+    w, *scales = weights
+    if w.dtype != torch.int32 or len(scales) != 1 or w.shape[1] * NIBBLES // scales[0].shape[1] % MULTIPLE:
+        return weights
+    return order(w), *scales
+
+
+def restored(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Undo ``ordered``."""
+    w, *scales = weights
+    return (stored(w), *scales) if w.dim() == 3 else weights
 
 
 def order(w: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from quamba_kernels.cuda import int4_order
 from quamba_kernels.cuda.expansion import ahead, expanded
-from quamba_kernels.cuda.int4_order import WORDS
 from quamba_kernels.cuda.library import DTYPES, QuambaLinear, library
 from quamba_kernels.cuda.rowwise import rms_norm
 from quamba_kernels.ops.linear import NIBBLES, finish
@@ -213,7 +212,7 @@ class Problem:
         if grouped is None:
             a.w = check("w", w, device, int8, (O, K))
         elif self.kind == "w4a16" and takes_order(S, device):
-            a.w = check("w as prepacked", w, device, (torch.int32,), (O, K // (NIBBLES * WORDS), WORDS))
+            a.w = check("w as prepacked", w, device, (torch.int32,), int4_order.shape(O, K))
         else:
             a.w = check("w", w, device, (torch.int32,), (O, K // NIBBLES))
         if w_multiplier is not None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quamba_kernels.cuda import int4_order
 from quamba_kernels.cuda.decode import WIDTH, Call, QuambaDecode
-from quamba_kernels.cuda.int4_order import WORDS
 from quamba_kernels.cuda.library import DTYPES, library
 from quamba_kernels.cuda.linear import HALVES, check, tidy
 from quamba_kernels.ops.linear import NIBBLES
@@ -155,8 +155,7 @@ def fill_linear(
         if linear == "linear_w4a8":
             wanted = {"w": wanted["w"], "w_multiplier": (int8, (O, groups)), "w_scale": (fp32, (O,))}
         else:
-            words = K // (NIBBLES * WORDS), WORDS
-            wanted = {"w": ((torch.int32,), (O, *words)), "w_scale": ((torch.float16,), (O, groups))}
+            wanted = {"w": ((torch.int32,), int4_order.shape(O, K)), "w_scale": ((torch.float16,), (O, groups))}
     if len(weights) != len(wanted):
         raise ValueError(f"{linear} has {len(wanted)} tensors of weights, got {len(weights)}")
     for tensor, (field, (dtypes, shape)) in zip(weights, wanted.items(), strict=True):
