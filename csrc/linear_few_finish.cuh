@@ -25,19 +25,21 @@ __device__ __forceinline__ T value_of(unsigned bits) {
   return static_cast<T>(bits);
 }
 
-// Of the cells of TileM tokens from `row` and 128 channels from `column` on the block has `own`, every `splits`th from
-// `rank` on; what the blocks have sent of each lies at `mail` by rank. arrived() returns when all of it is there.
-template <class Sum, bool Scaled, int TileM, class Arrived>
+// Of the cells of TileM tokens from `row` and 128 / kFold channels from `column` on the block has `own`, every
+// `splits`th from `rank` on; parts of each lie at `mail`, kFold from each block, by rank. arrived() returns when all of
+// them are there.
+template <class Sum, bool Scaled, int TileM, int kFold, class Arrived>
 __device__ __forceinline__ void finish_cells(const Finish& p, unsigned mail, int own, int splits, int rank, int row,
                                              int column, Arrived arrived) {
-  constexpr int kAtOnce = 4;  // cells of the eight warps: their channels stay the same
+  constexpr int kAtOnce = 4, kWide = 4 / kFold;  // cells of the eight warps: their channels stay the same
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = lane / 4, quad = lane % 4, odd = quad % 2;
+  const int parts = splits * kFold;
   int j = warp / 2;
   if (j >= own) return;
-  const int cell = j * splits + rank, n = column + cell % 4 * 32 + warp % 2 * 16 + quad * 4;
+  const int cell = j * splits + rank, n = column + cell % kWide * 32 + warp % 2 * 16 + quad * 4;
   const bool exists = n < p.O;
-  int at = row + cell / 4 * 8 + token;
-  unsigned from = mail + j * splits * kCellBytes + warp % 2 * 512 + slot(odd * 4, token / 2) +
+  int at = row + cell / kWide * 8 + token;
+  unsigned from = mail + j * parts * kCellBytes + warp % 2 * 512 + slot(odd * 4, token / 2) +
                   (quad / 2 * 2 + token % 2) * 4;
   const int next = 64 - 128 * odd;  // from an even channel to the next, by slot
 
@@ -48,7 +50,7 @@ __device__ __forceinline__ void finish_cells(const Finish& p, unsigned mail, int
   float xs[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    const int turn = 4 * i + lane / 8, of = row + (cell / 4 + turn * splits) * 8 + lane % 8;
+    const int turn = 4 * i + lane / 8, of = row + (cell / kWide + turn * kFold * splits) * 8 + lane % 8;
     xs[i] = Scaled && j + kAtOnce * turn < own && of < p.M ? __ldcg(p.x_scale + of * p.x_step) : 1.f;
   }
   uint4 residual = make_uint4(0, 0, 0, 0);
@@ -75,11 +77,11 @@ __device__ __forceinline__ void finish_cells(const Finish& p, unsigned mail, int
     if (Scaled) x = __shfl_sync(~0u, x, turn % 4 * 8 + token);
     Sum sum[4] = {};
 #pragma unroll 2
-    for (int s = 0; s < splits; ++s)
+    for (int s = 0; s < parts; ++s)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         sum[i] += value_of<Sum>(load_word(from + s * kCellBytes + i / 2 * 128 + i % 2 * next));
-    from += kAtOnce * splits * kCellBytes;
+    from += kAtOnce * parts * kCellBytes;
     const bool stores = exists && at < p.M;
     const long long to = static_cast<long long>(at) * p.O + n;
     float4 v = make_float4(static_cast<float>(sum[0]), static_cast<float>(sum[1]), static_cast<float>(sum[2]),
@@ -87,7 +89,7 @@ __device__ __forceinline__ void finish_cells(const Finish& p, unsigned mail, int
     if (Scaled) v = each(times, each(times, v, make_float4(x, x, x, x)), w);
     v = each(add, v, bias);
     if (p.residual) v = each(add, v, to_floats(residual, p.residual_dtype));
-    at += kAtOnce / 4 * splits * 8;
+    at += kFold * splits * 8;
     if (j + kAtOnce < own) ask();
     if (!stores) continue;
     // y is larger than what is read, which is read again: it leaves L2 first

@@ -15,28 +15,33 @@ __device__ __forceinline__ uint2 load_pair(unsigned from) {
   return v;
 }
 
-// What one lane multiplies: channels g and g + 8 of its warp's 16 by 8 tokens.
-template <class Element>
+// What one lane multiplies: channels g and g + 8 of its warp's 16 by 8 tokens. kFold: parts of a step's columns, each of
+// which a share of the warps has.
+template <class Element, int kFold>
 struct Grouped {
   using Op = w4::Operand<Element>;
+  static constexpr int kXBytes = 8 * kTileK * 2;  // of a part
   const w4::Weights& w;
   unsigned bias[2];
-  const int channel;      // g's within the block
+  const int place;        // of channel g's row in a stage, behind those of the parts before
+  const int part;
   const int scale_bytes;  // of a stage
   const unsigned x, words, scales, first_scale;
 
   // x, words, scales: of the first stage
   __device__ Grouped(const w4::Weights& w, unsigned x, unsigned words, unsigned scales, int scale_bytes, int column)
-      : w(w), bias{w.constant, Op::second_bias(w.constant)}, channel(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4),
-        scale_bytes(scale_bytes), x(x + threadIdx.x % 8 * 128 + ((threadIdx.x % 32 / 8 ^ threadIdx.x % 8) << 4)),
-        words(words + channel * 64 + ((channel / 2 & 3) << 4) + threadIdx.x % 4 * 4), scales(scales + channel * 4),
-        first_scale(static_cast<unsigned>(column + channel) * w.groups) {
+      : w(w), bias{w.constant, Op::second_bias(w.constant)}, place(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4),
+        part(place / (kTileO / kFold)), scale_bytes(scale_bytes),
+        x(x + part * kXBytes + threadIdx.x % 8 * 128 + ((threadIdx.x % 32 / 8 ^ threadIdx.x % 8) << 4)),
+        words(words + place * 64 + ((place / 2 & 3) << 4) + threadIdx.x % 4 * 4), scales(scales + place * 4),
+        first_scale(static_cast<unsigned>(column + place % (kTileO / kFold)) * w.groups) {
     asm("" : "+r"(bias[1]));  // or it is made anew at each use
   }
 
   __device__ __forceinline__ void load_scales(float (&scale)[2], int stage, int step, int half) const {
     const unsigned from = scales + stage * scale_bytes + half * kTileO * 4;
-    const unsigned shift = w4::shift_in_word<unsigned short>(first_scale + w.group(step * kTileK + half * w4::kChunk));
+    const int first = (step * kFold + part) * kTileK + half * w4::kChunk;
+    const unsigned shift = w4::shift_in_word<unsigned short>(first_scale + w.group(first));
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       scale[h] = __half2float(__ushort_as_half(static_cast<unsigned short>(load_word(from + h * 32) >> shift)));
@@ -60,7 +65,7 @@ struct Grouped {
         const unsigned from = (words ^ (half * 32 + i * 16)) + stage * (kTileO * kTileK / 2);
         const unsigned word[2] = {load_word(from), load_word(from + 512)};
         uint32_t columns[4];  // of every eight
-        load_matrices(columns, (x ^ i * 64) + stage * (8 * kTileK * 2) + half * 1024);
+        load_matrices(columns, (x ^ i * 64) + stage * (kFold * kXBytes) + half * 1024);
         unsigned a[2][4];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {

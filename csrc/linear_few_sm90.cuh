@@ -1,9 +1,10 @@
 // y = x w^T for few tokens on Hopper, where the bytes of the weights decide: packed int4 weights of all types
 // of x (operand_w4.cuh), or int8 weights and x.
 //
-// A block takes 128 channels by 8, 16, 32, 64 or 128 tokens and a share of the columns; the blocks of a cluster share a
-// tile along K. Two or three blocks fit a multiprocessor, of one kernel or of two that follow each other: weights are
-// constants of the model, so the next kernel has its first tiles of them on the way before the previous one is done.
+// A block takes 128 channels by 8, 16, 32, 64 or 128 tokens, or 64 channels by 8 or 16, and a share of the columns; the
+// blocks of a cluster share a tile along K. Two or three blocks fit a multiprocessor, of one kernel or of two that
+// follow each other: weights are constants of the model, so the next kernel has its first tiles of them on the way
+// before the previous one is done.
 //
 // What is computed is y^T: weights are the operand A of wgmma, from registers once unpacked, or from shared memory. At
 // the end the blocks of a cluster scatter their sums: a cell of 32 channels by 8 tokens belongs to one of them, which
@@ -75,13 +76,13 @@ struct ScaleOf {
   }
 };
 
-template <class Element, bool Packed, int TileM, bool Dense>
-__global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense>::kBlocks)
+template <class Element, bool Packed, int TileM, Form kForm>
+__global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, kForm>::kBlocks)
     linear_few(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
                const __grid_constant__ Weights w, const __grid_constant__ Finish finish,
                const __grid_constant__ Cut cut) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using L = Layout<Element, Packed, TileM, Dense>;
+  using L = Layout<Element, Packed, TileM, kForm>;
   using Op = Operand<Element>;
   using Sum = typename Op::Accumulator;
   extern __shared__ char raw[];
@@ -97,23 +98,26 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
   launch_dependents();
 
   const int splits = gridDim.x, rank = blockIdx.x, lane = threadIdx.x % 32;
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), steps = (w.K + kTileK - 1) / kTileK;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), steps = (w.K + L::kColumns - 1) / L::kColumns;
   const int first_step = cut.split(rank * steps), last_step = cut.split((rank + 1) * steps);
-  const int column = blockIdx.z * kTileO, row = blockIdx.y * TileM;
+  const int column = blockIdx.z * L::kChannels, row = blockIdx.y * TileM;
   // cells of tokens that exist, and those of this block
-  const int cells = min((w.M - row + 7) / 8, TileM / 8) * 4, own = cut.split(cells - rank + splits - 1);
+  constexpr int kWide = L::kChannels / 32;
+  const int cells = min((w.M - row + 7) / 8, TileM / 8) * kWide, own = cut.split(cells - rank + splits - 1);
 
   auto load_w = [&](int stage, int step) {
     arrive_expecting(full + 8 * stage, L::kWBytes + (L::kOrdered ? 0 : L::kXBytes));
-    load_box(shared_address(w_tiles + stage * L::kWBytes), &w_map, full + 8 * stage,
-             step * (Packed ? kTileK / 8 : kTileK), column);
+#pragma unroll
+    for (int f = 0; f < L::kFold; ++f)
+      load_box(shared_address(w_tiles + stage * L::kWBytes + f * (L::kWBytes / L::kFold)), &w_map, full + 8 * stage,
+               (step * L::kFold + f) * (Packed ? kTileK / 8 : kTileK), column);
   };
   auto load_x = [&](int stage, int step) {
     if (L::kOrdered) arrive_expecting(x_full + 8 * stage, L::kXBytes);
 #pragma unroll
-    for (int b = 0; b < kTileK / Op::kBox; ++b)
+    for (int b = 0; b < L::kColumns / Op::kBox; ++b)
       load_box(shared_address(x_tiles + stage * L::kXBytes + b * TileM * 128), &x_map, x_full + 8 * stage,
-               step * kTileK + b * Op::kBox, row);
+               step * L::kColumns + b * Op::kBox, row);
   };
 
   if (warp == kMathWarps && lane == 0) {
@@ -129,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
       }
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    if (splits > 1) arrive_expecting(mailbox, own * splits * kCellBytes);
+    if (splits > 1) arrive_expecting(mailbox, own * splits * L::kFold * kCellBytes);
 #pragma unroll L::kAhead
     for (int s = 0; s < stages && first_step + s < last_step; ++s) load_w(s, first_step + s);
   }
@@ -143,13 +147,15 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
   };
 
   using Raw = typename Op::Raw;
+  auto scale_of = [&](int j) { return ScaleOf<Raw>(w, column + j % kWide * 32 + lane); };
   auto copy_scales = [&](const ScaleOf<Raw> (&of)[4], int stage, int step) {
     if constexpr (Packed) {
       const unsigned to = scales + stage * cut.scales + lane * 4;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        copy_word(to + j * 128, of[j].word(w, step * kTileK));
-        if (cut.halves) copy_word(to + kTileO * 4 + j * 128, of[j].word(w, step * kTileK + w4::kChunk));
+        const int from = step * L::kColumns + j / kWide * kTileK;
+        copy_word(to + j * 128, of[j].word(w, from));
+        if (cut.halves) copy_word(to + kTileO * 4 + j * 128, of[j].word(w, from + w4::kChunk));
       }
       arrive_copied(full + 8 * stage);
     }
@@ -163,8 +169,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
       for (int step = first_step; step < filled; ++step) load_x(step - first_step, step);
     }
     __syncwarp();
-    const ScaleOf<Raw> of[4] = {{w, column + lane}, {w, column + 32 + lane}, {w, column + 64 + lane},
-                                {w, column + 96 + lane}};
+    const ScaleOf<Raw> of[4] = {scale_of(0), scale_of(1), scale_of(2), scale_of(3)};
     auto load = [&](int step) {
       wait(empty + 8 * stage, parity);
       if (lane == 0) {
@@ -217,8 +222,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
   }
 
   if constexpr (Packed) {  // of the first stages, a warp each: the loading warp would be late for x
-    const ScaleOf<Raw> of[4] = {{w, column + lane}, {w, column + 32 + lane}, {w, column + 64 + lane},
-                                {w, column + 96 + lane}};
+    const ScaleOf<Raw> of[4] = {scale_of(0), scale_of(1), scale_of(2), scale_of(3)};
 #pragma unroll 1
     for (int s = warp; s < filled - first_step; s += kMathWarps) copy_scales(of, s, first_step + s);
   }
@@ -232,14 +236,14 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
     const int bytes = finish.residual_dtype == QUAMBA_F32 ? 4 : 2;
 #pragma unroll 1
     for (int i = thread; i < 8 * own; i += 128) {
-      const int cell = i / 8 * splits + rank, at_row = row + cell / 4 * 8 + i % 8, at = column + cell % 4 * 32;
+      const int cell = i / 8 * splits + rank, at_row = row + cell / kWide * 8 + i % 8, at = column + cell % kWide * 32;
       if (at_row < w.M && at < w.O)
         prefetch_l2(static_cast<const char*>(finish.residual) + (static_cast<long long>(at_row) * w.O + at) * bytes);
     }
   }
 
   using XTile = decltype(tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<Element>{},
-                                       Shape<Int<TileM>, Int<kTileK>, Int<L::kMaxStages>>{}));
+                                       Shape<Int<TileM>, Int<kTileK>, Int<L::kMaxStages * L::kFold>>{}));
   Tensor sx = make_tensor(make_smem_ptr(reinterpret_cast<Element*>(x_tiles)), XTile{});
   // value(b, i): of tokens 8 b + 2 t and the next channel g, then g + 8
   auto scatter = [&](auto value) {
@@ -249,17 +253,18 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
       cluster_arrive();
       cluster_wait();
     }
-    int turn = cut.split(warp / 2), to_rank = warp / 2 - turn * splits;
-    const int turns = cut.split(4), more = 4 - turns * splits;
+    const int first = warp / 2 % kWide, part = L::kFold > 1 ? group : 0;
+    int turn = cut.split(first), to_rank = first - turn * splits;
+    const int turns = cut.split(kWide), more = kWide - turns * splits;
 #pragma unroll
     for (int b = 0; b < TileM / 8; ++b) {
-      if (4 * b + warp / 2 >= cells) break;
+      if (kWide * b + first >= cells) break;
       const unsigned v[4] = {bits(value(b, 0)), bits(value(b, 1)), bits(value(b, 2)), bits(value(b, 3))};
       if (splits > 1) {
         const unsigned there = mapped(to, to_rank);
-        send_quad(there + (turn * splits + rank) * kCellBytes, there + (mailbox - to), v);
+        send_quad(there + ((turn * splits + rank) * L::kFold + part) * kCellBytes, there + (mailbox - to), v);
       } else {
-        store_shared(to + turn * kCellBytes, make_uint4(v[0], v[1], v[2], v[3]));
+        store_shared(to + (turn * L::kFold + part) * kCellBytes, make_uint4(v[0], v[1], v[2], v[3]));
       }
       to_rank += more, turn += turns;
       if (to_rank >= splits) to_rank -= splits, ++turn;
@@ -268,7 +273,8 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
   };
 
   if constexpr (L::kGrouped) {
-    const Grouped<Element> grouped(w, shared_address(x_tiles), shared_address(w_tiles), scales, cut.scales, column);
+    const Grouped<Element, L::kFold> grouped(w, shared_address(x_tiles), shared_address(w_tiles), scales, cut.scales,
+                                             column);
     float total[4] = {};
     for (int step = first_step; step < last_step; ++step) {
       wait(full + 8 * stage, parity);
@@ -294,20 +300,21 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
     constexpr int kRegisters = decltype(size(a0))::value * sizeof(Element) / 4;
     static_assert(kRegisters == Op::kRegisters * kPiece / w4::kChunk, "as they are made");
 
-    const int channel = group * 64 + thread / 32 * 16 + lane / 4, t = lane % 4;
+    // place: of the channel's row in a stage, behind those of the columns before
+    const int part = L::kFold > 1 ? group : 0, place = group * 64 + thread / 32 * 16 + lane / 4, t = lane % 4;
     [[maybe_unused]] const unsigned select = Op::selector(t);
     // a row is 64 bytes, its four 16-byte pieces exchanged by row: the 64-byte swizzle of TMA
-    const unsigned words = shared_address(w_tiles) + channel * 64 + ((channel / 2 & 3) << 4) +
+    const unsigned words = shared_address(w_tiles) + place * 64 + ((place / 2 & 3) << 4) +
                            (L::kWhole ? t * 4 : t / 2 * 4);
     const int second = cut.halves;  // whether the latter half of a step has words of its own
     unsigned bias[2] = {w.constant, Op::second_bias(w.constant)};
     asm("" : "+r"(bias[1]));  // or it is made anew at each use
     using Factor = typename Op::Factor;
-    const unsigned first_scale = static_cast<unsigned>(column + channel) * w.groups;
+    const unsigned first_scale = static_cast<unsigned>(column + place % L::kChannels) * w.groups;
     Factor factor[1][2];
     auto raw_scales = [&](int step, int chunk, auto take) {
-      const unsigned from = scales + stage * cut.scales + (chunk & second) * kTileO * 4 + channel * 4;
-      const int group = w.group(step * kTileK + chunk * w4::kChunk);
+      const unsigned from = scales + stage * cut.scales + (chunk & second) * kTileO * 4 + place * 4;
+      const int group = w.group((step * L::kFold + part) * kTileK + chunk * w4::kChunk);
       const unsigned shift = w4::shift_in_word<Raw>(first_scale + group);
 #pragma unroll
       for (int h = 0; h < 2; ++h) take(h, static_cast<Raw>(load_word(from + h * 32) >> shift));
@@ -319,7 +326,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
       warpgroup_arrive();
 #pragma unroll
       for (int k = 0; k < kSlices; ++k) {
-        gemm(mma, a(_, _, k), fx(_, _, piece * kSlices + k, stage), acc);
+        gemm(mma, a(_, _, k), fx(_, _, piece * kSlices + k, stage * L::kFold + part), acc);
         mma.accumulate_ = SM90::GMMA::ScaleOut::One;
       }
       warpgroup_commit_batch();
@@ -441,7 +448,8 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, Dense
   }
 
   wait_for_previous_kernel();
-  finish_cells<Sum, Op::kScaled, TileM>(finish, mail, own, splits, rank, row, column, [&] { wait(mailbox, 0); });
+  finish_cells<Sum, Op::kScaled, TileM, L::kFold>(finish, mail, own, splits, rank, row, column,
+                                                  [&] { wait(mailbox, 0); });
   wait(mailbox, 0);  // cells beyond O are sent too, and must find this block
 #endif
 }
@@ -452,10 +460,10 @@ bool halves(const QuambaLinear& a) {
   return Packed && a.S % kTileK != 0;
 }
 
-template <class Element, bool Packed, int TileM, bool Dense = false>
+template <class Element, bool Packed, int TileM, Form kForm = Form::kPlain>
 struct Launch {
   using Op = Operand<Element>;
-  using L = Layout<Element, Packed, TileM, Dense>;
+  using L = Layout<Element, Packed, TileM, kForm>;
 
   static void configure(cudaLaunchConfig_t& config, cudaLaunchAttribute (&attributes)[2], dim3 grid, int blocks) {
     attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -471,14 +479,14 @@ struct Launch {
   }
 
   static cudaError_t limits(Limits& found, bool halves) {
-    auto kernel = linear_few<Element, Packed, TileM, Dense>;
+    auto kernel = linear_few<Element, Packed, TileM, kForm>;
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::shared_bytes(1));
     if (error == cudaSuccess)
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                    cudaSharedmemCarveoutMaxShared);
-    for (int blocks = Dense ? L::kBlocks : 1; blocks <= L::kBlocks; ++blocks) {
+    for (int blocks = L::kDense ? L::kBlocks : 1; blocks <= L::kBlocks; ++blocks) {
       const bool overlaid = L::kOverlaid || L::kMayOverlay;
-      const int most = L::stages(blocks, most_mail(TileM), halves, overlaid) >= 3 ? kMaxSplits : 0;
+      const int most = L::stages(blocks, most_mail(TileM, L::kFold), halves, overlaid) >= 3 ? kMaxSplits : 0;
       for (int splits = 1; splits <= most && error == cudaSuccess; ++splits) {
         cudaLaunchConfig_t config = {};
         cudaLaunchAttribute attributes[2] = {};
@@ -498,12 +506,12 @@ struct Launch {
     constexpr int kInWord = Packed ? 8 : 1;
     if (!describe(encode, &x_map, Op::kType, a.x, a.K, a.M, a.K * static_cast<long long>(sizeof(Element)), Op::kBox,
                   TileM, CU_TENSOR_MAP_SWIZZLE_128B) ||
-        !describe(encode, &w_map, words, a.w, a.K / kInWord, a.O, Packed ? a.K / 2 : a.K, kTileK / kInWord, kTileO,
+        !describe(encode, &w_map, words, a.w, a.K / kInWord, a.O, Packed ? a.K / 2 : a.K, kTileK / kInWord, L::kChannels,
                   Packed ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B))
       return cudaErrorInvalidValue;
     const Weights w{Op::kScaled ? a.w_multiplier : a.w_scale, a.M, a.O, a.K, Packed ? a.K / a.S : 1,
                     Packed ? static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S) : 0u, Op::kBias};
-    const int mail = mail_bytes(std::min(a.M, TileM), plan.splits);
+    const int mail = mail_bytes(std::min(a.M, TileM), plan.splits, L::kFold);
     const bool halves = few::halves<Packed>(a);
     int stages = L::stages(plan.blocks, mail, halves);
     const bool overlaid =
@@ -512,11 +520,11 @@ struct Launch {
     const Cut cut{stages, mail, L::scale_bytes(halves), (65535 + plan.splits) / plan.splits, halves, overlaid};
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attributes[2] = {};
-    configure(config, attributes, dim3(plan.splits, (a.M + TileM - 1) / TileM, (a.O + kTileO - 1) / kTileO),
+    configure(config, attributes, dim3(plan.splits, (a.M + TileM - 1) / TileM, (a.O + L::kChannels - 1) / L::kChannels),
               plan.blocks);
     config.stream = stream;
     const cudaError_t error = cudaLaunchKernelEx(
-        &config, linear_few<Element, Packed, TileM, Dense>, x_map, w_map, w,
+        &config, linear_few<Element, Packed, TileM, kForm>, x_map, w_map, w,
         make_finish(a, Op::kScaled ? static_cast<const float*>(a.w_scale) : nullptr), cut);
     return error != cudaSuccess ? error : cudaGetLastError();
   }
@@ -531,13 +539,16 @@ cudaError_t limits_here(const Limits (*&limits)[kTiles], bool halves) {
   cudaError_t error = cudaGetDevice(&ordinal);
   if (error != cudaSuccess) return error;
   Limits(&here)[kTiles] = known[ordinal % kDevices][halves];
-  if (!here[kTiles - 1].clusters[1][1]) {
+  if (!here[4].clusters[1][1]) {
     error = Launch<Element, Packed, 8>::limits(here[0], halves);
     if (error == cudaSuccess) error = Launch<Element, Packed, 16>::limits(here[1], halves);
     if (error == cudaSuccess) error = Launch<Element, Packed, 32>::limits(here[2], halves);
     if (error == cudaSuccess) error = Launch<Element, Packed, 64>::limits(here[3], halves);
-    if constexpr (Packed)
-      if (error == cudaSuccess) error = Launch<Element, Packed, 64, true>::limits(here[3], halves);
+    if constexpr (Packed) {
+      if (error == cudaSuccess) error = Launch<Element, Packed, 64, Form::kThree>::limits(here[3], halves);
+      if (error == cudaSuccess) error = Launch<Element, Packed, 8, Form::kFolded>::limits(here[kFolded], halves);
+      if (error == cudaSuccess) error = Launch<Element, Packed, 16, Form::kFolded>::limits(here[kFolded + 1], halves);
+    }
     if (error == cudaSuccess) error = Launch<Element, Packed, 128>::limits(here[4], halves);
   }
   limits = &here;
@@ -553,8 +564,12 @@ int run(const QuambaLinear& a, cudaStream_t stream) {
   const cudaError_t error = limits_here<Element, Packed>(limits, halves<Packed>(a));
   if (error != cudaSuccess) return error;
   Plan plan = choose(a, Packed, *limits);
-  plan = {tuned("QUAMBA_TOKENS", plan.tokens), tuned("QUAMBA_SPLITS", plan.splits),
-          tuned("QUAMBA_BLOCKS", plan.blocks)};
+  plan = {tuned("QUAMBA_TOKENS", plan.tokens), tuned("QUAMBA_CHANNELS", plan.channels),
+          tuned("QUAMBA_SPLITS", plan.splits), tuned("QUAMBA_BLOCKS", plan.blocks)};
+  if constexpr (Packed)
+    if (plan.channels < kTileO)
+      return plan.tokens == 8 ? Launch<Element, Packed, 8, Form::kFolded>::run(a, plan, stream)
+                              : Launch<Element, Packed, 16, Form::kFolded>::run(a, plan, stream);
   switch (plan.tokens) {
     case 8: return Launch<Element, Packed, 8>::run(a, plan, stream);
     case 16: return Launch<Element, Packed, 16>::run(a, plan, stream);
@@ -562,7 +577,7 @@ int run(const QuambaLinear& a, cudaStream_t stream) {
     case 64:
       if constexpr (Packed)
         if (plan.blocks > Layout<Element, Packed, 64>::kBlocks)
-          return Launch<Element, Packed, 64, true>::run(a, plan, stream);
+          return Launch<Element, Packed, 64, Form::kThree>::run(a, plan, stream);
       return Launch<Element, Packed, 64>::run(a, plan, stream);
     case 128: return Launch<Element, Packed, 128>::run(a, plan, stream);
     default: return QUAMBA_UNSUPPORTED;

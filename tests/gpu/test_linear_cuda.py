@@ -186,7 +186,7 @@ def test_the_kernel_that_splits_columns_serves_every_shape(name: str, monkeypatc
         pytest.skip("is for Hopper")
     monkeypatch.setattr(linear, "FEW_TILES", dict.fromkeys(linear.FEW_TILES, {1000: 10**6}))
     shapes = [(192, 264, 64), (1600, 520, 64), (5120, 192, 640), (1152, 136, 192), (64, 8, 64), (8192, 1032, 128)]
-    for shape in [*shapes, (2560, 10576, 128), (2560, 50280, 128)]:
+    for shape in [*shapes, (2560, 264, 64), (2560, 10576, 128), (2560, 50280, 128)]:
         counts = (1, 4, 7, 9, 15, 16, 27, 33, 64, 65, 129, 255, 1000) if shape[1] < 10000 else (2, 16, 61)
         for index, rows in enumerate(counts):
             given, epilogues = draw(name, rows, shape), variants(name, rows, shape[1])

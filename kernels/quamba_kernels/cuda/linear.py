@@ -30,7 +30,7 @@ FEW_GROUPS = (64, 128)
 FEW_TILES = {
     "w8a8": {32: 10**6, 64: 160, 128: 290, 192: 96, 256: 32, 512: 16},
     "w4a8": {64: 10**6, 256: 580, 512: 16},
-    "w4a16": {32: 10**6, 64: 160, 128: 96, 256: 128, 2048: 64},
+    "w4a16": {64: 10**6, 128: 96, 256: 128, 2048: 64},
 }
 """Hopper has a kernel that splits K over a cluster, for int4 groups of 64 or a multiple of 128: up to so many rows
 where tiles of 64 rows by 128 out features are at most so many, the least such number of rows deciding. With more of
