@@ -31,10 +31,10 @@ struct Grouped {
   // x, words, scales: of the first stage
   __device__ Grouped(const w4::Weights& w, unsigned x, unsigned words, unsigned scales, int scale_bytes, int column)
       : w(w), bias{w.constant, Op::second_bias(w.constant)}, place(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4),
-        part(place / (kTileO / kFold)), scale_bytes(scale_bytes),
+        part(kFold > 1 ? place / (kTileO / kFold) : 0), scale_bytes(scale_bytes),
         x(x + part * kXBytes + threadIdx.x % 8 * 128 + ((threadIdx.x % 32 / 8 ^ threadIdx.x % 8) << 4)),
         words(words + place * 64 + ((place / 2 & 3) << 4) + threadIdx.x % 4 * 4), scales(scales + place * 4),
-        first_scale(static_cast<unsigned>(column + place % (kTileO / kFold)) * w.groups) {
+        first_scale(static_cast<unsigned>(column + place - part * (kTileO / kFold)) * w.groups) {
     asm("" : "+r"(bias[1]));  // or it is made anew at each use
   }
 

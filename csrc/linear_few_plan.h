@@ -51,7 +51,7 @@ inline bool may_fold(const QuambaLinear& a, bool packed, int multiprocessors) {
 // Fitted to the times of all plans on an H100.
 inline Rates rates(const QuambaLinear& a, bool packed, bool three) {
   const bool codes = a.x_dtype == QUAMBA_I8;
-  if (three) return codes ? Rates{0.f, 0.3f, 0.5f, 0.15f, 0.06f, 0.65f} : Rates{0.f, 0.35f, 0.44f, 0.15f, 0.04f, 2.f};
+  if (three) return codes ? Rates{0.f, 0.3f, 0.5f, 0.15f, 0.06f, 0.65f} : Rates{0.f, 0.6f, 0.44f, 0.15f, 0.04f, 2.f};
   if (packed && a.M <= 16 && a.M > 8 && !codes) return {0.f, 6.f, 0.75f, 0.f, 0.15f, 1.3f};
   if (packed && a.M <= 16) return {0.f, 17.f, 0.85f, 0.f, 0.08f, 0.65f};
   if (!packed && may_be_wide(a)) return {1.72f, 27.f, 1.39f, 1.f, 0.63f, 11.1f};
@@ -100,10 +100,13 @@ inline Plan choose(const QuambaLinear& a, bool packed, const Limits (&limits)[kT
   const int from = three ? 3 : 1, to = three ? 3 : first == 3 && (packed || may_be_wide(a)) ? 2 : kMaxBlocks;
   Plan best{0, 0, 0, 0};
   float least = 0;
+  const int tiles = (a.O + kTileO - 1) / kTileO;
+  // several waves leave nothing to share
+  const int most = three && tiles > 3 * limits[3].clusters[3][1] ? 1 : kMaxSplits;
   auto consider = [&](int i, int tokens, int channels) {
     const Rates r = folds ? rates_beside_folded(a, channels < kTileO) : rates(a, packed, three);
     for (int blocks = from; blocks <= to; ++blocks)
-      for (int splits = 1; splits <= kMaxSplits && splits <= steps(a.K, channels); ++splits) {
+      for (int splits = 1; splits <= most && splits <= steps(a.K, channels); ++splits) {
         if (!limits[i].clusters[blocks][splits]) continue;
         const Plan plan{tokens, channels, splits, blocks};
         const float taken = cost(a, plan, r, limits[i].clusters[blocks][splits], multiprocessors);

@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, kForm
       cluster_arrive();
       cluster_wait();
     }
-    const int first = warp / 2 % kWide, part = L::kFold > 1 ? group : 0;
+    const int part = L::kFold > 1 ? group : 0, first = warp / 2 - part * kWide;
     int turn = cut.split(first), to_rank = first - turn * splits;
     const int turns = cut.split(kWide), more = kWide - turns * splits;
 #pragma unroll
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, kForm
     unsigned bias[2] = {w.constant, Op::second_bias(w.constant)};
     asm("" : "+r"(bias[1]));  // or it is made anew at each use
     using Factor = typename Op::Factor;
-    const unsigned first_scale = static_cast<unsigned>(column + place % L::kChannels) * w.groups;
+    const unsigned first_scale = static_cast<unsigned>(column + place - part * L::kChannels) * w.groups;
     Factor factor[1][2];
     auto raw_scales = [&](int step, int chunk, auto take) {
       const unsigned from = scales + stage * cut.scales + (chunk & second) * kTileO * 4 + place * 4;
