@@ -152,10 +152,13 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, kForm
     if constexpr (Packed) {
       const unsigned to = scales + stage * cut.scales + lane * 4;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int from = step * L::kColumns + j / kWide * kTileK;
-        copy_word(to + j * 128, of[j].word(w, from));
-        if (cut.halves) copy_word(to + kTileO * 4 + j * 128, of[j].word(w, from + w4::kChunk));
+      for (int f = 0; f < L::kFold; ++f) {
+        const int from = (step * L::kFold + f) * kTileK;
+#pragma unroll
+        for (int j = f * kWide; j < (f + 1) * kWide; ++j) {
+          copy_word(to + j * 128, of[j].word(w, from));
+          if (cut.halves) copy_word(to + kTileO * 4 + j * 128, of[j].word(w, from + w4::kChunk));
+        }
       }
       arrive_copied(full + 8 * stage);
     }
@@ -506,8 +509,8 @@ struct Launch {
     constexpr int kInWord = Packed ? 8 : 1;
     if (!describe(encode, &x_map, Op::kType, a.x, a.K, a.M, a.K * static_cast<long long>(sizeof(Element)), Op::kBox,
                   TileM, CU_TENSOR_MAP_SWIZZLE_128B) ||
-        !describe(encode, &w_map, words, a.w, a.K / kInWord, a.O, Packed ? a.K / 2 : a.K, kTileK / kInWord, L::kChannels,
-                  Packed ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B))
+        !describe(encode, &w_map, words, a.w, a.K / kInWord, a.O, Packed ? a.K / 2 : a.K, kTileK / kInWord,
+                  L::kChannels, Packed ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B))
       return cudaErrorInvalidValue;
     const Weights w{Op::kScaled ? a.w_multiplier : a.w_scale, a.M, a.O, a.K, Packed ? a.K / a.S : 1,
                     Packed ? static_cast<unsigned>(((1ull << 32) + a.S - 1) / a.S) : 0u, Op::kBias};
