@@ -152,13 +152,11 @@ __global__ void __launch_bounds__(kThreads, Layout<Element, Packed, TileM, kForm
     if constexpr (Packed) {
       const unsigned to = scales + stage * cut.scales + lane * 4;
 #pragma unroll
-      for (int f = 0; f < L::kFold; ++f) {
-        const int from = (step * L::kFold + f) * kTileK;
-#pragma unroll
-        for (int j = f * kWide; j < (f + 1) * kWide; ++j) {
-          copy_word(to + j * 128, of[j].word(w, from));
-          if (cut.halves) copy_word(to + kTileO * 4 + j * 128, of[j].word(w, from + w4::kChunk));
-        }
+      for (int j = 0; j < 4; ++j) {
+        // without folds the same for all, which the compiler only finds where it is written so
+        const int from = L::kFold == 1 ? step * kTileK : step * L::kColumns + j / kWide * kTileK;
+        copy_word(to + j * 128, of[j].word(w, from));
+        if (cut.halves) copy_word(to + kTileO * 4 + j * 128, of[j].word(w, from + w4::kChunk));
       }
       arrive_copied(full + 8 * stage);
     }
