@@ -33,7 +33,7 @@ WARM = 4
 
 def short(name: str) -> str:
     """A kernel's name without its namespaces and arguments, with what tells its template's kinds apart."""
-    bare = re.sub(r"\((anonymous|unnamed)[^()]*\)::|<unnamed>::|\((int|bool|unsigned int|char|long)\)", "", name)
+    bare = re.sub(r"\((anonymous|unnamed)[^()]*\)::|<unnamed>::|\((unsigned )?[\w:]+\)(?=-?\d)", "", name)
     bare = re.sub(r"^.*?\bvoid ", "", bare).split("(")[0]
     head, _, values = bare.partition("<")
     kept = re.sub(r"\(?[\w:]+::\w+\)", "", values)
