@@ -8,7 +8,7 @@
 
 namespace quamba::few {
 
-constexpr int kTileO = 128, kTileK = 128, kMaxSplits = 8, kMaxBlocks = 4, kTiles = 7, kFolded = 5;
+constexpr int kTileO = 128, kTileK = 128, kMaxSplits = 8, kMaxBlocks = 4, kTiles = 7, kFirstFolded = 5;
 
 // Tiles are 128 channels by 128 columns, for 8, 16, 32, 64 and 128 tokens; then, for 8 and 16, folded ones.
 
@@ -20,6 +20,9 @@ struct Plan {
 struct Limits {
   int clusters[kMaxBlocks + 1][kMaxSplits + 1];
 };
+
+// Tiles that cover so many channels.
+inline int across(int O, int channels = kTileO) { return (O + channels - 1) / channels; }
 
 // What a plan costs, in steps of a block that is alone on its multiprocessor and has 128 channels and at most 64 tokens:
 // a step of 128 tokens or of a folded tile; the first bytes' way from memory, once a wave; each block more beside it; how
@@ -38,14 +41,14 @@ inline bool may_be_wide(const QuambaLinear& a) { return a.M > (a.x_dtype == QUAM
 // room beside three, loses less.
 inline bool dense(const QuambaLinear& a, bool packed, int multiprocessors) {
   if (!packed || a.M <= 32 || a.M > 64) return false;
-  const int tiles = (a.O + kTileO - 1) / kTileO;
+  const int tiles = across(a.O);
   if (a.x_dtype != QUAMBA_I8) return 5 * tiles > 3 * multiprocessors;
   return 4 * tiles > 3 * multiprocessors && tiles <= 3 * multiprocessors;
 }
 
 // Whether tiles of fewer channels are worth a look: only as long as the others are not several a multiprocessor.
 inline bool may_fold(const QuambaLinear& a, bool packed, int multiprocessors) {
-  return packed && a.M <= 16 && (a.O + kTileO - 1) / kTileO <= multiprocessors;
+  return packed && a.M <= 16 && across(a.O) <= multiprocessors;
 }
 
 // Fitted to the times of all plans on an H100.
@@ -79,7 +82,7 @@ inline int steps(int K, int channels) {
 }
 
 inline float cost(const QuambaLinear& a, const Plan& plan, const Rates& r, int clusters, int multiprocessors) {
-  const int tiles = (a.M + plan.tokens - 1) / plan.tokens * ((a.O + plan.channels - 1) / plan.channels);
+  const int tiles = (a.M + plan.tokens - 1) / plan.tokens * across(a.O, plan.channels);
   const int share = (steps(a.K, plan.channels) + plan.splits - 1) / plan.splits;
   auto wave = [&](int count) {  // of clusters that run at a time
     float each = static_cast<float>(count * plan.splits) / multiprocessors;
@@ -100,7 +103,7 @@ inline Plan choose(const QuambaLinear& a, bool packed, const Limits (&limits)[kT
   const int from = three ? 3 : 1, to = three ? 3 : first == 3 && (packed || may_be_wide(a)) ? 2 : kMaxBlocks;
   Plan best{0, 0, 0, 0};
   float least = 0;
-  const int tiles = (a.O + kTileO - 1) / kTileO;
+  const int tiles = across(a.O);
   // several waves leave nothing to share
   const int most = three && tiles > 3 * limits[3].clusters[3][1] ? 1 : kMaxSplits;
   auto consider = [&](int i, int tokens, int channels) {
@@ -114,7 +117,7 @@ inline Plan choose(const QuambaLinear& a, bool packed, const Limits (&limits)[kT
       }
   };
   for (int i = first; i <= (may_be_wide(a) ? 4 : first); ++i) consider(i, 8 << i, kTileO);
-  if (folds) consider(kFolded + first, 8 << first, kTileO / 2);
+  if (folds) consider(kFirstFolded + first, 8 << first, kTileO / 2);
   return best;
 }
 
