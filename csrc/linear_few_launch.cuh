@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "launch.cuh"
 #include "linear_few_plan.h"
 #include "linear_few_sm90.cuh"
 
